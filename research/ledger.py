@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import vl_convert
+from retrofit_pilot import Pilot
 from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAYS, Readings, all_readings
 from retrofit_study import CONTINUED, Study, results_in
 
@@ -113,7 +114,9 @@ def _claim_cells(claim: Report) -> list[str]:
     return [f"{claim['number']} {claim['text']}", paper, here, claim["verdict"]]
 
 
-def places_table(claims: Report, text: Report, retrofit: Report, study: Report) -> list[str]:
+def places_table(
+    claims: Report, text: Report, retrofit: Report, study: Report, pilot: Report
+) -> list[str]:
     """Return the lines of what was asked, and where the answer was found, each with its commands.
 
     Args:
@@ -121,6 +124,7 @@ def places_table(claims: Report, text: Report, retrofit: Report, study: Report) 
         text: Front of `sweep toy`.
         retrofit: Front of `sweep retrofit`.
         study: Stored trainings of `research/retrofit_study.py`.
+        pilot: Evaluation of the pilot with SmolLM2.
     """
     by_key = {claim["key"]: claim for claim in claims["claims"]}
     cheapest = text["picks"]["cheapest"]
@@ -128,47 +132,55 @@ def places_table(claims: Report, text: Report, retrofit: Report, study: Report) 
     paper = "`iiet-orch sweep claims`, `iiet-orch sweep toy`"
     shipped = "`iiet-orch sweep retrofit`"
     studied = "`python research/retrofit_study.py`"
-    *tasks, on_text = all_readings(_stored_study(study))
+    piloted = "[a pilot](research/retrofit.md)"
+    *depth_readings, text_readings = all_readings(_stored_study(study))
     rows = [
         (
             "IIET beats a plain Llama of its size (vanilla)",
             _claim_cell(by_key["iiet_over_vanilla"]),
             _difference_cell(text, "teacher", "vs_vanilla"),
+            UNKNOWN,
             paper,
         ),
         (
             "it beats an IIET that was trained without corrections (r = 0)",
             _difference_cell(claims, "r = 3", "vs_r_0"),
             _difference_cell(text, "teacher", "vs_r_0"),
+            UNKNOWN,
             paper,
         ),
         (
             "a student with fewer corrections keeps 99.4 % of its quality",
             _claim_cell(by_key["saved_overhead_nfe"]),
             _kept_cell(text, student),
+            UNKNOWN,
             paper,
         ),
         (
             "at vanilla's cost, a student beats vanilla",
             _claim_cell(by_key["student_over_vanilla_nfe"]),
             _difference_cell(text, student, "vs_vanilla"),
+            UNKNOWN,
             paper,
         ),
         (
             "a plain model that gets corrections beats itself, trained on with as many FLOPs",
             _difference_cell(retrofit, "teacher", "vs_source_continued"),
-            _reading_cell(on_text),
-            f"{shipped}, {studied}",
+            _reading_cell(text_readings),
+            _pilot_cell(Pilot.read(pilot)),
+            f"{shipped}, {studied}, {piloted}",
         ),
         (
             "the same under three seeds, at other depths, and with both kinds of start",
-            _verdicts_cell(tasks),
-            _verdicts_cell([on_text]),
+            _verdicts_cell(depth_readings),
+            _verdicts_cell([text_readings]),
+            UNKNOWN,
             studied,
         ),
         (
             "at the plain model's cost, a student beats it, trained on",
             _difference_cell(retrofit, "0,0", "vs_source_continued"),
+            UNKNOWN,
             UNKNOWN,
             shipped,
         ),
@@ -177,8 +189,8 @@ def places_table(claims: Report, text: Report, retrofit: Report, study: Report) 
         "| does it hold that | on tasks of serial steps | on text | for a model of the hub | by |",
         "| --- | --- | --- | --- | --- |",
         *(
-            f"| {question} | {tasks} | {texts} | {UNKNOWN} | {by} |"
-            for question, tasks, texts, by in rows
+            f"| {question} | {on_tasks} | {on_text} | {on_hub_model} | {by} |"
+            for question, on_tasks, on_text, on_hub_model, by in rows
         ),
     ]
 
@@ -220,6 +232,12 @@ def _reading_cell(reading: Readings) -> str:
     unit = "bits per byte" if reading.is_text else "points"
     here = _with_interval(difference.mean, low, high, unit)
     return f"**{WORDS[difference.verdict(reading.least)]}**: {here}"
+
+
+def _pilot_cell(pilot: Pilot) -> str:
+    word = WORDS[pilot.verdict]
+    here = _with_interval(100 * pilot.gain, 100 * pilot.gain_low, 100 * pilot.gain_high, "points")
+    return f"**{word}**: {here} in one pilot"
 
 
 def _verdicts_cell(readings: Sequence[Readings]) -> str:
