@@ -241,7 +241,7 @@ RETROFIT = (
 """Corrections in four of 30 layers; all others stay as they are."""
 
 
-@pytest.mark.timeout(3600)  # Minutes on two idle cores, and setup counts.
+@pytest.mark.timeout(3600)  # Setup counts, and another program may run.
 def test_it_becomes_iterative_and_still_answers(walk):
     write_texts(walk.folder / "my-texts")
     walk.run(RETROFIT)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from pretended_cluster import LOOPBACK, listening_addresses
-from refusals import assert_names
+from refusals import assert_names, refused
 from same_run import curve, events, state_of, workers
 
 from orchestrator.cluster import task, train
@@ -325,6 +325,34 @@ def test_a_place_is_waited_for_as_long_as_the_setting_says(
         JobRun(job, placement, cluster, NOT_STOPPED).fit()
     longest = 24 * 3600 if waited == math.inf else waited
     assert longest <= clock[0] <= longest + 2 * train.PLACEMENT_SECONDS
+
+
+def test_a_training_that_lacks_memory_is_a_mistake_of_its_settings(make_job, monkeypatch):
+    def without_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no space")
+
+    monkeypatch.setattr(torch.autograd, "backward", without_memory)
+    with refused(UserError, "ran out of memory on cpu", "no space"):
+        run_local_jobs([make_job("full")])
+
+
+@pytest.mark.slow
+def test_a_worker_that_lacks_memory_ends_the_job_at_once(ray_session, make_job, monkeypatch):
+    train_worker = train.train_worker
+
+    def train_in_vain(config: dict[str, Any]) -> Any:
+        # A function of this module could not be sent to a worker.
+        def without_memory(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError("no space")
+
+        torch.autograd.backward = without_memory
+        return train_worker(config)
+
+    job = make_job("failing")
+    monkeypatch.setattr(train, "train_worker", train_in_vain)
+    with refused(UserError, "ran out of memory on cpu", "no space"):
+        run_train_jobs([job], ClusterSettings(num_workers=1, max_failures=5))
+    assert len(events(job, "started")) == 1, "to try again cannot help"
 
 
 @pytest.mark.long

@@ -159,6 +159,17 @@ def test_a_chat_is_written_by_the_models_template(llama, workspace):
         named.chat(question, "tools")
 
 
+def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama, workspace):
+    own_tokenizer_config = {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": [None, "own.Own"]},
+    }
+    change(llama / "tokenizer_config.json", **own_tokenizer_config)
+    (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
+    writer = TextGenerator(open_model(import_model(llama, workspace=workspace)))
+    assert writer.tokenizer.encode_document("a bag")[0] == 300
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

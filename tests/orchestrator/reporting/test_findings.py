@@ -125,13 +125,14 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
     assert "% of the teacher's" not in pick_text
 
     # Separate errors of 1.2 points resolve nothing, so the values alone decide.
-    for accuracy, is_beaten in ((0.4464, True), (0.4465, False), (0.45, False)):
+    for accuracy, is_beaten in ((0.4464, True), (0.4465, False), (0.45, False), (0.6, False)):
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
         ]
         [first_sentence, *_] = findings(sample_front(results))
         assert (" keeps " in first_sentence) == is_beaten
         assert ("no gain over vanilla is shown" in first_sentence) != is_beaten
+        assert ("is worse than vanilla" in first_sentence) == (accuracy == 0.6)
         # A model that was trained for longer is no measure of what corrections gain.
         tokens = {"vanilla": 2000, "teacher": 1000}
         results = [

@@ -149,8 +149,8 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
 
 @pytest.fixture
 def _fails_if_stopped(monkeypatch) -> None:
-    """Make trials of this process and of Tune's measure nothing, which would take tasks; one that
-    is stopped fails, too."""
+    """Make trials of this process measure nothing, which would take tasks; one of Tune's that is
+    stopped fails, too."""
     run_trials = tune.run_trials
 
     def run(function: Any, *arguments: Any, **options: Any) -> None:

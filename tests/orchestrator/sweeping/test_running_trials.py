@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
+from refusals import refused
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
@@ -29,7 +30,7 @@ from orchestrator.sweeping.states import (
 )
 from orchestrator.sweeping.trial import ThisProcess, run_trial
 from orchestrator.terminal.stop import stop_when
-from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
@@ -84,6 +85,15 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
     assert run_trial(trials[0], process) is None
     assert trials[0].result() is None
     assert run_trial(trials[0]) is not None
+
+
+def test_a_trial_that_lacks_memory_is_a_mistake_of_its_settings(trials, measured, monkeypatch):
+    def without_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no space")
+
+    monkeypatch.setattr(torch.autograd, "backward", without_memory)
+    with refused(UserError, "ran out of memory on cpu", "no space"):
+        run_trial(trials[1])
 
 
 def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials, monkeypatch):

@@ -66,11 +66,14 @@ def test_a_wait_for_the_last_records_can_be_interrupted(tracking):
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    def wait_until_the_alarm() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        tracking.wait()
+
     earlier = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            tracking.wait()
+            wait_until_the_alarm()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, earlier)
