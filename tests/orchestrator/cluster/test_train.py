@@ -336,7 +336,7 @@ def test_a_training_that_lacks_memory_is_a_mistake_of_its_settings(make_job, mon
         run_local_jobs([make_job("full")])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_lacks_memory_ends_the_job_at_once(ray_session, make_job, monkeypatch):
     train_worker = train.train_worker
 
