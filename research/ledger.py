@@ -3,11 +3,11 @@ and the README's picture of two fronts.
 
 A page holds them in blocks alone. A block stands between two comments; the first names a table, the
 `front.json` of a report that was copied into `research/fronts/`, and the command that made it. A
-table of several files has a command in each row:
+table of several files, which may also be those of studies, has a command in each row:
 
     <!-- front, bits: research/fronts/text.json by `iiet-orch sweep toy` -->
     <!-- end -->
-    <!-- holds: research/fronts/claims.json, research/fronts/text.json -->
+    <!-- holds: research/fronts/claims.json, research/retrofit_study.json -->
     <!-- end -->
 
 `python research/ledger.py` fills all blocks from their files, and draws the picture from two of

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from retrofit_results import DOES_NOT_PAY, END, NOT_DECIDED, PAGE, PAYS
+from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAGE, PAYS, with_part
 
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.workspace.files import write_text
@@ -96,9 +96,7 @@ class Pilot:
 def filled(page: str) -> str:
     """Return the page with the pilot's part written anew."""
     pilot = Pilot.read(json.loads(PILOT.read_text("utf-8")))
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{pilot.markdown()}\n\n{END}{after}"
+    return with_part(page, BEGIN, pilot.markdown())
 
 
 if __name__ == "__main__":

@@ -329,9 +329,14 @@ def _overall(readings: Sequence[Readings]) -> str:
 
 def filled(page: str, study: Study) -> str:
     """Return the page with its tables written anew."""
-    before, _, rest = page.partition(BEGIN)
+    return with_part(page, BEGIN, results_markdown(study))
+
+
+def with_part(page: str, begin: str, part: str) -> str:
+    """Return the page with another text between a comment that begins a part and the next end."""
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{results_markdown(study)}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{part}\n\n{END}{after}"
 
 
 if __name__ == "__main__":
