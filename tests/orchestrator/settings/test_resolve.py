@@ -61,6 +61,8 @@ def test_all_problems_are_reported_at_once_with_their_values():
         ("sweep.thresholds=[0.1, yes]", "sweep.thresholds: input should be a valid number; got Tr"),
         ("sweep.learning_rates={iiet: on}", "sweep.learning_rates: input should be a valid number"),
         ("model.corrections=yes", "model.corrections: input should be a valid integer; got True"),
+        # Of a list, the wrong item is told alone.
+        ("model.corrections=[2, yes]", "settings: model.corrections: input should be a valid int"),
         ("training.compile=1", "input should be a valid boolean; got 1"),
         ("training.seed=9007199254740993", "this number is too large"),
         ("training.learning_rate=.nan", "input should be a finite number; got nan"),
