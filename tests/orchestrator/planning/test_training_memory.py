@@ -280,9 +280,7 @@ def planned_evaluation(config: ModelConfig, forms: Forms) -> float:
         )
         for schedule in (IterationSchedule((1,)), IterationSchedule((2,)))
     )
-    added = (
-        two_corrections["activations"] - one_correction["activations"]
-    ) / config.context_length
+    added = (two_corrections["activations"] - one_correction["activations"]) / config.context_length
     return added - 2 * config.dim * 4
 
 
@@ -309,7 +307,7 @@ def test_the_plan_for_gpus_counts_what_compiled_evaluations_keep(model_for_gpus)
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_hidden_states_of_a_teacher_count(checkpoint):
-    sizes = {"num_heads": 4, "context_length": 64, **SHAPES["shared heads"], "schedule": 2, "num_layers": 3}
+    sizes = {"num_heads": 4, "context_length": 64, **SHAPES["shared heads"], "schedule": 2}
     config = preset("tiny", **sizes)
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
@@ -335,7 +333,7 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
         )["activations"]
 
     added = estimate(compares_hidden=True) - estimate(compares_hidden=False)
-    assert added == 4 * 64 * 64 * 4 * 3  # Bytes of float32 states of 3 layers.
+    assert added == 4 * 64 * 64 * 4 * 4  # Bytes of float32 states of 4 layers.
     with_hidden = measured(1.0)
     assert 0.5 * added < with_hidden - measured(0.0) < 1.01 * added
     assert with_hidden / FACTOR < estimate(compares_hidden=True) < with_hidden * FACTOR
