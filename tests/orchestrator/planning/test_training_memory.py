@@ -307,8 +307,8 @@ def test_the_plan_for_gpus_counts_what_compiled_evaluations_keep(model_for_gpus)
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_hidden_states_of_a_teacher_count(checkpoint):
-    sizes = {"num_heads": 4, "context_length": 64, **SHAPES["shared heads"], "schedule": 2}
-    config = preset("tiny", **sizes)
+    sizes = {"num_layers": 6, "num_heads": 4, "context_length": 64, "dim": 64, "ffn_dim": 176}
+    config = preset("tiny", vocab_size=64, schedule=2, **sizes)
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
     teacher = frozen_teacher(decoder)
@@ -333,7 +333,7 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
         )["activations"]
 
     added = estimate(compares_hidden=True) - estimate(compares_hidden=False)
-    assert added == 4 * 64 * 64 * 4 * 4  # Bytes of float32 states of 4 layers.
+    assert added == 4 * 64 * 64 * 4 * 6  # Bytes of float32 states of 6 layers.
     with_hidden = measured(1.0)
     assert 0.5 * added < with_hidden - measured(0.0) < 1.01 * added
     assert with_hidden / FACTOR < estimate(compares_hidden=True) < with_hidden * FACTOR
