@@ -256,7 +256,9 @@ def _names_in(module: str) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)}
+            names |= {
+                part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)
+            }
     return names
 
 
