@@ -46,6 +46,8 @@ class SeenOperations(_SeesOperations):
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 

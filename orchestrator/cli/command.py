@@ -103,12 +103,13 @@ class Command:
 
     def run(self, **values: Any) -> None:
         """Call the function with the values of its parameters, and print what it returns."""
-        settings = {key: values.pop(_name(flags)) for flags, key in self.options.items()}
+        settings = {option: values.pop(_name(option)) for option in self.options}
         shared = {name: values.pop(name) for name in SHARED if name in values}
         call = Call(self.name, self.workspace, shared, bool(self.options or self.config))
-        for key, value in settings.items():
+        for option, value in settings.items():
+            key = self.options[option]
             is_list = isinstance(value, str) and _plain_type(_field(key).annotation) is tuple
-            call.set(key, split_list(value) if is_list else value)
+            call.set(key, split_list(value) if is_list else value, option=option)
         try:
             with call.stack:
                 call.refuse_unread(self.unread)

@@ -126,8 +126,6 @@ def influence(
             raise UserError("these options are for a looped model; name the model")
         decides = "all that is measured of a looped model's loops is shown at once"
         call.refuse_unread({"influence.metric": decides})
-        if metric := call.options.get("influence.metric"):
-            raise UserError(f"--metric {metric}: {decides}; leave it out")
         loops = plan_loop_influence(
             call.settings,
             workspace=call.session.workspace,

@@ -69,6 +69,9 @@ class Call:
         self._has_settings = has_settings
         self._settings: Any = None
         self.options = dict[str, Any]()
+        """Setting -> its value, of those that options of the command change."""
+        self.given_options = dict[str, str]()
+        """Option with a value, such as `--limit` -> the setting that it changes."""
         self.stack = ExitStack()
         """What is closed when the command ends: the workspace with its log and progress display."""
         self.config: str | None = shared.get("config")
@@ -80,14 +83,21 @@ class Call:
         self.dry_run: bool = shared.get("dry_run", False)
         self.as_json: bool = shared.get("as_json", False)
 
-    def set(self, key: str, value: Any) -> None:
-        """Change a setting before they are read, unless the value is missing or empty."""
-        if value is not None and value != []:
-            self.options[key] = value
+    def set(self, key: str, value: Any, *, option: str | None = None) -> None:
+        """Change a setting before they are read, unless the value is missing or empty.
+
+        Args:
+            option: The option that the user gave for it, if it has one.
+        """
+        if value is None or value == []:
+            return
+        self.options[key] = value
+        if option is not None:
+            self.given_options[option] = key
 
     def refuse_unread(self, unread: Mapping[str, str]) -> None:
-        """Refuse `--set` of what the command does not read: the user expects that it changes
-        something. A file may have such sections, because several commands share it.
+        """Refuse `--set` and options of what the command does not read: the user expects that they
+        change something. A file may have such sections, because several commands share it.
 
         Args:
             unread: Section of the settings, or key of a single setting -> what decides instead.
@@ -95,18 +105,21 @@ class Call:
         Raises:
             UserError: Names each such setting, and what decides instead.
         """
-        if not self.changes:
+        if not self.changes and not self.given_options:
             return
         from orchestrator.settings.resolve import changed_keys
 
+        changed = list(self.given_options.items())
+        changed += [
+            (f"--set {shortened(key)}", key)
+            for key in chain.from_iterable(map(changed_keys, self.changes))
+        ]
         problems = []
-        for key in chain.from_iterable(map(changed_keys, self.changes)):
+        for source, key in changed:
             part = unread_part(key, unread)
             if part is not None:
                 what = "it" if part == key else f"the section {part}"
-                problems.append(
-                    f"--set {shortened(key)}: {self.name} does not read {what}; {unread[part]}"
-                )
+                problems.append(f"{source}: {self.name} does not read {what}; {unread[part]}")
         if problems:
             raise UserError("\n".join(problems))
 

@@ -32,7 +32,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.training.objective import validation_metrics
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import out_of_memory_text
+from orchestrator.workspace.errors import UserError, out_of_memory_text
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 
@@ -282,17 +282,24 @@ def heldout_loss(
     Raises:
         DeviceError: If the memory is too small for one sequence.
         Interrupted: If this process was asked to stop.
+        UserError: If no token that is read is a target.
     """
-    batches = open_data(tokens_folder).validation_batches(
+    validation_batches = open_data(tokens_folder).validation_batches(
         context_length=sequence_length or decoder.config.context_length,
         num_tokens=num_tokens,
         batch_size=batch_size,
     )
+    batches = list(validation_batches)
+    if not any(batch.num_targets for batch in batches):
+        raise UserError(
+            f"the {num_tokens:,} held-out tokens that are read are all of prompts, which have no "
+            "loss; leave evaluation.limit out or set it higher"
+        )
     try:
         # The arithmetic is that of the weights, as for the tasks.
         metrics = validation_metrics(
             decoder,
-            list(batches),
+            batches,
             decoder.schedule,
             precision="fp32",
             world=World(device=str(decoder.device)),

@@ -57,7 +57,7 @@ def resolve_settings(
     except ValidationError as error:
         errors = error.errors()
         for problem in errors:
-            if not any(_causes(other_problem, problem) for other_problem in errors):
+            if not _has_a_wrong_item(problem, errors):
                 problems += _described(problem)
     if not problems:
         return _fill_precisions(settings, merged)
@@ -168,12 +168,19 @@ def _without_empty_sections(
     return full
 
 
-def _causes(problem: Any, other: Any) -> bool:
-    """Return whether the value of one problem is an item of the list that the other is about."""
-    place = other["loc"]
-    value = other["input"]
-    is_inside = len(problem["loc"]) > len(place) and problem["loc"][: len(place) - 1] == place[:-1]
-    return is_inside and isinstance(value, list | tuple) and problem["input"] in value
+def _has_a_wrong_item(problem: Any, errors: list[Any]) -> bool:
+    """Return whether the value is a list with an item that another problem is about."""
+    value = problem["input"]
+    if not isinstance(value, list | tuple):
+        return False
+    place = problem["loc"]
+    section = place[:-1]
+    return any(
+        len(error["loc"]) > len(place)
+        and error["loc"][: len(section)] == section
+        and error["input"] in value
+        for error in errors
+    )
 
 
 def _described(problem: Any) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,14 +61,21 @@ def extension_packages() -> dict[str, str]:
 
     `docs/extending.md` lists the groups of entry points.
     """
+    return dict(_extension_packages(tuple(sys.path)))
+
+
+@lru_cache(maxsize=16)
+def _extension_packages(_: tuple[str, ...]) -> dict[str, str]:
+    # Reading all metadata takes milliseconds, and each checkpoint asks; the path decides.
     entry_points = metadata.entry_points()
     groups = [group for group in entry_points.groups if group.startswith(("iiet.", "iiet_orch."))]
     extensions = [entry for group in groups for entry in entry_points.select(group=group)]
     return {entry.dist.name: entry.dist.version for entry in extensions if entry.dist}
 
 
+@cache
 def installed_version(name: str) -> str:
-    """Return the version of a distribution, or `NOT_INSTALLED`."""
+    """Return the version of a distribution, or `NOT_INSTALLED`; it is read once."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -212,6 +212,21 @@ def test_a_setting_that_a_command_does_not_read_is_refused(words, changes, decid
     assert not Path("space").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "decides"),
+    [
+        ("export run --no-measure --device cpu", "--device", "--no-measure"),
+        ("export run --format gguf --device cpu", "--device", "GGUF"),
+        ("influence run -r 4 --metric loss", "--metric", "looped"),
+    ],
+)
+def test_an_option_of_such_a_setting_is_refused_as_well(words, option, decides, capsys):
+    printed = _printed(capsys, *words.split(), "--workspace", "space", code=2)
+    assert option in printed
+    assert decides in printed
+    assert not Path("space").exists()
+
+
 def test_a_file_may_have_what_a_command_does_not_read(tmp_path, capsys):
     (tmp_path / "all.yaml").write_text(
         "data: {source: files, files: [text/a.txt]}\nsearch: {seed: 1}\nmodel: {num_layers: 3}\n"

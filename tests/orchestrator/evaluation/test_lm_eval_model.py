@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
+from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling, generate_answers
 from orchestrator.evaluation.lm_eval_model import DecoderModel, run_task
@@ -29,9 +31,11 @@ from orchestrator.evaluation.tasks import LoadedSuite, load_suite, suppress_outp
 from orchestrator.models.tokenizer import Message, ModelTokenizer, check_template
 from orchestrator.records.evaluation import Suite
 from orchestrator.reporting.statistics import shared_metric
+from orchestrator.settings import resolve_settings
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.stop import stop_when
 from orchestrator.workspace.errors import DeviceError, Interrupted, UserError
+from orchestrator.workspace.layout import Workspace
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "lastword": [
@@ -302,6 +306,19 @@ def test_a_limit_of_items_is_one_of_the_sequences_of_the_validation_loss(decoder
     shapes = limit_tokens(decoder)
     heldout_loss(decoder, tiny_tokens, num_tokens=3 * CONTEXT)
     assert shapes == [(3, CONTEXT)]
+
+
+def test_a_limit_at_which_only_prompts_are_read_is_refused_by_name(decoder, tmp_path):
+    rows = [
+        {"prompt": f"Number {number}: " + "who saw the birds? " * 30, "completion": "I did."}
+        for number in range(60)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {"source": "files", "files": [str(path)], "vocab_size": 300}
+    tokens = prepare(resolve_settings({"data": tree}).data, Workspace(tmp_path / "workspace"))
+    with refused(UserError, "evaluation.limit", str(CONTEXT)):
+        heldout_loss(decoder, tokens, num_tokens=CONTEXT)
 
 
 def test_a_measurement_ends_before_its_next_pass_when_a_stop_is_requested(make_model, tiny_tokens):
