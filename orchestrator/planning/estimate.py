@@ -9,7 +9,6 @@ fit a machine. A frozen model that runs beside the trained one is the `teacher`:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -107,14 +106,14 @@ class Estimate:
     @cached_property
     def num_teacher_tokens(self) -> int:
         """Tokens that the teacher reads in them."""
-        steps = sum(map(self.loss.uses_teacher, self.steps_left)) if self.teacher else 0
-        return steps * self.recipe.num_tokens_per_step
+        steps = self.loss.steps_with_teacher(self.steps_left) if self.teacher else range(0)
+        return len(steps) * self.recipe.num_tokens_per_step
 
     @cached_property
     def stages(self) -> dict[IterationSchedule, int]:
         """Iteration schedule -> number of these steps under it."""
-        schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
-        return dict(Counter(map(schedule_at, self.steps_left)))
+        stages = schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
+        return {schedule: len(steps) for schedule, steps in stages.items()}
 
     @property
     def sequence_length(self) -> int:
@@ -127,7 +126,14 @@ class Estimate:
         # Members of a retrofit learn from its full schedule, also beside a source.
         is_student = self.teacher is not None and not self.recipe.source_kl_weight
         flops_at = schedules.model_flops_by_step(self.config, self.recipe, is_student=is_student)
-        return self.recipe.num_tokens_per_step * math.fsum(map(flops_at, self.steps_left))
+        if self.recipe.elastic:  # Each step draws members of its own.
+            flops_per_token = math.fsum(map(flops_at, self.steps_left))
+        else:
+            stages = schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
+            flops_per_token = math.fsum(
+                len(steps) * flops_at(steps.start) for steps in stages.values()
+            )
+        return self.recipe.num_tokens_per_step * flops_per_token
 
     @cached_property
     def teacher_flops(self) -> float:

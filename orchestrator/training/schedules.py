@@ -9,6 +9,7 @@ before its decay; or constant.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -84,6 +85,27 @@ def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> S
         return stages[min(most, 1 + (step - ramp_start) * most // (ramp_end - ramp_start))]
 
     return schedule_at
+
+
+def stages_of(
+    schedule: IterationSchedule, recipe: TrainingSettings, steps: range
+) -> dict[IterationSchedule, range]:
+    """Return the iteration schedules of consecutive steps, each with the steps under it."""
+    schedule_at = schedule_by_step(schedule, recipe)
+    stages: dict[IterationSchedule, range] = {}
+    start = steps.start
+    while start < steps.stop:
+        schedule_of_stage = schedule_at(start)
+        # Each stage makes more corrections than the one before, so its end is searched for.
+        end = bisect_right(
+            range(steps.stop),
+            schedule_of_stage.num_corrections,
+            lo=start,
+            key=lambda step: schedule_at(step).num_corrections,
+        )
+        stages[schedule_of_stage] = range(start, end)
+        start = end
+    return stages
 
 
 def elastic_family(

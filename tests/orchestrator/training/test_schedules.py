@@ -11,7 +11,12 @@ import pytest
 
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
-from orchestrator.training.schedules import drawn_by_step, learning_rate_at, schedule_by_step
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    learning_rate_at,
+    schedule_by_step,
+    stages_of,
+)
 
 RATE = {"num_steps": 100, "warmup_steps": 10, "learning_rate": 1.0,
         "final_learning_rate_fraction": 0.1}  # fmt: skip
@@ -60,6 +65,13 @@ def test_corrections_come_at_once_or_over_a_ramp(corrections, from_fraction, ram
     schedule_at = schedule_by_step(IterationSchedule(corrections), recipe)
     schedules = [schedule_at(step).corrections for step in range(100)]
     assert [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)] == stages
+    # The rest of a training that has done 10 steps.
+    steps_of_stages = stages_of(IterationSchedule(corrections), recipe, range(10, 100))
+    schedule_of_step = {
+        step: schedule.corrections for schedule, steps in steps_of_stages.items() for step in steps
+    }
+    assert list(schedule_of_step) == list(range(10, 100))
+    assert list(schedule_of_step.values()) == schedules[10:]
 
 
 def drawn(
