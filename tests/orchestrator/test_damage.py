@@ -297,6 +297,8 @@ def copies(tmp_path_factory) -> Iterator[Copies]:
         gc.freeze()  # What is collected below is then little.
         yield Copies(workspace.root)
         gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # The modules, as before: see the hooks of all tests.
 
 
 def _fill(workspace: Workspace) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator import cli
 from orchestrator.data.store import open_tokens
+from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import weights_key
 from orchestrator.models.load import load_model
 from orchestrator.models.loops import LoopedModel
@@ -70,7 +71,9 @@ class Exported(LoopedModel):
 
 
 @pytest.fixture
-def workspace(tmp_path, tiny_tokens) -> Workspace:
+def workspace(tmp_path, tiny_tokens, monkeypatch) -> Workspace:
+    for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
+        monkeypatch.setattr(decode_timing, name, 2)
     workspace = open_workspace(tmp_path / "workspace")
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     return workspace
