@@ -9,7 +9,6 @@ fit a machine. A frozen model that runs beside the trained one is the `teacher`:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -111,10 +110,9 @@ class Estimate:
         return steps * self.recipe.num_tokens_per_step
 
     @cached_property
-    def stages(self) -> dict[IterationSchedule, int]:
-        """Iteration schedule -> number of these steps under it."""
-        schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
-        return dict(Counter(map(schedule_at, self.steps_left)))
+    def stages(self) -> dict[IterationSchedule, range]:
+        """Iteration schedule -> those of these steps that are under it."""
+        return schedules.steps_by_schedule(self.config.corrections, self.recipe, self.steps_left)
 
     @property
     def sequence_length(self) -> int:
@@ -127,7 +125,12 @@ class Estimate:
         # Members of a retrofit learn from its full schedule, also beside a source.
         is_student = self.teacher is not None and not self.recipe.source_kl_weight
         flops_at = schedules.model_flops_by_step(self.config, self.recipe, is_student=is_student)
-        return self.recipe.num_tokens_per_step * math.fsum(map(flops_at, self.steps_left))
+        if self.num_members:  # Each step draws its own.
+            flops_per_token = math.fsum(map(flops_at, self.steps_left))
+        else:
+            flops_of_stages = (len(steps) * flops_at(steps[0]) for steps in self.stages.values())
+            flops_per_token = math.fsum(flops_of_stages)
+        return self.recipe.num_tokens_per_step * flops_per_token
 
     @cached_property
     def teacher_flops(self) -> float:

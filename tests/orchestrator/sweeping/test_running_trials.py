@@ -124,7 +124,7 @@ def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials,
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     tiny_plan, trials, measured, tmp_path
 ):
-    looks = {"num_steps": 20, "validate_every_steps": 5}
+    looks = {"validate_every_steps": 5}
     low, high, alone = (
         in_folder(
             with_job(trials[1], {**looks, "learning_rate": rate}), tmp_path / name, key=name,

@@ -11,7 +11,12 @@ import pytest
 
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
-from orchestrator.training.schedules import drawn_by_step, learning_rate_at, schedule_by_step
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    learning_rate_at,
+    schedule_by_step,
+    steps_by_schedule,
+)
 
 RATE = {"num_steps": 100, "warmup_steps": 10, "learning_rate": 1.0,
         "final_learning_rate_fraction": 0.1}  # fmt: skip
@@ -57,9 +62,15 @@ def test_corrections_come_at_once_or_over_a_ramp(corrections, from_fraction, ram
     recipe = TrainingSettings(
         num_steps=100, iterate_from_fraction=from_fraction, iterate_ramp_fraction=ramp_fraction
     )
-    schedule_at = schedule_by_step(IterationSchedule(corrections), recipe)
+    schedule = IterationSchedule(corrections)
+    schedule_at = schedule_by_step(schedule, recipe)
     schedules = [schedule_at(step).corrections for step in range(100)]
     assert [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)] == stages
+    left = steps_by_schedule(schedule, recipe, range(30, 100))
+    assert {capped.corrections: [*steps] for capped, steps in left.items()} == {
+        capped: [step for step in range(30, 100) if schedules[step] == capped]
+        for capped in schedules[30:]
+    }
 
 
 def drawn(
