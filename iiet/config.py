@@ -497,8 +497,14 @@ class DistillationConfig:
 
     def uses_teacher(self, step: int) -> bool:
         """Whether the loss of this step, counted from 0, needs the teacher."""
-        is_inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
-        return is_inside and (self.kl_weight > 0 or self.hidden_weight > 0)
+        return step in self.steps_with_teacher(range(step, step + 1))
+
+    def steps_with_teacher(self, steps: range) -> range:
+        """Return those of consecutive steps whose loss needs the teacher."""
+        if self.kl_weight == 0 and self.hidden_weight == 0:
+            return range(0)
+        end = steps.stop if self.end_step is None else min(steps.stop, self.end_step)
+        return range(max(steps.start, self.start_step), end)
 
     def needs_hidden(self, step: int) -> bool:
         """Whether the loss of this step needs the hidden states of both models."""

@@ -243,7 +243,7 @@ class _Sizes(NamedTuple):
     """Parameters of a field's matrices; its norms have the others."""
 
 
-@lru_cache(maxsize=1024)  # Another schedule is checked with all of the config.
+@lru_cache(maxsize=1024)
 def _sizes(config: ModelConfig) -> _Sizes:
     return _counted_sizes(config if config.schedule is None else config.with_schedule(0))
 

@@ -40,9 +40,9 @@ from orchestrator.training.world import World
 COMPILER = os.environ.get("CXX") or "g++"
 GPU = r"""
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
-#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 constexpr auto CUDA = c10::DeviceType::CUDA;
@@ -72,7 +72,7 @@ struct Driver : at::CUDAHooksInterface {
 };
 
 template <typename... Anything>
-int64_t flash(Anything...) { return int64_t(sdp::SDPBackend::flash_attention); }
+int64_t flash(Anything...) { return int64_t(at::SDPBackend::flash_attention); }
 
 namespace at {
 struct CUDAHooks : Driver { explicit CUDAHooks(CUDAHooksArgs) {} };

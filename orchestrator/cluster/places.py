@@ -229,3 +229,41 @@ class _Sent:
 
 _sent: list[Any] = []
 """An actor lives as long as somebody holds it."""
+
+
+class StopRequests:
+    """Keys of the trials that ASHA asks to end. An actor of Ray holds the keys, because trials run
+    on all nodes, and each must learn of its request."""
+
+    def __init__(self) -> None:
+        """Start the actor; it ends with the last copy of this object."""
+        import ray
+
+        # Its class lies here: a process of Ray imports its module, and that of Tune takes seconds.
+        self._actor: Any = ray.remote(num_cpus=0)(_Keys).remote()
+
+    def ask(self, key: str) -> None:
+        """Ask a trial to end. When this returns, `is_asked` is true for it on all nodes."""
+        import ray
+
+        ray.get(self._actor.add.remote(key))
+
+    def is_asked(self, key: str) -> bool:
+        """Return whether a trial was asked to end."""
+        import ray
+
+        answer: bool = ray.get(self._actor.contains.remote(key))
+        return answer
+
+
+class _Keys:
+    """The actor of `StopRequests`."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def add(self, key: str) -> None:
+        self._keys.add(key)
+
+    def contains(self, key: str) -> bool:
+        return key in self._keys

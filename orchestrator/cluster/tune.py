@@ -29,7 +29,13 @@ from typing import Any, Protocol
 
 import torch
 
-from orchestrator.cluster.places import Placement, Signal, job_placement, worker_device
+from orchestrator.cluster.places import (
+    Placement,
+    Signal,
+    StopRequests,
+    job_placement,
+    worker_device,
+)
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
 from orchestrator.cluster.work import WorkPlace
@@ -112,37 +118,6 @@ class TrialQueue(Protocol):
 
     def saved(self) -> str:
         """Say what is finished and saved; called after a signal, in the main thread."""
-
-
-class StopRequests:
-    """Keys of the trials that ASHA asks to end. An actor of Ray holds the keys, because trials run
-    on all nodes, and each must learn of its request."""
-
-    def __init__(self) -> None:
-        """Start the actor; it ends with the last copy of this object."""
-        self._actor: Any = ray.remote(num_cpus=0)(_Keys).remote()
-
-    def ask(self, key: str) -> None:
-        """Ask a trial to end. When this returns, `is_asked` is true for it on all nodes."""
-        ray.get(self._actor.add.remote(key))
-
-    def is_asked(self, key: str) -> bool:
-        """Return whether a trial was asked to end."""
-        answer: bool = ray.get(self._actor.contains.remote(key))
-        return answer
-
-
-class _Keys:
-    """The actor of `StopRequests`."""
-
-    def __init__(self) -> None:
-        self._keys: set[str] = set()
-
-    def add(self, key: str) -> None:
-        self._keys.add(key)
-
-    def contains(self, key: str) -> bool:
-        return key in self._keys
 
 
 class TuneProcess:

@@ -106,13 +106,14 @@ class Estimate:
     @cached_property
     def num_teacher_tokens(self) -> int:
         """Tokens that the teacher reads in them."""
-        steps = sum(map(self.loss.uses_teacher, self.steps_left)) if self.teacher else 0
-        return steps * self.recipe.num_tokens_per_step
+        steps = self.loss.steps_with_teacher(self.steps_left) if self.teacher else range(0)
+        return len(steps) * self.recipe.num_tokens_per_step
 
     @cached_property
-    def stages(self) -> dict[IterationSchedule, range]:
-        """Iteration schedule -> those of these steps that are under it."""
-        return schedules.steps_by_schedule(self.config.corrections, self.recipe, self.steps_left)
+    def stages(self) -> dict[IterationSchedule, int]:
+        """Iteration schedule -> number of these steps under it."""
+        stages = schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
+        return {schedule: len(steps) for schedule, steps in stages.items()}
 
     @property
     def sequence_length(self) -> int:
@@ -125,11 +126,13 @@ class Estimate:
         # Members of a retrofit learn from its full schedule, also beside a source.
         is_student = self.teacher is not None and not self.recipe.source_kl_weight
         flops_at = schedules.model_flops_by_step(self.config, self.recipe, is_student=is_student)
-        if self.num_members:  # Each step draws its own.
+        if self.recipe.elastic:  # Each step draws members of its own.
             flops_per_token = math.fsum(map(flops_at, self.steps_left))
         else:
-            flops_of_stages = (len(steps) * flops_at(steps[0]) for steps in self.stages.values())
-            flops_per_token = math.fsum(flops_of_stages)
+            stages = schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
+            flops_per_token = math.fsum(
+                len(steps) * flops_at(steps.start) for steps in stages.values()
+            )
         return self.recipe.num_tokens_per_step * flops_per_token
 
     @cached_property

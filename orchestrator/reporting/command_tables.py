@@ -337,9 +337,9 @@ def training_rows(
     )
     if training.stages:
         stages = []
-        for schedule, steps in training.stages.items():
+        for schedule, num_steps in training.stages.items():
             r = schedule[0] if len(set(schedule)) == 1 else schedule
-            stages.append(f"r = {r} for {len(steps):,} steps")
+            stages.append(f"r = {r} for {num_steps:,} steps")
         drawn = format_count(training.num_members, "cheaper schedule")
         members = f"; with corrections, each step also trains {drawn}"
         yield "corrections", ", then ".join(stages) + (members if training.num_members else "")

@@ -66,43 +66,46 @@ def steps_before_corrections(recipe: TrainingSettings) -> int:
     return round(recipe.num_steps * recipe.iterate_from_fraction)
 
 
-def stages_of(
-    schedule: IterationSchedule, recipe: TrainingSettings
-) -> list[tuple[int, IterationSchedule]]:
-    """Return the first step and the schedule of each stage: no corrections, at last all of them.
+def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleByStep:
+    """Return the schedule of each step: no corrections in the first stage, then all of them.
 
     The ramp between the two has equal parts: in part k, layer l makes `min(r_l, k)` corrections.
-    A stage ends where the next one begins; it may have no steps.
     """
     most = schedule.max_corrections
+    stages = tuple(_capped(schedule, limit) for limit in range(most + 1))
+    ramp_end_fraction = recipe.iterate_from_fraction + recipe.iterate_ramp_fraction
     ramp_start = steps_before_corrections(recipe)
-    ramp_end = round(
-        recipe.num_steps * (recipe.iterate_from_fraction + recipe.iterate_ramp_fraction)
-    )
-    stages = [(0, _capped(schedule, 0))]
-    for part in range(1, most + 1):
-        steps_before = -(-(part - 1) * (ramp_end - ramp_start) // most)  # Rounded up.
-        stages.append((ramp_start + steps_before, _capped(schedule, part)))
-    return stages
+    ramp_end = round(recipe.num_steps * ramp_end_fraction)
+
+    def schedule_at(step: int) -> IterationSchedule:
+        if step < ramp_start:
+            return stages[0]
+        if step >= ramp_end:
+            return stages[most]
+        return stages[min(most, 1 + (step - ramp_start) * most // (ramp_end - ramp_start))]
+
+    return schedule_at
 
 
-def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleByStep:
-    """Return the schedule of each step, that of its stage."""
-    first_steps, schedules = zip(*stages_of(schedule, recipe), strict=True)
-    return lambda step: schedules[bisect_right(first_steps, step) - 1]
-
-
-def steps_by_schedule(
+def stages_of(
     schedule: IterationSchedule, recipe: TrainingSettings, steps: range
 ) -> dict[IterationSchedule, range]:
-    """Return the schedules of these steps, and which of the steps are under each."""
-    stages = stages_of(schedule, recipe)
-    ends = [*(first_step for first_step, _ in stages[1:]), recipe.num_steps]
-    steps_of_stages = {
-        capped: range(max(first_step, steps.start), min(end, steps.stop))
-        for (first_step, capped), end in zip(stages, ends, strict=True)
-    }
-    return {capped: steps for capped, steps in steps_of_stages.items() if steps}
+    """Return the iteration schedules of consecutive steps, each with the steps under it."""
+    schedule_at = schedule_by_step(schedule, recipe)
+    stages: dict[IterationSchedule, range] = {}
+    start = steps.start
+    while start < steps.stop:
+        schedule_of_stage = schedule_at(start)
+        # Each stage makes more corrections than the one before, so its end is searched for.
+        end = bisect_right(
+            range(steps.stop),
+            schedule_of_stage.num_corrections,
+            lo=start,
+            key=lambda step: schedule_at(step).num_corrections,
+        )
+        stages[schedule_of_stage] = range(start, end)
+        start = end
+    return stages
 
 
 def elastic_family(

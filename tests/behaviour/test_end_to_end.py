@@ -237,36 +237,36 @@ def interrupted(process: Started) -> str:
     return printed
 
 
-TWO_TRIALS = [
-    "sweep-iterations",
-    *small(
+def sweep_of_two(num_steps: int) -> list[str]:
+    """Return the words of a sweep of two trials, one after the other."""
+    return [
         "sweep-iterations",
-        "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
-        "training.num_steps=300", "training.checkpoint_every_steps=20",
-    ),
-]  # fmt: skip
+        *small(
+            "sweep-iterations",
+            "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
+            f"training.num_steps={num_steps}", "training.checkpoint_every_steps=20",
+            f"training.validate_every_steps={num_steps // 2}",
+        ),
+    ]  # fmt: skip
 
 
-@pytest.fixture
-def second_trial(tmp_path) -> Started:
-    """A sweep of which one trial is finished, and another one has a checkpoint."""
-    process = Started(*TWO_TRIALS, "--workspace", str(tmp_path))
+def wait_for_second_trial(sweep: Started, workspace: Path) -> None:
+    """Wait until one trial is finished, and another one has a checkpoint."""
 
     def has_come() -> bool:
-        finished = {path.parent for path in tmp_path.glob("runs/*/done.json")}
-        saved = {path for path in tmp_path.glob("runs/*") if find_checkpoints(path)}
+        finished = {path.parent for path in workspace.glob("runs/*/done.json")}
+        saved = {path for path in workspace.glob("runs/*") if find_checkpoints(path)}
         return bool(finished and saved - finished)
 
-    process.wait_for(has_come)
-    return process
+    sweep.wait_for(has_come)
 
 
-def ends_from_where_it_was(workspace: Path) -> None:
-    """Run the sweep again and check that it trained nothing twice."""
+def ends_from_where_it_was(sweep: list[str], workspace: Path) -> None:
+    """Run a sweep again and check that it trained nothing twice."""
     finished = {path.parent for path in workspace.glob("runs/*/done.json")}
     newest = {p: find_checkpoints(p)[-1] for p in workspace.glob("runs/*") if find_checkpoints(p)}
     assert len(finished) < len(newest) == 2
-    assert "of them found finished" in run_here(*TWO_TRIALS, workspace=workspace)
+    assert "of them found finished" in run_here(*sweep, workspace=workspace)
     assert len(list(workspace.glob("runs/*/done.json"))) == 2
     for folder, checkpoint in newest.items():
         records = read_journal(folder)[0]
@@ -275,20 +275,26 @@ def ends_from_where_it_was(workspace: Path) -> None:
         assert resumed == ([] if folder in finished else [place])
 
 
-def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, second_trial, ray_session):
-    family = psutil.Process(second_trial.pid).children(recursive=True)
+def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, ray_session):
+    sweep = sweep_of_two(num_steps=100)
+    driver = Started(*sweep, "--workspace", str(tmp_path))
+    wait_for_second_trial(driver, tmp_path)
+    family = psutil.Process(driver.pid).children(recursive=True)
     # Ray Tune names its process around a trial so.
     trainers = [p for p in family if "ImplicitFunc" in " ".join(p.cmdline())]
-    second_trial.kill()
-    second_trial.communicate()
+    driver.kill()
+    driver.communicate()
     _, alive = psutil.wait_procs(trainers, timeout=60)
     assert trainers
     assert not alive, "who trains ends with the driver"
-    ends_from_where_it_was(tmp_path)
+    ends_from_where_it_was(sweep, tmp_path)
 
 
 @pytest.mark.long
-def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, second_trial, ray_session):
+def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, ray_session):
+    sweep = sweep_of_two(num_steps=300)
+    driver = Started(*sweep, "--workspace", str(tmp_path))
+    wait_for_second_trial(driver, tmp_path)
     live = {"train/loss", "train/learning_rate", "train/tokens_per_second", "train/memory_gb"}
     watched: list[Run] = []
 
@@ -296,8 +302,8 @@ def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, second_t
         watched[:] = [run for run in runs(tmp_path) if run.info.status == "RUNNING"]
         return any(live <= run.data.metrics.keys() for run in watched)
 
-    second_trial.wait_for(is_shown)
-    printed = interrupted(second_trial)
+    driver.wait_for(is_shown)
+    printed = interrupted(driver)
     stopped = {
         folder: record["step"]
         for folder in tmp_path.glob("runs/*")
@@ -309,7 +315,7 @@ def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, second_t
     assert re.search(rf"iiet-orch: interrupted; .* of 2 trials .*: saved at step {step};", printed)
     assert sorted(run.info.status for run in runs(tmp_path)) == ["FINISHED", "KILLED", "KILLED"]
 
-    ends_from_where_it_was(tmp_path)
+    ends_from_where_it_was(sweep, tmp_path)
     runs_by_id = {run.info.run_id: run for run in runs(tmp_path)}
     assert {run.info.status for run in runs_by_id.values()} == {"FINISHED"}
     keys = [(kind(run), run.data.tags["iiet.key"]) for run in runs_by_id.values()]

@@ -20,6 +20,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
+pytestmark = pytest.mark.long
+
 NODES = """
 import contextlib, json, os, pathlib, signal, sys, time
 import orchestrator.cluster  # sets what Ray reads when it is imported
@@ -158,13 +160,7 @@ def disturbed(
     return job, undisturbed, [r for r in records if r.get("name") in ("started", "resumed")]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("trial", marks=pytest.mark.slow),
-        pytest.param("notice", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("kind", ["trial", "notice"])
 def test_a_lost_node_changes_no_loss(kind, tiny_job):
     # After a notice, a checkpoint is written although none is due.
     steps, every = (5000, 5000) if kind == "notice" else (400, 20)
@@ -177,7 +173,6 @@ def test_a_lost_node_changes_no_loss(kind, tiny_job):
     assert curve(job) == curve(undisturbed)
 
 
-@pytest.mark.long
 def test_a_job_goes_on_with_fewer_workers_and_grows_back(tiny_job):
     # A low rate: rounding does not grow over thousands of steps.
     job, undisturbed, starts = disturbed(FEWER, "fewer", tiny_job, 25_000, 1000, learning_rate=1e-5)

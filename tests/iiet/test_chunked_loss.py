@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -71,6 +72,7 @@ def with_whole_logits(decoder: nn.Module) -> Callable[..., Any]:
     return lambda *arguments, **options: decoder(*arguments, **options)
 
 
+KINDS = ("text", "masked text", "few targets", "nothing")
 LOSSES: dict[str, dict[str, Any]] = {
     "cross-entropy": {"kl_weight": 0.0},
     "forward": {"kl_weight": 0.7, "temperature": 2.0},
@@ -81,10 +83,14 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("kind", ["text", "masked text", "few targets", "nothing"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_values_and_gradients_equal_those_of_whole_logits(loss, tied, kind):
+@pytest.mark.parametrize(
+    ("kind", "loss", "tied"),
+    [
+        (kind, loss, number % 2 == 0)
+        for number, (kind, loss) in enumerate(itertools.product(KINDS, LOSSES))
+    ],
+)
+def test_values_and_gradients_equal_those_of_whole_logits(kind, loss, tied):
     decoder = fresh_decoder(tied=tied)
     batch = some_batch(kind)
     config = LOSSES[loss]

@@ -195,6 +195,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embed"),
         ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor"),
         ({"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_slow"),
+        ({"rope_scaling": {**YARN, "beta_slow": 32.5}}, "beta_slow"),  # beta_fast is 32.
         ({"rope_scaling": {**YARN, "short_factor": [1.0]}}, "short_factor"),
         (
             {"rope_scaling": {**ATTENTION["rope_scaling"], "high_freq_factor": 1.0}},

@@ -16,7 +16,8 @@ from iiet.methods import METHODS
 from iiet.plain_models import config_from_plain
 
 LENGTH = 14
-SCHEDULES = [0, 1, 2, 3, (0, 3, 0, 1)]
+MIXED_SCHEDULE = (0, 3, 2, 1)
+SCHEDULES = [0, 1, 2, 3, MIXED_SCHEDULE]
 
 
 def plain_model(case: str) -> Decoder:
@@ -46,10 +47,10 @@ def ids_of(plain: Decoder) -> torch.Tensor:
 
 
 def cached_logits(decoder: Decoder, ids: torch.Tensor, schedule: object) -> torch.Tensor:
-    """Return the logits of a prompt, then of one token after the other, with a cache."""
+    """Return the logits of two parts of a prompt, then of single tokens, with a cache."""
     decoder = decoder.with_schedule(schedule)
     cache = decoder.new_cache(batch_size=len(ids), max_tokens=LENGTH)
-    parts = [ids[:, :5], *ids[:, 5:].split(1, dim=1)]
+    parts = [ids[:, :5], ids[:, 5:10], *ids[:, 10:].split(1, dim=1)]
     with torch.no_grad():
         return torch.cat([decoder(part, cache=cache) for part in parts], dim=1)
 
@@ -59,20 +60,23 @@ def test_every_schedule_starts_as_the_plain_model_to_the_last_bit(case):
     plain = plain_model(case)
     decoder = retrofitted(plain)
     ids = ids_of(plain)
-    cached = cached_logits(plain, ids, 0)
+    logits = plain(ids)
     for schedule in SCHEDULES:
-        assert torch.equal(decoder(ids, schedule=schedule), plain(ids)), schedule
-        assert torch.equal(cached_logits(decoder, ids, schedule), cached), schedule
+        assert torch.equal(decoder(ids, schedule=schedule), logits), schedule
+    cached = cached_logits(decoder, ids, MIXED_SCHEDULE)
+    assert torch.equal(cached, cached_logits(plain, ids, 0))
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3 layer types", "smollm3 windows"])
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
-def test_ten_steps_move_the_model_and_its_corrections(case, kind):
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("llama", "scalar"), ("qwen3 layer types", "vector"), ("smollm3 windows", "scalar")],
+)
+def test_five_steps_move_the_model_and_its_corrections(case, kind):
     plain = plain_model(case)
     decoder = retrofitted(plain, learn_damping=kind)
     ids = ids_of(plain)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
-    for _ in range(10):
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
+    for _ in range(5):
         optimizer.zero_grad()
         next_token_loss(decoder(ids), ids).backward()
         optimizer.step()

@@ -224,8 +224,9 @@ def test_lora_trains_its_own_weights_alone(method, folders):
     assert all("lora_" in name for name in trained)
 
 
-@pytest.mark.parametrize("method", FAMILIES)
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(
+    ("method", "recomputes"), [("looped", False), *((method, True) for method in FAMILIES)]
+)
 @pytest.mark.slow
 def test_the_trainer_trains(method, recomputes, folders, tmp_path):
     model = loaded(folders[method])

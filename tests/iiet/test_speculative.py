@@ -24,7 +24,7 @@ def drafts(draft, draft_tokens="auto"):
     return {"draft": draft, "draft_tokens": draft_tokens}
 
 
-def plain_and_drafted(decoder, drafting=None, *, batch=3, max_new_tokens=40, **options):
+def plain_and_drafted(decoder, drafting=None, *, batch=3, max_new_tokens=24, **options):
     """Return what plain and speculative decoding generate, and the record."""
     ids = PROMPTS[:batch]
     mask = PADDING[:batch]
@@ -48,22 +48,20 @@ def test_the_tokens_are_those_of_plain_decoding(draft):
     assert (record.acceptance == 1) == (draft == "2,0,1")
 
 
-def test_a_batch_keeps_what_its_slowest_row_accepts():
+@pytest.mark.parametrize(("draft", "draft_tokens"), [("0", 1), ("0", 3), ("own", 3)])
+def test_a_batch_keeps_what_its_slowest_row_accepts(draft, draft_tokens):
     """With its own cache, a draft reads again what verification replaced."""
-    for draft in ("0", decoder_of((1, 0, 0))):
-        options = {"max_new_tokens": 60}
-
-        def records_of(draft_tokens, draft=draft, options=options):
-            drafting = drafts(draft, draft_tokens)
-            row_records = [
-                drafted(decoder_of(), row, **drafting, **options)[1] for row in PROMPTS.split(1)
-            ]
-            return row_records, drafted(decoder_of(), PROMPTS, **drafting, **options)[1]
-
-        row_records, batch_record = records_of(3)
-        slowest = min(record.tokens_per_verification for record in row_records)
-        assert 1 < batch_record.tokens_per_verification < slowest
-        row_records, batch_record = records_of(1)  # One token at a time: each position counts once.
+    decoder = decoder_of()
+    options = {
+        "max_new_tokens": 32,
+        "draft_tokens": draft_tokens,
+        "draft": decoder_of((1, 0, 0)) if draft == "own" else draft,
+    }
+    row_records = [drafted(decoder, row, **options)[1] for row in PROMPTS.split(1)]
+    _, batch_record = drafted(decoder, PROMPTS, **options)
+    slowest = min(record.tokens_per_verification for record in row_records)
+    assert 1 < batch_record.tokens_per_verification < slowest
+    if draft_tokens == 1:  # Each position counts once.
         share = sum(r.accepted for r in row_records) / sum(r.drafted for r in row_records)
         assert batch_record.acceptance == pytest.approx(share, abs=0.1)
 
@@ -71,9 +69,9 @@ def test_a_batch_keeps_what_its_slowest_row_accepts():
 def test_the_record_is_that_of_a_plain_loop():
     """A draft that reads whole texts anew; a row's tokens count up to its first that differs."""
     draft = decoder_of((1, 0, 0))
-    tokens_in_all = PROMPTS.size(1) + 40
-    expected = decoder_of().generate(PROMPTS, max_new_tokens=40)
-    _, record = drafted(decoder_of(), PROMPTS, max_new_tokens=40, **drafts(draft, 3))
+    tokens_in_all = PROMPTS.size(1) + 24
+    expected = decoder_of().generate(PROMPTS, max_new_tokens=24)
+    _, record = drafted(decoder_of(), PROMPTS, max_new_tokens=24, **drafts(draft, 3))
 
     plain = DraftRecord()
     length = PROMPTS.size(1) + 1  # The first token comes with the prompt's pass.
@@ -93,15 +91,17 @@ def test_the_record_is_that_of_a_plain_loop():
 
 def test_end_tokens_end_rows_as_in_plain_decoding():
     decoder = decoder_of()
-    endless = decoder.generate(PROMPTS, max_new_tokens=40, attention_mask=PADDING)
+    options = {"max_new_tokens": 24, "attention_mask": PADDING}
+    endless = decoder.generate(PROMPTS, **options)
     for stops in (
         [int(endless[0, 9])],
-        [int(endless[0, 9]), int(endless[1, 30])],
+        [int(endless[0, 9]), int(endless[1, 20])],
         endless[:, 12].tolist(),
     ):
+        expected = decoder.generate(PROMPTS, eos_token_id=stops, **options)
         for draft in ("0", "3,0,0"):
-            expected, generated, _ = plain_and_drafted(
-                decoder, drafts(draft, 4), eos_token_id=stops
+            generated, _ = drafted(
+                decoder, PROMPTS, eos_token_id=stops, **drafts(draft, 4), **options
             )
             assert torch.equal(expected, generated)
 

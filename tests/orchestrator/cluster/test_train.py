@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ import pytest
 import torch
 from pretended_cluster import LOOPBACK, listening_addresses
 from refusals import assert_names, refused
-from same_run import curve, events, state_of, workers
+from same_run import curve, events, state_of, steps_of, workers
 
 from orchestrator.cluster import task, train
 from orchestrator.cluster.places import Placement
@@ -26,6 +27,8 @@ from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
+from orchestrator.terminal.stop import stop_on_signals
+from orchestrator.training import checkpoint
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal
@@ -140,6 +143,32 @@ def attempts(monkeypatch) -> Callable[[Callable[[], None]], None]:
     return install
 
 
+@pytest.fixture
+def first_worker_here(attempts, monkeypatch) -> Callable[..., None]:
+    """A function that lets the first of `size` workers run in this process, without the others."""
+
+    class TrainerOfTheFirst:
+        def __init__(self, work: Callable[..., None], train_loop_config: Any, **_: Any) -> None:
+            self.work = work
+            self.config = train_loop_config
+
+        def fit(self) -> None:
+            self.work(self.config)
+
+    def install(size: int) -> None:
+        import ray.train.torch
+
+        ranks = {"rank": 0, "size": size}
+        context = {f"get_world_{name}": lambda value=value: value for name, value in ranks.items()}
+        context["get_local_world_size"] = lambda: size
+        attempts(pytest.fail)
+        monkeypatch.setattr(ray.train.torch, "TorchTrainer", TrainerOfTheFirst)
+        monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
+        monkeypatch.setenv(train.WATCHER_SWITCH, "0")
+
+    return install
+
+
 NOT_STOPPED: Any = SimpleNamespace(is_sent=lambda: False)
 """In the place of a signal, which only a Ray that runs can send."""
 
@@ -246,36 +275,19 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
 
 
 def test_workers_meet_where_no_other_user_looks_and_wait_for_each_other_as_long_as_set(
-    make_job, attempts, monkeypatch
+    make_job, first_worker_here, monkeypatch
 ):
-    import ray.train
     import ray.train.collective
-    import ray.train.torch
 
     job = make_job("run")
     met = list[dict[str, Any]]()
-
-    class TrainerOfTheFirst:
-        """Starts the first of two workers, in this process, up to where they meet."""
-
-        def __init__(self, work: Callable[..., None], train_loop_config: Any, **_: Any) -> None:
-            self.work = work
-            self.config = train_loop_config
-
-        def fit(self) -> None:
-            self.work(self.config)
 
     def meet(backend: str, **named: Any) -> None:
         folder = Path(named["init_method"].removeprefix("file://")).parent
         met.append({"backend": backend, "mode": stat.S_IMODE(folder.stat().st_mode), **named})
         raise UserError("met")
 
-    ranks = {"rank": 0, "size": 2}
-    context = {f"get_world_{name}": lambda value=value: value for name, value in ranks.items()}
-    context["get_local_world_size"] = lambda: 2
-    attempts(pytest.fail)
-    monkeypatch.setattr(ray.train.torch, "TorchTrainer", TrainerOfTheFirst)
-    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
+    first_worker_here(size=2)
     monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda address: address)
     monkeypatch.setattr(torch.distributed, "init_process_group", meet)
     for variable in train.INTERFACE_VARIABLES:
@@ -375,8 +387,50 @@ def test_a_worker_that_falls_silent_ends_the_job(ray_session, make_job, monkeypa
     assert len(events(job, "started")) == 1
 
 
-@pytest.mark.slow
-def test_sigterm_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkeypatch):
+def test_a_worker_that_is_asked_to_stop_saves_and_returns(make_job, first_worker_here):
+    job = make_job("asked")
+    first_worker_here(size=1)
+    asked_after_a_step: Any = SimpleNamespace(is_sent=lambda: bool(curve(job)))
+    placement = Placement(jobs_at_once=1, workers=1, cpus=1)
+    JobRun(job, placement, ClusterSettings(), asked_after_a_step).fit()
+    assert steps_of(job) == [len(curve(job))]
+    assert len(curve(job)) < job.recipe.num_steps
+
+
+def test_sigterm_waits_for_what_is_still_written(make_job, attempts, monkeypatch):
+    job = make_job("slow")
+    is_asked = threading.Event()
+    may_write = threading.Event()
+    stop: Any = SimpleNamespace(send=is_asked.set, is_sent=is_asked.is_set)
+    save = checkpoint.save_checkpoint
+
+    def save_late(*args: Any, **named: Any) -> Any:
+        assert may_write.wait(60)
+        return save(*args, **named)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
+    attempts(lambda: run_job(job, should_stop=lambda: bool(curve(job)) and is_asked.wait(60)))
+    notes: list[str] = []
+    num_looks = 0
+
+    def watch() -> None:
+        nonlocal num_looks
+        num_looks += bool(notes)
+        if num_looks == 3:
+            may_write.set()
+        elif curve(job) and not notes:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    placement = Placement(jobs_at_once=1, workers=1, cpus=1)
+    run = JobRun(job, placement, ClusterSettings(), stop)
+    with pytest.raises(Interrupted) as caught, stop_on_signals():
+        train._run_together([run], watch, notes.append)
+    assert f"saved at step {steps_of(job)[-1]};" in str(caught.value)
+    assert notes[0].startswith("saving 1")
+
+
+@pytest.mark.long
+def test_sigterm_under_ray_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkeypatch):
     train_worker = train.train_worker
     gate = tmp_path / "gate"
 

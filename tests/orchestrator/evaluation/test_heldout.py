@@ -334,6 +334,7 @@ def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path):
         ({**depth, "evaluation.suite": "heldout,lastword"}, "names lastword, which the data cann"),
         ({**text, "evaluation.suite": "phop_2"}, "phop_2, which .* make lastword, bits_per_byte"),
         ({**depth, **bits}, "gives bits per byte on these data; set it to accuracy"),
+        ({**text, **bits, "evaluation.suite": "lastword"}, "suite=lastword gives bits per byte on"),
     ):
         sizes = {"data.depth.length": 16, "model.context_length": 16}
         with pytest.raises(UserError, match=reason):

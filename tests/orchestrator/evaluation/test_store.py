@@ -195,7 +195,7 @@ SCORES = {"a": [[-1.25, True], [-0.1 - 0.2, False]], "b": "a text\nof two lines,
 
 
 def test_answers_come_back_exactly_or_are_missing_and_a_failure_is_said_once(tmp_path):
-    path = tmp_path / "evaluations" / "key.answers"
+    path = tmp_path / "a new workspace" / "evaluations" / "key.answers"
 
     def write(answers: dict[str, object]) -> None:
         AnswerJournal(path).add(answers)

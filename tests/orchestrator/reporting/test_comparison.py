@@ -89,6 +89,17 @@ def test_an_average_counts_a_group_once_and_bits_have_their_own():
         assert better.interval.excludes_zero
 
 
+def test_items_that_one_model_has_not_answered_do_not_count():
+    first_task = task(answers(50, 50))
+    second_task = task(answers(30, 70), first_number=40)
+    by_model = differences({"a": [first_task], "b": [second_task]})
+    # Both answered 40 to 99: the first 10 of them rightly, and the second all of 40 to 69.
+    for name, metric in (("task", "acc"), (AVERAGE, "accuracy")):
+        difference = by_model["b", name, metric]
+        assert difference.num_items == 60
+        assert difference.interval.value == pytest.approx((30 - 10) / 60)
+
+
 def test_one_model_and_models_without_a_common_item_have_no_differences():
     assert differences({"a": [task(answers(5, 5))]}) == {}
     without_a_common_item = [task(answers(5, 5), first_number=10)]

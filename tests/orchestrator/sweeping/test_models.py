@@ -181,6 +181,15 @@ def test_beside_a_teacher_with_a_source_only_named_baselines_are_trained_from_ra
     assert "none" in claims_answered(settings)
 
 
+def test_a_model_of_a_sweep_has_no_size_that_was_not_given():
+    # With a source, a size that is given must be the source's; others are taken from it.
+    settings = resolve_settings({}, ["sweep.kind=iterations", "model.num_layers=4"])
+    for variant in swept_variants(settings):
+        fields_given = settings_of(settings, variant).model.model_fields_set
+        assert "num_layers" in fields_given
+        assert fields_given.isdisjoint({"preset", "dim", "num_heads"})
+
+
 def test_options_are_of_the_models_own_method(other_method):
     damping = "model.method_options={damping: 0.5}"
     methods = "sweep.methods=[vanilla, iiet, other]"

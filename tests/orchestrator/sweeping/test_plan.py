@@ -97,6 +97,14 @@ def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan):
     assert "2,1 <=0.1 1 5 100% 640 B to train" in lines
 
 
+def test_a_plan_says_how_many_schedules_it_has(tiny_plan):
+    [contents, *_] = sentences_of(tiny_plan, settings())
+    assert f"{tiny_plan.num_distinct} distinct schedules" in contents
+    single_plan = tiny_plan.model_copy(update={"trials": tiny_plan.trials[1:2], "num_distinct": 1})
+    [contents, *_] = sentences_of(single_plan, settings())
+    assert contents.endswith("1 distinct schedule")
+
+
 def test_the_price_by_hand(tiny_plan, tmp_path):
     price = price_left(tiny_plan, settings("sweep.trials_at_once=1"), tmp_path)
     assert price.num_tokens == price.num_teacher_tokens == 4 * 20 * STEP

@@ -167,6 +167,10 @@ def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):
     retrofit = with_trained_candidates(retrofit)
     finished = dict.fromkeys((*retrofit.candidates, SOURCE_CONTINUED), Path("c"))
     assert list(retrofit.measurable_controls(finished)) == [SOURCE, EQUAL_TOKENS, SOURCE_CONTINUED]
+    assert retrofit.trainings_by_control == {
+        SOURCE: (),  # It is there.
+        SOURCE_CONTINUED: (*retrofit.candidates, SOURCE_CONTINUED),
+    }
     without_controls = make("sweep.source_controls=[]")
     assert (
         without_controls.candidates,

@@ -257,3 +257,10 @@ def test_a_sweep_counts_its_trials_and_says_what_those_that_run_save(tiny_plan):
     assert queue.begin_saving()
     [note] = queue.notes
     assert note.startswith("saving ")
+    student = next(trial for trial in tiny_plan.trials if trial.job)
+    journal = Journal(student.job.folder)
+    journal.metrics(1, {"train/loss": 1.0})
+    journal.close()
+    text = queue.saved()
+    assert text.startswith(f"0 of {len(tiny_plan.trials)} trials are finished; ")
+    assert text.endswith(f"; trial {student.label}: nothing was saved"), "others have not begun"

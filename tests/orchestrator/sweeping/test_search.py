@@ -208,6 +208,16 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):
     assert search.num_left == 0
 
 
+def test_a_plan_says_how_much_of_the_space_is_tried(tmp_path):
+    world = World(tmp_path)
+    text = world.search(num_trials=5).text
+    assert "5 more of 243 schedules" in text
+    world.full = IterationSchedule((1, 0, 0, 0, 0, 0))
+    trials = (world.trial(world.full), world.trial(FAMILY[-1]))
+    world.family = world.family.model_copy(update={"trials": trials})
+    assert "nothing to try" in world.search(num_trials=5).text
+
+
 @pytest.mark.slow
 def test_it_finds_a_better_front_than_the_family(tmp_path):
     world = World(tmp_path)

@@ -84,6 +84,19 @@ def test_tf32_is_for_gpus_only(tiny_job):
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize(
+    ("world", "num_shards"),
+    [
+        (World(), 1),
+        (World(size=4), 1),
+        (World(size=4, parallel="fsdp"), 4),
+        (World(size=4, parallel="fsdp", shards=2), 2),
+    ],
+)
+def test_a_copy_of_the_model_is_shared_by_the_workers_that_shard_it(world, num_shards):
+    assert world.num_shards == num_shards
+
+
 # What workers tell each other
 
 

@@ -30,7 +30,7 @@ from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training import trainer
 
 RECIPE: dict[str, Any] = {
-    "num_steps": 12, "num_tokens_per_step": 64, "learning_rate": 1e-2, "warmup_steps": 2,
+    "num_tokens_per_step": 64, "learning_rate": 1e-2, "warmup_steps": 2,
     "validate_every_steps": 5, "num_validation_tokens": 16 * 5, "checkpoint_every_steps": 4,
     "iterate_from_fraction": 0.5,
 }  # fmt: skip
@@ -53,7 +53,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "kept_layers": (1,),
         "model": {"num_layers": 1, "schedule": [1]},
     },
-    "untied": {"model": {"tie_embeddings": False}},  # The loss reads the head's own weight.
+    # The loss reads the head's own weight.
+    "untied": {
+        "model": {"method_options": DAMPED, "tie_embeddings": False},
+        "recipe": {"activation_checkpointing": True},
+    },
     "masked": {"recipe": {"num_sequences_per_pass": 1}},
     "bad": {"recipe": {"skip_bad_steps": 1}},
     "short and damped": {  # Half of the model's context.
@@ -158,60 +162,64 @@ SLOW = {
 REPLICAS = workers(2)
 SHARDS = workers(2, "fsdp")
 TWO_BY_TWO = workers(4, "fsdp", shards=2)
+# Each kind of workers reads what another one wrote.
+ONE_SHARDS_REPLICAS = [stop(2), workers(2, "fsdp", until=3), workers(2, until=2)]
+ONE_COPIES = [stop(3), workers(4, "fsdp", shards=2, until=2)]
 SEVERAL = {
-    "shards after one worker": Row("plain", [stop(5), SHARDS], [5]),
-    "one worker after replicas": Row("plain", [workers(2, until=5)], [5]),
-    "replicas after shards": Row("plain", [workers(2, "fsdp", until=5), REPLICAS], [5]),
-    "copies in shards after one worker": Row("plain", [stop(5), TWO_BY_TWO], [5]),
-    "one worker after copies": Row("plain", [workers(4, "fsdp", shards=2, until=5)], [5]),
-    "shards of activations computed again": Row("damped", [SHARDS], []),
+    "one worker, then shards, then replicas": Row("plain", ONE_SHARDS_REPLICAS, [2, 5, 7]),
+    "one worker, then copies in shards": Row("plain", ONE_COPIES, [3, 5]),
     "replicas that leave parameters out": Row("damped", [REPLICAS], []),
     "shards with an own head": Row("untied", [SHARDS], []),
+    "replicas of a retrofit": Row("retrofit", [REPLICAS], []),
+    "shards of an elastic retrofit": Row("elastic retrofit", [workers(2, "fsdp", until=5)], [5]),
+    "copies in shards with a teacher": Row("student", [TWO_BY_TWO], []),
+    "shards near a source": Row("retrofit near its source", [SHARDS], []),
+    "replicas of a taught family": Row("taught family", [REPLICAS], []),
+    "shards of a taught family": Row("taught family", [SHARDS], []),
+    "lean shards": Row("lean student", [SHARDS], [], rel=0.1),
+    "masked shards": Row("masked", [workers(2, "fsdp", before=MASKED)], []),
+    "masked uneven shares": Row("masked", [workers(3, before=MASKED)], []),
+    "a bad step of one shard": Row("bad", [workers(2, "fsdp", before=BAD)], []),
+}
+MORE_OF_SEVERAL = {
     "replicas of a family": Row("elastic", [REPLICAS], []),
     "shards of a family": Row("elastic", [SHARDS], []),
     "copies of a family": Row("elastic", [TWO_BY_TWO], []),
-    "replicas of a retrofit": Row("retrofit", [REPLICAS], []),
-    "shards of an elastic retrofit": Row("elastic retrofit", [SHARDS], []),
-    "one worker after shards of a retrofit": Row("retrofit", [workers(2, "fsdp", until=5)], [5]),
     "replicas with a teacher": Row("student", [REPLICAS], []),
     "shards with a teacher": Row("student", [SHARDS], []),
-    "copies in shards with a teacher": Row("student", [TWO_BY_TWO], []),
-    "shards near a source": Row("retrofit near its source", [SHARDS], []),
-    "shards of a taught family": Row("taught family", [SHARDS], []),
     "lean replicas": Row("lean student", [REPLICAS], [], rel=0.1),
-    "lean shards": Row("lean student", [SHARDS], [], rel=0.1),
     "masked replicas": Row("masked", [workers(2, before=MASKED)], []),
-    "masked shards": Row("masked", [workers(2, "fsdp", before=MASKED)], []),
-    "masked uneven shares": Row("masked", [workers(3, before=MASKED)], []),
     "a bad step of one replica": Row("bad", [workers(2, before=BAD)], []),
-    "a bad step of one shard": Row("bad", [workers(2, "fsdp", before=BAD)], []),
 }
+"""Other pairs of what stands in `SEVERAL`."""
+
+
+Make = Callable[..., TrainingJob]
 
 
 @pytest.fixture(scope="module")
-def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Callable[[str], TrainingJob]:
-    """A function that returns a job by name; what disturbs it differs, the folder is one."""
+def make_job(tmp_path_factory, tiny_tokens, tiny_model, save_tiny) -> Make:
+    """A function that returns a job by name and number of steps; what disturbs it differs, the
+    folder is one."""
     folder = tmp_path_factory.mktemp("runs")
     teacher = str(save_tiny(folder / "teacher"))
     taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
     source = save_tiny(folder / "source", method="vanilla", schedule=None)
 
-    def make(name: str) -> TrainingJob:
+    def make(name: str, num_steps: int = 12) -> TrainingJob:
         changes = dict(JOBS[name])
+        recipe = {**RECIPE, "num_steps": num_steps, **changes.pop("recipe", {})}
         return TrainingJob(
-            run_folder=str(folder / name),
+            run_folder=str(folder / f"{name}-{num_steps}"),
             tokens_folder=str(tiny_tokens),
             model={**tiny_model, **changes.pop("model", {})},  # type: ignore[arg-type]
-            recipe=TrainingSettings(**{**RECIPE, **changes.pop("recipe", {})}),
+            recipe=TrainingSettings(**recipe),
             **(taught if "distillation" in changes else {}),
             **({"initial_folder": str(source)} if "retrofit" in name else {}),
             **changes,
         )
 
     return make
-
-
-Make = Callable[[str], TrainingJob]
 
 
 @pytest.mark.parametrize(
@@ -227,14 +235,16 @@ def test_a_disturbed_run_ends_like_one_that_was_left_alone(make_job, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize(
+    "name", [*SEVERAL, *(pytest.param(name, marks=pytest.mark.long) for name in MORE_OF_SEVERAL)]
+)
 def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
-    row = SEVERAL[name]
+    row = {**SEVERAL, **MORE_OF_SEVERAL}[name]
     for owner, attribute in ((TokenStore, "batch"), (trainer, "make_objective")):
         # The patches assign to these attributes, and monkeypatch puts them back afterwards.
         monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
     exec(PATCHES.get(row.job, ""), {"rank": "1"})
-    job = same_run(make_job(row.job), *row.disturbances, rel=row.rel or 1e-4)
+    job = same_run(make_job(row.job, num_steps=8), *row.disturbances, rel=row.rel or 1e-4)
     assert [event["step"] for event in events(job, "resumed")] == row.resumed
     assert [event["step"] for event in events(job, "skipped")] == [4] * (row.job == "bad")
 

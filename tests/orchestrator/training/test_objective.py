@@ -30,6 +30,7 @@ from orchestrator.sweeping.models import ModelVariant, settings_of
 from orchestrator.training.job import job_key, key_fields, pretraining_job
 from orchestrator.training.objective import (
     Objective,
+    losses_of,
     make_objective,
     make_optimizer,
     set_learning_rate,
@@ -273,6 +274,15 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
     assert numbers["full_loss"] == pytest.approx(entropy[FULL].item(), rel=1e-9)
     means = [sum(of[s].item() for s in cheaper) / num_drawn for of in (entropy, kl)]
     assert [numbers["member_loss"], numbers["member_kl"]] == pytest.approx(means, rel=1e-9)
+
+
+def test_a_step_that_draws_no_member_is_one_of_the_objective_alone():
+    decoder = fresh_decoder()
+    objective = make_objective(lambda _: SCHEDULE)
+    loss, parts = objective(decoder, completions(0), 0)
+    [alone] = losses_of(objective, decoder, completions(0), 0, elastic=ElasticSettings())
+    assert torch.equal(alone[0], loss)
+    assert alone[1].keys() == parts.keys()
 
 
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.4])

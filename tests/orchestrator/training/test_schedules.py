@@ -15,7 +15,7 @@ from orchestrator.training.schedules import (
     drawn_by_step,
     learning_rate_at,
     schedule_by_step,
-    steps_by_schedule,
+    stages_of,
 )
 
 RATE = {"num_steps": 100, "warmup_steps": 10, "learning_rate": 1.0,
@@ -62,15 +62,16 @@ def test_corrections_come_at_once_or_over_a_ramp(corrections, from_fraction, ram
     recipe = TrainingSettings(
         num_steps=100, iterate_from_fraction=from_fraction, iterate_ramp_fraction=ramp_fraction
     )
-    schedule = IterationSchedule(corrections)
-    schedule_at = schedule_by_step(schedule, recipe)
+    schedule_at = schedule_by_step(IterationSchedule(corrections), recipe)
     schedules = [schedule_at(step).corrections for step in range(100)]
     assert [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)] == stages
-    left = steps_by_schedule(schedule, recipe, range(30, 100))
-    assert {capped.corrections: [*steps] for capped, steps in left.items()} == {
-        capped: [step for step in range(30, 100) if schedules[step] == capped]
-        for capped in schedules[30:]
+    # The rest of a training that has done 10 steps.
+    steps_of_stages = stages_of(IterationSchedule(corrections), recipe, range(10, 100))
+    schedule_of_step = {
+        step: schedule.corrections for schedule, steps in steps_of_stages.items() for step in steps
     }
+    assert list(schedule_of_step) == list(range(10, 100))
+    assert list(schedule_of_step.values()) == schedules[10:]
 
 
 def drawn(
