@@ -262,7 +262,7 @@ def trained_run(tmp_path_factory, tiny_tokens, tiny_model) -> Path:
 
 @pytest.fixture
 def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
-    """A `SweepTrials`: a trained teacher and its students of 40 steps each, which have not run."""
+    """A `SweepTrials`: a trained teacher and its students of 20 steps each, which have not run."""
     from iiet.pruning import InfluenceTable
     from orchestrator.records.evaluation import Suite
     from orchestrator.settings import resolve_settings
@@ -270,7 +270,7 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     from orchestrator.sweeping.students import Students
     from orchestrator.workspace.layout import open_workspace
 
-    recipe = {"num_steps": 40, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+    recipe = {"num_steps": 20, "num_tokens_per_step": 64, "num_validation_tokens": 64}
     settings = resolve_settings({"distillation": {"training": recipe}})
     values = ((0.5, 0.1), (0.3,))
     errors = ((0.0, 0.0), (0.0,))

@@ -113,10 +113,10 @@ def steps_of(job: TrainingJob) -> list[int]:
     return [int(path.name[5:]) for path in find_checkpoints(job.folder)]
 
 
-def state_of(outcome: TrainingOutcome) -> tuple[bytes, str]:
-    """Return the weights and the moments of the last checkpoint, as bytes and a text."""
-    plain = {name: tensor.tolist() for name, tensor in tensors_of(outcome).items()}
-    return (Path(str(outcome.checkpoint)) / WEIGHTS).read_bytes(), str(plain)
+def state_of(outcome: TrainingOutcome) -> tuple[bytes, dict[str, bytes]]:
+    """Return the bytes of the last checkpoint's weights, and those of its tensors by name."""
+    plain = {name: tensor.numpy().tobytes() for name, tensor in tensors_of(outcome).items()}
+    return (Path(str(outcome.checkpoint)) / WEIGHTS).read_bytes(), plain
 
 
 def tensors_of(outcome: TrainingOutcome) -> dict[str, torch.Tensor]:

@@ -129,19 +129,19 @@ def test_a_sweep_whose_trials_failed_says_so_until_it_is_started_again(space, ti
 def test_status_shows_a_running_training_and_its_sweep(space, tiny_plan, run):
     _store_sweep(space, tiny_plan)
     trial = next(trial for trial in tiny_plan.trials if trial.job)
-    run_job(trial.job, should_stop=stop_at(30))
+    run_job(trial.job, should_stop=stop_at(15))
     with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
         listed = json.loads(run("list", "running", "--json"))
         printed = run("list", "running")
     [activity] = listed["activities"]
     assert (activity["kind"], activity["label"]) == ("training", trial.label)
-    assert (activity["step"], activity["steps"]) == (30, 40)
-    tokens = 10 * trial.job.recipe.num_tokens_per_step
+    assert (activity["step"], activity["steps"]) == (15, 20)
+    tokens = 5 * trial.job.recipe.num_tokens_per_step
     assert activity["seconds_left"] == pytest.approx(tokens / activity["tokens_per_second"])
     [sweep] = listed["sweeps"]
     assert (sweep["name"], sweep["finished"]) == ("my-sweep", 0)
     assert f"sweep my-sweep: 0 of {len(tiny_plan.trials)} trials finished" in printed
-    assert "step 30 of 40" in printed
+    assert "step 15 of 20" in printed
     assert run("list", "running").startswith("nothing runs in")
 
 

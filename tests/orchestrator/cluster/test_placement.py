@@ -73,7 +73,7 @@ def fits(nodes: tuple[Node, ...], placement: Placement) -> bool:
 
 @pytest.mark.parametrize("nodes", CLUSTERS)
 def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
-    for num_wanted, num_jobs in itertools.product(range(1, 33), (1, 2, 3, 100)):
+    for num_wanted, num_jobs in itertools.product((*range(1, 10), 16, 17, 31, 32), (1, 2, 3, 100)):
         for num_workers, num_gpus in ((num_wanted, 0), (1, num_wanted), (1, 1 / num_wanted)):
             try:
                 placement = job_placement(num_jobs, num_workers, num_gpus, Resources(nodes))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from looped_models import MODELS, write_looped
 from refusals import refused
-from transformers import AutoConfig, AutoModelForCausalLM, Inkling2LoopForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.evaluation.looped import LoopedDecoder, check_loops, load_transformers
 from orchestrator.models.folder import TOKENIZER
@@ -95,7 +95,10 @@ def test_experts_are_counted_that_a_token_asks(tmp_path, tiny_tokens):
     assert flops[1] - flops[0] == layers * 2 * 3 * 32 * 16
 
 
+@pytest.mark.slow  # It imports what transformers has for pictures.
 def test_the_text_part_of_a_model_that_sees_pictures_is_loaded(tmp_path, tiny_tokens):
+    from transformers import Inkling2LoopForConditionalGeneration
+
     folder = write_looped(tmp_path / "model", "inkling2_loop_text", tiny_tokens / TOKENIZER)
     text = json.loads((folder / "config.json").read_text())
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -32,7 +32,13 @@ GENERATION = "generation_config.json"
 WORDS = ("bag", "fog", "hen", "pig", "cab", "deed")
 
 
-@pytest.mark.parametrize("case", CASES)
+# Of each type one, and one with biases; `tests/iiet/test_plain_models.py` has all cases.
+QUICK = ("llama3", "llama biases", "mistral window", "qwen2", "qwen3 yarn", "smollm3 windows")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
+)
 def test_imported_and_exported_it_is_the_model_of_transformers(
     case, make_folder, workspace, tmp_path
 ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from iiet import METHODS
 from iiet.extensions import ExtensionError
 from iiet.influence import INFLUENCE_METRICS
 from orchestrator.cli import main
-from orchestrator.pipelines.doctor import extension_points
+from orchestrator.pipelines.doctor import examine, extension_points
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import open_workspace
 from orchestrator.workspace.provenance import extension_packages
 
 GROUPS = {table.group: table for table in extension_points()}
@@ -118,12 +118,12 @@ def test_settings_take_the_names_of_packages(site):
     assert "distance" in schema["InfluenceSettings"]["properties"]["metric"]["enum"]
 
 
-def test_doctor_lists_what_packages_add(site, tmp_path, capsys):
-    assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
-    findings = json.loads(capsys.readouterr().out)["findings"]
-    of_extensions = [finding for finding in findings if finding["check"] == "extensions"]
-    assert len(of_extensions) == 5
-    usable = {finding["text"] for finding in of_extensions if finding["state"] == "ok"}
+def test_doctor_lists_what_packages_add(site, tmp_path):
+    findings = [
+        finding for finding in examine(open_workspace(tmp_path)) if finding.name == "extensions"
+    ]
+    assert len(findings) == 5
+    usable = {finding.text for finding in findings if finding.state == "ok"}
     assert usable == {f"the influence metric distance of {PACKAGE} 1.0"}
-    remedies = {finding["remedy"] for finding in of_extensions if finding["state"] == "broken"}
+    remedies = {finding.remedy for finding in findings if finding.state == "broken"}
     assert remedies == {f"repair the package {PACKAGE} 1.0, or uninstall it"}

@@ -118,7 +118,7 @@ def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan):
     message = r"the run would write about 475 KiB \(checkpoints .* has 357 KiB free"
     assert re.search(message, refused(*trials, disk=3 * one_checkpoint))
     # Each training keeps two, and each that runs at the same time writes one more.
-    often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
+    often = {"checkpoint_every_steps": 5, "num_checkpoints_kept": 2}
     trials = [replace(trial, recipe=trial.recipe.model_copy(update=often)) for trial in trials]
     assert refused(*trials, disk=(8 + 2) * one_checkpoint) == ""
     assert "1.16 MiB" in refused(*trials, disk=8 * one_checkpoint)

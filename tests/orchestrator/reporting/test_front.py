@@ -55,7 +55,7 @@ def places(front: Front) -> list[tuple[float, float]]:
 numbers = st.integers(0, 6).map(float)
 
 
-@settings(max_examples=examples(50))
+@settings(max_examples=examples(20))
 @given(st.lists(st.tuples(numbers, numbers), max_size=12))
 def test_the_front_equals_its_definition_also_on_a_loss(points):
     def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:

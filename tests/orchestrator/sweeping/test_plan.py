@@ -107,8 +107,8 @@ def test_a_plan_says_how_many_schedules_it_has(tiny_plan):
 
 def test_the_price_by_hand(tiny_plan, tmp_path):
     price = price_left(tiny_plan, settings("sweep.trials_at_once=1"), tmp_path)
-    assert price.num_tokens == price.num_teacher_tokens == 4 * 40 * STEP
-    assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert price.num_tokens == price.num_teacher_tokens == 4 * 20 * STEP
+    assert price.flops == 20 * STEP * (ALL_FOUR + 4 * TEACHER)
     shortest, longest = price.hours
     highest = price.rate.peak_flops * price.rate.shares[1] * price.num_devices
     assert shortest == pytest.approx(price.flops / highest / 3600)
@@ -116,7 +116,7 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     assert price.disk == {"checkpoints": 4 * 12 * 10_138}
     words = dict(price_rows(price, {"this machine": None}))
     assert words["to train"] == (
-        "4 trainings: 10,240 tokens, and the teacher reads 10,240 for its students; 1.3e+09 FLOPs"
+        "4 trainings: 5,120 tokens, and the teacher reads 5,120 for its students; 6.52e+08 FLOPs"
     )
     assert "at 20 to 80% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["training time"]
     assert [name for name in words if "time" in name] == ["training time"]
@@ -131,22 +131,22 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
     price = price_left(cheapest_first, on_gpus, tmp_path)
     assert price.uses_gpus
     seconds = 3600 * price.hours[0] * price.rate.peak_flops * price.rate.shares[1]
-    assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
+    assert seconds == pytest.approx(20 * STEP * (97_728 + 80_448 + 2 * TEACHER))
 
 
 def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     chosen = settings()
     student = tiny_plan.trials[1]
-    spent = begin(student, 30)
+    spent = begin(student, 15)
     states = trial_states(tiny_plan, chosen.sweep)
-    assert [state.steps_done for state in states] == [0, 30, 0, 0, 0]
+    assert [state.steps_done for state in states] == [0, 15, 0, 0, 0]
     price = price_left(tiny_plan, chosen, tmp_path)
-    assert price.num_tokens == (3 * 40 + 10) * STEP
-    assert spent == 30 * STEP * (114_816 + TEACHER)
-    assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
-    assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
+    assert price.num_tokens == (3 * 20 + 5) * STEP
+    assert spent == 15 * STEP * (114_816 + TEACHER)
+    assert spent + price.flops == 20 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert "2,1 <=0.1 5 100% 640 B from step 15" in rows(tiny_plan, chosen)
     assert_names(sentences_of(tiny_plan, chosen)[1], "0 of 5 trials", "1 partly trained")
-    begin(student, 40)
+    begin(student, 20)
     assert trial_states(tiny_plan, chosen.sweep)[1].status == "to measure"
 
 
@@ -159,8 +159,8 @@ def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
     chosen = settings("sweep.asha=true")
     for trial in finished_trials:
         trial.write(trial.result_path)
-    stop_early(worse, better, chosen.sweep, 20)
-    assert price_left(plan, chosen, tmp_path).num_tokens == 40 * STEP
+    stop_early(worse, better, chosen.sweep, 10)
+    assert price_left(plan, chosen, tmp_path).num_tokens == 20 * STEP
     assert sentences_of(plan, chosen)[1] == (
         "3 of 5 trials are finished and reused, 1 stopped early and left so"
     )

@@ -41,13 +41,13 @@ def settings_of(data: dict[str, Any], *assignments: str) -> Settings:
     return resolve_settings(tree, assignments)
 
 
-def trained_pair(workspace: Workspace, data: dict[str, Any]) -> None:
+def trained_pair(workspace: Workspace, data: dict[str, Any], *, num_steps: int = 2) -> None:
     """Train `plain`, and from it `retrofit`, whose rate is so high that it forgets."""
     context = untracked(workspace)
     sizes = [f"model.{name}={value}" for name, value in SIZES.items() if "context" not in name]
     if data is TEXT:
         sizes.append(f"model.context_length={SIZES['context_length']}")
-    plain = settings_of(data, "model.method=vanilla", "training.num_steps=20", *sizes)
+    plain = settings_of(data, "model.method=vanilla", f"training.num_steps={num_steps}", *sizes)
     run_pretrain(plan_pretrain(plain, workspace=workspace, name="plain", local=True), context)
     retrofit = settings_of(data, "model.corrections=1", "training.learning_rate=0.3")
     plan = plan_pretrain(retrofit, workspace=workspace, source="plain", name="retrofit", local=True)
@@ -58,7 +58,7 @@ def trained_pair(workspace: Workspace, data: dict[str, Any]) -> None:
 def workspace(tmp_path_factory) -> Workspace:
     """A workspace with a plain model of text, `plain`, and an IIET of it, `retrofit`."""
     space = open_workspace(tmp_path_factory.mktemp("text"))
-    trained_pair(space, TEXT)
+    trained_pair(space, TEXT, num_steps=20)  # It knows something that can be forgotten.
     return space
 
 

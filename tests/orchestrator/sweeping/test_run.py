@@ -85,7 +85,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     for trial in trials:
         if trial is not stopped:
             finished(trial)
-    stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 30)
+    stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 15)
     started_keys: list[str] = []
 
     def end(trial: Trial) -> str:

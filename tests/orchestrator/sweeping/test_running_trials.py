@@ -165,12 +165,12 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     assert run(alone) is not None, "nobody competes with it"
     stop = early_stops(plan, sweep)[low.key]
     assert sweep_run.stopped == {low.label: stop}
-    assert stop.step == 10
-    assert "step 10 of 40" in stop.text
+    assert stop.step == 5
+    assert "step 5 of 20" in stop.text
     assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
     assert low.result() is None, "what was not trained to its end is not finished"
     records = read_journal(Path(low.folder))[0]
-    assert max(r["step"] for r in records if r["kind"] == "metrics") == 10, "no step more"
+    assert max(r["step"] for r in records if r["kind"] == "metrics") == 5, "no step more"
     other_rule = resolve_settings({}, ["sweep.asha=true", "sweep.asha_first_rung=0.5"]).sweep
     without_rival = plan.model_copy(update={"trials": (low, with_label(high, "other"))})
     assert early_stops(plan, other_rule) == early_stops(without_rival, sweep) == {}

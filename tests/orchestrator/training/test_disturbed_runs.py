@@ -60,7 +60,10 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "masked": {"recipe": {"num_sequences_per_pass": 1}},
     "bad": {"recipe": {"skip_bad_steps": 1}},
-    "short": {"recipe": {"sequence_length": 8}},  # Half of the model's context.
+    "short and damped": {  # Half of the model's context.
+        "model": {"method_options": DAMPED},
+        "recipe": {"activation_checkpointing": True, "sequence_length": 8},
+    },
     "retrofit": {"model": IDENTITY, "recipe": FROZEN},
     "retrofit near its source": {"model": IDENTITY, "recipe": {**FROZEN, "source_kl_weight": 0.5}},
     "taught family": {"distillation": HIDDEN, "recipe": {"elastic": FAMILY}},
@@ -117,21 +120,25 @@ class Row(NamedTuple):
 WEIGHTS = "model.safetensors"
 MOMENTS = "training_state.pt"
 QUICK = {
-    "stopped before its first step": Row("plain", [stop(0)], []),
-    "stopped between checkpoints": Row("plain", [stop(3), crash(7), stop(2)], [3, 4, 6]),
-    "stopped before its last step": Row("plain", [stop(11)], [11]),
+    # Before the first step, between checkpoints, and before the last step.
+    "stopped and crashed": Row(
+        "plain", [stop(0), stop(3), crash(7), stop(2), stop(5)], [3, 4, 6, 11]
+    ),
     "Ctrl-C, later twice": Row("plain", [press_ctrl_c(3), press_ctrl_c(6, times=2)], [4, 4]),
-    "a full disk": Row("plain", [stop(3), full_disk], [3, 3]),
     "Ctrl-C on a full disk": Row(
         "plain",
-        [press_ctrl_c(1, on_full_disk=True), stop(5), press_ctrl_c(6, on_full_disk=True)],
-        [5, 5],
+        [
+            press_ctrl_c(1, on_full_disk=True),
+            stop(5),
+            full_disk,
+            press_ctrl_c(6, on_full_disk=True),
+        ],
+        [5, 5, 5],
     ),
     "a family of schedules": Row("elastic", [stop(8)], [8]),
-    "options of a method": Row("damped", [stop(7)], [7]),
     "a teacher": Row("student", [stop(3)], [3]),
     "a teacher of more layers": Row("student of fewer layers", [stop(3)], [3]),
-    "a sequence length of its own": Row("short", [stop(7)], [7]),
+    "options of a method and a sequence length": Row("short and damped", [stop(7)], [7]),
     "a source and frozen layers": Row("retrofit", [stop(3), crash(7)], [3, 4]),
 }
 KILLED = {

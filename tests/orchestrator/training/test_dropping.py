@@ -49,7 +49,7 @@ class Repeat(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_a_decoder_whose_dropped_layers_repeat(method):
     decoder = decoder_of(method)
-    for kept_layers in ((0, 1, 3), (1, 2), (3,), (0,)):
+    for kept_layers in ((0, 1, 3), (1,)):
         check_dropping(decoder, kept_layers)
     complete_copy = drop_layers(decoder, range(4))
     assert torch.equal(complete_copy(TOKENS), decoder(TOKENS))

@@ -45,7 +45,7 @@ from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import PROVENANCE, Workspace
 
 SCHEDULE = IterationSchedule((2, 1))
-NUM_STEPS = 4
+NUM_STEPS = 2
 NUM_ROWS = 6
 LENGTH = 12
 

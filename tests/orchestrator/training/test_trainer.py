@@ -44,15 +44,15 @@ def make_job(tiny_job) -> MakeJob:
 
 
 def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_job, monkeypatch):
-    job = make_job(num_steps=40, learning_rate=2e-2, iterate_from_fraction=0.0)
+    job = make_job(num_steps=25, learning_rate=2e-2, iterate_from_fraction=0.0)
     reported: list[int] = []
     outcome = run_job(job, report=lambda step, numbers: reported.append(step))
-    assert (outcome.finished, outcome.step, outcome.num_tokens) == (True, 40, 40 * 64)
+    assert (outcome.finished, outcome.step, outcome.num_tokens) == (True, 25, 25 * 64)
     losses = curve(job)
-    assert list(losses) == list(range(1, 41))
+    assert list(losses) == list(range(1, 26))
     assert set(reported) == set(losses)
     assert sum(list(losses.values())[-5:]) < sum(list(losses.values())[:5]) - 1.0
-    assert curve(job, "validation/loss")[40] == outcome.validation_loss
+    assert curve(job, "validation/loss")[25] == outcome.validation_loss
     names = [r["name"] for r in read_journal(job.folder)[0] if r["kind"] == "event"]
     assert (names[0], names[-1]) == ("started", "finished")
     assert gc.isenabled()
@@ -65,19 +65,19 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
 
 
 def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkeypatch):
-    recipe = {"num_steps": 40, "validate_every_steps": 100, "checkpoint_every_steps": 100}
+    recipe = {"num_steps": 16, "validate_every_steps": 100, "checkpoint_every_steps": 100}
     each_step = make_job("each step", **recipe)
     run_job(each_step)
     monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 4)
-    every_ten = make_job("every ten", **recipe)
-    assert not run_job(every_ten, should_stop=stop_at(15)).finished
-    run_job(every_ten)  # Resumes in the middle of the steps from 11 to 20.
+    every_four = make_job("every four", **recipe)
+    assert not run_job(every_four, should_stop=stop_at(6)).finished
+    run_job(every_four)  # Resumes in the middle of the steps from 5 to 8.
     for name in ("train/loss", "train/gradient_norm"):
         expected = list(curve(each_step, name).values())
-        recorded = curve(every_ten, name)
-        assert list(recorded) == [10, 20, 30, 40]
+        recorded = curve(every_four, name)
+        assert list(recorded) == [4, 8, 12, 16]
         for step, value in recorded.items():
-            assert value == pytest.approx(sum(expected[step - 10 : step]) / 10, rel=1e-6), step
+            assert value == pytest.approx(sum(expected[step - 4 : step]) / 4, rel=1e-6), step
 
     monkeypatch.setattr(trainer_module, "RECORD_EVERY_SECONDS", 0.0)
     slow = make_job("slow steps", **recipe)
