@@ -148,6 +148,13 @@ def test_items_are_diverse_slices_of_the_held_out_documents(tokens, suite):
     assert not {"a", "an", "the"} & set(counts)
 
 
+def test_other_items_of_the_same_data_are_another_version(suite):
+    # If this fails, TEXT_VERSION must be raised: results of other items are found under its key.
+    assert heldout.TEXT_VERSION == 2
+    first_words = [row["word"] for row in rows(suite, "lastword")[:4]]
+    assert first_words == ["turtle", "glass", "sand", "monkey"]
+
+
 def test_the_size_of_the_held_out_text_is_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(heldout, "MAX_ROLLING_BYTES", 4000)
     draw = random.Random(0)

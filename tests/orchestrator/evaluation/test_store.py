@@ -219,3 +219,11 @@ def test_answers_come_back_exactly_or_are_missing_and_a_failure_is_said_once(tmp
     for _ in range(2):
         journal.add(SCORES)
     assert len(errors) == 1
+
+
+def test_answers_that_cannot_be_stored_are_noted_by_the_name_of_their_task(tmp_path):
+    file = tmp_path / "a file"
+    file.touch()
+    notes: list[str] = []
+    EvaluationStore(file, notes.append).journal("key", "choices").add(SCORES)
+    assert ["choices" in note for note in notes] == [True]

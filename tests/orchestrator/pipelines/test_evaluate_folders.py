@@ -33,6 +33,7 @@ from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial import measure_trial
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -179,7 +180,17 @@ def test_a_llama_its_import_and_its_export_score_as_with_lm_evals_own_class(
     for place in (folder, checkpoint, exported):
         ours = evaluate(place, settings, workspace)
         assert_alike(scored(place, settings, workspace), theirs)
-    # A sweep measures students by the tokenizer of the model that they were made from.
+    # A sweep measures students by the tokenizer of the model that they were made from, also where
+    # their own folders do not say that it opens a text.
+    student = save_checkpoint(
+        workspace.trials / "k",
+        1,
+        config=decoder.config,
+        weights=decoder.state_dict(),
+        training_state={},
+        tokenizer_path=checkpoint / "tokenizer.json",
+        provenance={"tokens": tokenizer_path.parent.name},
+    )
     suite = Suite(
         tokens_folder=str(tokenizer_path.parent),
         tasks=tuple(TASKS),
@@ -188,7 +199,7 @@ def test_a_llama_its_import_and_its_export_score_as_with_lm_evals_own_class(
         vocabulary_folder=str(checkpoint),
     )
     trial = Trial(
-        key="k", role="trial", model=decoder.config, suite=suite, checkpoint=str(checkpoint),
+        key="k", role="trial", model=decoder.config, suite=suite, checkpoint=str(student),
         folder=str(workspace.trials / "k"),
     )  # fmt: skip
     quality = measure_trial(trial, "cpu", Progress()).numbers

@@ -13,7 +13,7 @@ from same_run import curve, events, in_folder, same_run, steps_of, stop, stop_at
 
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
-from iiet.weights import WEIGHTS
+from orchestrator.models.folder import TRAINING_STATE
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.job import job_key
 from orchestrator.training.schedules import learning_rate_at
@@ -98,7 +98,7 @@ def test_a_damaged_first_stage_is_reported_and_trained_again(staged):
     def spoil(job: TrainingJob) -> TrainingJob:
         job = after_stage(staged((2, 1), "first"))(job)
         [checkpoint] = stage_of(job).checkpoints()
-        path = checkpoint / WEIGHTS
+        path = checkpoint / TRAINING_STATE
         path.write_bytes(path.read_bytes()[:-1])
         return job
 
