@@ -39,7 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     if NO_COLOR in words:  # It may stand anywhere; Rich reads the variable.
         os.environ["NO_COLOR"] = "1"
     words = [word for word in words if word != NO_COLOR]
-    completes = "_IIET_ORCH_COMPLETE" in os.environ
     code = 0
     if arguments is None:
         # Exit functions run in reverse order, so this one runs after those of the libraries.
@@ -47,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # SIGTERM is Ctrl-C also where nothing has to be saved.
         with signal_handlers([signal.SIGTERM], signal.default_int_handler):
-            # A shell that completes a word asks for the options of any command.
-            app = build_app() if completes else build_app(next(iter(words), ""))
+            app = build_app(_typed_command(words))
             app(words, prog_name="iiet-orch")
     except BaseException as error:
         with signal_handlers(SIGNALS, signal.SIG_IGN):
@@ -60,6 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
             for number in SIGNALS:  # Nothing is left to interrupt.
                 signal.signal(number, signal.SIG_IGN)
     return code
+
+
+def _typed_command(words: list[str]) -> str:
+    """Return the first word of this call, or of the line that a shell completes."""
+    if "_IIET_ORCH_COMPLETE" in os.environ:
+        # The line as bash, and as other shells hand it over.
+        line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+        words = [word for word in line.split()[1:] if not word.startswith("-")]
+    return words[0] if words else ""
 
 
 def _end_interrupted_process() -> None:

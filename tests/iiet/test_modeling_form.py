@@ -255,15 +255,20 @@ def test_a_model_compiles_as_one_graph(method):
 
 
 def definitions(name):
-    """Return the text of `iiet/NAME.py`, and its class, function or method -> its source."""
+    """Return the text of `iiet/NAME.py`, and its class, function or method -> its lines."""
     text = (Path(iiet.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    lines = text.splitlines()
+
+    def source(node):
+        return lines[node.lineno - 1 : node.end_lineno]
+
     sources = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            sources[node.name] = ast.get_source_segment(text, node)
+            sources[node.name] = source(node)
         for child in node.body if isinstance(node, ast.ClassDef) else ():
             if isinstance(child, ast.FunctionDef):
-                sources[f"{node.name}.{child.name}"] = ast.get_source_segment(text, child)
+                sources[f"{node.name}.{child.name}"] = source(child)
     return text, sources
 
 

@@ -44,7 +44,7 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
     assert ledger.difference_cells(unsure, "a", "vs_b")[1] == "not decided"
 
 
-def test_the_picture_names_every_baseline_that_it_shows(tmp_path):
+def test_the_picture_names_every_baseline_that_it_shows():
     for name, chart in zip(PICTURED, panels(), strict=True):
         report = json.loads((ROOT / "research" / "fronts" / f"{name}.json").read_text("utf-8"))
         baselines = {row["name"] for row in report["results"] if row["role"] != "trial"}
@@ -53,5 +53,9 @@ def test_the_picture_names_every_baseline_that_it_shows(tmp_path):
         assert not set(NOT_PICTURED) & set(places)
         # The first width is that of screens.
         assert all(min(places[label][::2]) >= 0 for label in baselines - set(NOT_PICTURED))
+
+
+@pytest.mark.slow
+def test_the_picture_is_drawn(tmp_path):
     ledger.draw_picture(tmp_path / "fronts.png")
     assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
