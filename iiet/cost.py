@@ -243,7 +243,7 @@ class _Sizes(NamedTuple):
     """Parameters of a field's matrices; its norms have the others."""
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # `with_schedule` checks the whole config anew.
 def _sizes(config: ModelConfig) -> _Sizes:
     return _counted_sizes(config if config.schedule is None else config.with_schedule(0))
 

@@ -74,8 +74,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield all statements, also those within functions. Most of a file are expressions, which
-    hold none."""
+    """Yield all nodes but expressions, also those within functions; expressions hold no import."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.expr):
             yield node
@@ -244,22 +243,34 @@ brackets or in one line."""
 
 @cache
 def _names_in(module: str) -> set[str]:
-    """Return what may be imported from a module: its names, those for type checkers, its modules.
+    """Return what may be imported from a module: its names and its modules.
 
-    A package that imports at first use shows its names to type checkers.
+    A package that imports at first use, by `__getattr__`, shows its names to type checkers alone.
     """
     names = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == module}
-    for node in _outside_functions(trees()[module]):
-        if isinstance(node, ast.alias):
-            names.add(node.asname or node.name)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+    statements: list[ast.AST] = [*trees()[module].body]
+    for_type_checkers: set[str] = set()
+    while statements:
+        node = statements.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {
                 part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)
             }
-    return names
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            imported = [n for n in node.body if isinstance(n, ast.Import | ast.ImportFrom)]
+            for_type_checkers |= {a.asname or a.name for n in imported for a in n.names}
+        else:
+            statements += [
+                child
+                for child in ast.iter_child_nodes(node)
+                if isinstance(child, ast.stmt | ast.ExceptHandler)
+            ]
+    return names | for_type_checkers if "__getattr__" in names else names
 
 
 def test_tests_and_programs_inside_them_import_names_that_exist():

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _typed_command(words: list[str]) -> str:
     """Return the first word of this call, or of the line that a shell completes."""
     if "_IIET_ORCH_COMPLETE" in os.environ:
-        # The line as bash, and as other shells hand it over.
+        # bash gives the line in one variable, other shells in another.
         line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
         words = [word for word in line.split()[1:] if not word.startswith("-")]
     return words[0] if words else ""

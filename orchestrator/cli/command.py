@@ -109,7 +109,7 @@ class Command:
         for option, value in settings.items():
             key = self.options[option]
             is_list = isinstance(value, str) and _plain_type(_field(key).annotation) is tuple
-            call.set(key, split_list(value) if is_list else value, option=option)
+            call.set(key, split_list(value) if is_list else value, option=option.split(",")[0])
         try:
             with call.stack:
                 call.refuse_unread(self.unread)

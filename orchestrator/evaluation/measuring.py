@@ -32,7 +32,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.training.objective import validation_metrics
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import UserError, out_of_memory_text
+from orchestrator.workspace.errors import out_of_memory_text
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 
@@ -151,8 +151,9 @@ class ModelMeasurer:
         )
         return MeasuredSuite(evaluation, evaluation_keys, len(missing.tasks), self.precision)
 
-    def validation_loss(self, tokens_folder: Path) -> float:
-        """Measure the mean loss over held-out tokens, in nats.
+    def validation_loss(self, tokens_folder: Path) -> float | None:
+        """Measure the mean loss over held-out tokens, in nats; None, and a note, if the tokens that
+        are read are all of prompts, which have no loss.
 
         With a limit of items, it is that of as many sequences.
 
@@ -173,6 +174,13 @@ class ModelMeasurer:
                 sequence_length=self.sequence_length,
                 note=self._progress.note,
             )
+            if loss is None:
+                advice = "" if self._suite.limit is None else "; set evaluation.limit higher"
+                self._progress.note(
+                    f"there is no validation loss: the {num_tokens:,} held-out tokens that are "
+                    f"read are all of prompts{advice}"
+                )
+                return None
             output = {
                 "results": {VALIDATION_LOSS: {f"{VALIDATION_LOSS},{NO_FILTER}": loss}},
                 "versions": {VALIDATION_LOSS: 1},
@@ -270,8 +278,9 @@ def heldout_loss(
     sequence_length: int | None = None,
     batch_size: int = LARGEST_VALIDATION_BATCH,
     note: Callable[[str], None] | None = None,
-) -> float:
-    """Return the mean loss over held-out targets, in nats, under the model's schedule.
+) -> float | None:
+    """Return the mean loss over held-out targets, in nats, under the model's schedule; None if no
+    token that is read is a target.
 
     Args:
         num_tokens: Most tokens that are read, in whole sequences.
@@ -282,7 +291,6 @@ def heldout_loss(
     Raises:
         DeviceError: If the memory is too small for one sequence.
         Interrupted: If this process was asked to stop.
-        UserError: If no token that is read is a target.
     """
     validation_batches = open_data(tokens_folder).validation_batches(
         context_length=sequence_length or decoder.config.context_length,
@@ -291,10 +299,7 @@ def heldout_loss(
     )
     batches = list(validation_batches)
     if not any(batch.num_targets for batch in batches):
-        raise UserError(
-            f"the {num_tokens:,} held-out tokens that are read are all of prompts, which have no "
-            "loss; leave evaluation.limit out or set it higher"
-        )
+        return None
     try:
         # The arithmetic is that of the weights, as for the tasks.
         metrics = validation_metrics(

@@ -388,6 +388,7 @@ class Front:
 
 
 def _rows_of(table: DataFrame) -> list[Row]:
+    """Return the rows with the columns' own values."""
     # `DataFrame.to_dict` takes several times as long, and a page has a front for each two axes.
     if table.empty:
         return []

@@ -65,8 +65,9 @@ def extension_packages() -> dict[str, str]:
 
 
 @lru_cache(maxsize=16)
-def _extension_packages(_: tuple[str, ...]) -> dict[str, str]:
-    # Reading all metadata takes milliseconds, and each checkpoint asks; the path decides.
+def _extension_packages(search_path: tuple[str, ...]) -> dict[str, str]:  # noqa: ARG001
+    # Reading all metadata takes milliseconds, and each checkpoint asks. The search path is only the
+    # key of the cache: it decides what is found.
     entry_points = metadata.entry_points()
     groups = [group for group in entry_points.groups if group.startswith(("iiet.", "iiet_orch."))]
     extensions = [entry for group in groups for entry in entry_points.select(group=group)]

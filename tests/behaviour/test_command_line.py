@@ -67,7 +67,7 @@ MISTAKES = {
     "generate --prompt x --draft-tokens 3": "--draft-tokens 3 needs --draft",
     "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
-    "influence x -r 4 --metric loss": "--metric",
+    "influence x -r 4 --metric loss": "--metric: influence does not read it",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
     "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",
     "export x --format gguf --dtype bf16": "--dtype bf16",
@@ -217,6 +217,16 @@ def test_a_shell_completes_names_of_commands_options_runs_and_sweeps(monkeypatch
         monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" "))))
         cli.main([])
         assert set(capsys.readouterr().out.split()) == offered, typed
+    # zsh hands the line over in another variable.
+    monkeypatch.delenv("COMP_WORDS")
+    monkeypatch.setenv("_IIET_ORCH_COMPLETE", "complete_zsh")
+    for typed, offered_option in {
+        "pretrain --continu": "--continue",
+        "config show --chan": "--changed",
+    }.items():
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", f"iiet-orch {typed}")
+        cli.main([])
+        assert f'"{offered_option}"' in capsys.readouterr().out, typed
 
 
 PROGRAM = """

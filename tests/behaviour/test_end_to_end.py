@@ -276,7 +276,8 @@ def ends_from_where_it_was(sweep: list[str], workspace: Path) -> None:
 
 
 def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, ray_session):
-    sweep = sweep_of_two(num_steps=100)
+    # Many steps after the first checkpoint: who is killed must still train.
+    sweep = sweep_of_two(num_steps=200)
     driver = Started(*sweep, "--workspace", str(tmp_path))
     wait_for_second_trial(driver, tmp_path)
     family = psutil.Process(driver.pid).children(recursive=True)

@@ -48,7 +48,7 @@ def test_the_tokens_are_those_of_plain_decoding(draft):
     assert (record.acceptance == 1) == (draft == "2,0,1")
 
 
-@pytest.mark.parametrize(("draft", "draft_tokens"), [("0", 1), ("0", 3), ("own", 3)])
+@pytest.mark.parametrize(("draft", "draft_tokens"), [("0", 1), ("0", 3), ("own", 1), ("own", 3)])
 def test_a_batch_keeps_what_its_slowest_row_accepts(draft, draft_tokens):
     """With its own cache, a draft reads again what verification replaced."""
     decoder = decoder_of()

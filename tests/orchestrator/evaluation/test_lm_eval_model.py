@@ -308,7 +308,7 @@ def test_a_limit_of_items_is_one_of_the_sequences_of_the_validation_loss(decoder
     assert shapes == [(3, CONTEXT)]
 
 
-def test_a_limit_at_which_only_prompts_are_read_is_refused_by_name(decoder, tmp_path):
+def test_a_loss_is_missing_where_only_prompts_are_read(decoder, tmp_path):
     rows = [
         {"prompt": f"Number {number}: " + "who saw the birds? " * 30, "completion": "I did."}
         for number in range(60)
@@ -317,8 +317,8 @@ def test_a_limit_at_which_only_prompts_are_read_is_refused_by_name(decoder, tmp_
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {"source": "files", "files": [str(path)], "vocab_size": 300}
     tokens = prepare(resolve_settings({"data": tree}).data, Workspace(tmp_path / "workspace"))
-    with refused(UserError, "evaluation.limit", str(CONTEXT)):
-        heldout_loss(decoder, tokens, num_tokens=CONTEXT)
+    assert heldout_loss(decoder, tokens, num_tokens=CONTEXT) is None
+    assert heldout_loss(decoder, tokens) is not None
 
 
 def test_a_measurement_ends_before_its_next_pass_when_a_stop_is_requested(make_model, tiny_tokens):

@@ -128,8 +128,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def combinations() -> Iterator[Any]:
     """Each method with both precisions, once with activations computed again and once without.
 
-    The shapes take turns; each method with each of them is marked long. In this order, the
-    gradients of `looped` that wait for earlier runs are a large part of a wide model's memory.
+    The shapes take turns; each method with each of them is marked long. Keep the order of the
+    shapes: `looped` must meet the wide one, where the gradients that it keeps of each run of the
+    stack count most.
     """
     for number, method in enumerate(METHODS):
         for is_half in (False, True):

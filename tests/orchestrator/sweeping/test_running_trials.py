@@ -96,7 +96,19 @@ def test_a_trial_that_lacks_memory_is_a_mistake_of_its_settings(trials, measured
         run_trial(trials[1])
 
 
-def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials, monkeypatch):
+@pytest.fixture
+def loss_alone(monkeypatch) -> None:
+    """Measure no tasks, but the loss."""
+    monkeypatch.setattr(
+        trial_module,
+        "load_suite",
+        lambda suite: LoadedSuite(suite=suite, tasks={}, groups={}, skipped={}),
+    )
+
+
+def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(
+    trials, loss_alone, monkeypatch
+):
     dtypes = []
     token_counts = []
 
@@ -105,11 +117,6 @@ def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials,
         token_counts.append(num_tokens)
         return 1.0
 
-    monkeypatch.setattr(
-        trial_module,
-        "load_suite",
-        lambda suite: LoadedSuite(suite=suite, tasks={}, groups={}, skipped={}),
-    )
     monkeypatch.setattr(measuring, "heldout_loss", loss)
     teacher = trials[0]
     changes = {"precision": "bf16", "limit": 3, "sequence_length": 8}
@@ -119,6 +126,12 @@ def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials,
         run_trial(trial)
     assert dtypes == [torch.float32, torch.bfloat16]
     assert token_counts == [measuring.NUM_VALIDATION_TOKENS, 3 * 8]
+
+
+def test_where_no_loss_can_be_measured_it_is_missing(trials, loss_alone, monkeypatch):
+    monkeypatch.setattr(measuring, "heldout_loss", lambda *_, **__: None)
+    result = run_trial(trials[0])
+    assert not [name for name in result.numbers if name.startswith("quality/")]
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
