@@ -147,6 +147,17 @@ def terminal() -> Iterator[TextIO]:
 
 
 @pytest.fixture
+def full_memory(monkeypatch) -> None:
+    """Each backward pass of this process runs out of memory."""
+    import torch
+
+    def without_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no space")
+
+    monkeypatch.setattr(torch.autograd, "backward", without_memory)
+
+
+@pytest.fixture
 def silent_server() -> Iterator[str]:
     """The address of a server that accepts connections and never answers."""
     with socket.socket() as server:

@@ -70,7 +70,7 @@ class Call:
         self._settings: Any = None
         self.options = dict[str, Any]()
         """Setting -> its value, of those that options of the command change."""
-        self.given_options = dict[str, str]()
+        self.settings_of_options = dict[str, str]()
         """Option with a value, such as `--limit` -> the setting that it changes."""
         self.stack = ExitStack()
         """What is closed when the command ends: the workspace with its log and progress display."""
@@ -93,7 +93,7 @@ class Call:
             return
         self.options[key] = value
         if option is not None:
-            self.given_options[option] = key
+            self.settings_of_options[option] = key
 
     def refuse_unread(self, unread: Mapping[str, str]) -> None:
         """Refuse `--set` and options of what the command does not read: the user expects that they
@@ -105,11 +105,11 @@ class Call:
         Raises:
             UserError: Names each such setting, and what decides instead.
         """
-        if not self.changes and not self.given_options:
+        if not self.changes and not self.settings_of_options:
             return
         from orchestrator.settings.resolve import changed_keys
 
-        changed = list(self.given_options.items())
+        changed = list(self.settings_of_options.items())
         changed += [
             (f"--set {shortened(key)}", key)
             for key in chain.from_iterable(map(changed_keys, self.changes))

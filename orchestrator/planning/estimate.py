@@ -112,8 +112,11 @@ class Estimate:
     @cached_property
     def stages(self) -> dict[IterationSchedule, int]:
         """Iteration schedule -> number of these steps under it."""
-        stages = schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
-        return {schedule: len(steps) for schedule, steps in stages.items()}
+        return {schedule: len(steps) for schedule, steps in self._steps_of_stages.items()}
+
+    @cached_property
+    def _steps_of_stages(self) -> dict[IterationSchedule, range]:
+        return schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
 
     @property
     def sequence_length(self) -> int:
@@ -129,9 +132,8 @@ class Estimate:
         if self.recipe.elastic:  # Each step draws members of its own.
             flops_per_token = math.fsum(map(flops_at, self.steps_left))
         else:
-            stages = schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
             flops_per_token = math.fsum(
-                len(steps) * flops_at(steps.start) for steps in stages.values()
+                len(steps) * flops_at(steps.start) for steps in self._steps_of_stages.values()
             )
         return self.recipe.num_tokens_per_step * flops_per_token
 

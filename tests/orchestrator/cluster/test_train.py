@@ -339,11 +339,7 @@ def test_a_place_is_waited_for_as_long_as_the_setting_says(
     assert longest <= clock[0] <= longest + 2 * train.PLACEMENT_SECONDS
 
 
-def test_a_training_that_lacks_memory_is_a_mistake_of_its_settings(make_job, monkeypatch):
-    def without_memory(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("no space")
-
-    monkeypatch.setattr(torch.autograd, "backward", without_memory)
+def test_a_training_that_lacks_memory_is_a_mistake_of_its_settings(make_job, full_memory):
     with refused(UserError, "ran out of memory on cpu", "no space"):
         run_local_jobs([make_job("full")])
 

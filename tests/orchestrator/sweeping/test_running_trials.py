@@ -87,11 +87,7 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
     assert run_trial(trials[0]) is not None
 
 
-def test_a_trial_that_lacks_memory_is_a_mistake_of_its_settings(trials, measured, monkeypatch):
-    def without_memory(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("no space")
-
-    monkeypatch.setattr(torch.autograd, "backward", without_memory)
+def test_a_trial_that_lacks_memory_is_a_mistake_of_its_settings(trials, measured, full_memory):
     with refused(UserError, "ran out of memory on cpu", "no space"):
         run_trial(trials[1])
 

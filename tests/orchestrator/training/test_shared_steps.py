@@ -13,6 +13,7 @@ from same_run import curve, events, in_folder, same_run, steps_of, stop, stop_at
 
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
+from iiet.weights import WEIGHTS
 from orchestrator.models.folder import TRAINING_STATE
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.job import job_key
@@ -94,11 +95,12 @@ def test_only_a_run_before_the_end_of_the_stage_continues_it(staged):
     assert starts(same_run(job, stop(SWITCH + 1), train_stage)) == [0, SWITCH + 1]
 
 
-def test_a_damaged_first_stage_is_reported_and_trained_again(staged):
+@pytest.mark.parametrize("damaged_file", [WEIGHTS, TRAINING_STATE])
+def test_a_damaged_first_stage_is_reported_and_trained_again(staged, damaged_file):
     def spoil(job: TrainingJob) -> TrainingJob:
         job = after_stage(staged((2, 1), "first"))(job)
         [checkpoint] = stage_of(job).checkpoints()
-        path = checkpoint / TRAINING_STATE
+        path = checkpoint / damaged_file
         path.write_bytes(path.read_bytes()[:-1])
         return job
 
