@@ -7,7 +7,8 @@ which were written before the first run; `retrofit_results.py` makes its tables.
 
 Each training is stored as soon as it is measured, and none is made twice: the same command resumes
 after an interruption, which costs at most the training in progress. All pieces take about eleven
-hours of one core; another process may train another piece into a results file of its own.
+hours of one core; another process may train another piece, or tasks of other hops, into a results
+file of its own.
 
     python research/retrofit_study.py --dry-run
     python research/retrofit_study.py --piece depth-2 --seconds 3600
@@ -199,6 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--piece", choices=PIECES, nargs="+", default=PIECES, help="only these (default: all)"
     )
     parser.add_argument(
+        "--hops", type=int, choices=HOPS, nargs="+", default=HOPS,
+        help="only depth tasks of so many hops (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--folder", type=Path, default=Path("retrofit-study"), help="for data and models"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write")
@@ -225,9 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 study.add(file)
         elif options.dry_run:
             for piece in options.piece:
-                print(f"{piece}: {study.progress_of(piece)}")
+                print(f"{piece}: {study.progress_of(piece, options.hops)}")
         else:
-            study.run(options.piece, options.seconds)
+            study.run(options.piece, options.seconds, options.hops)
     except BaseException as error:
         return exit_code_of(error)
     return 0
@@ -255,30 +260,39 @@ class Study:
         self.measured = read_results(file) | self.measured
         self._write()
 
-    def progress_of(self, piece: str) -> str:
+    def progress_of(self, piece: str, hops: Sequence[int] = HOPS) -> str:
         """Return how many trainings of a piece are stored, and which is next."""
         if piece.startswith("students"):
             # Which these are is known once influence is measured on their retrofits.
             layers = int(piece.partition("-")[2])
+            tasks = [f"phop_{count}" for count in hops]
             students = [
                 training
                 for training in self.measured
-                if training.arm.startswith(STUDENT_OF) and training.num_layers == layers
+                if training.arm.startswith(STUDENT_OF)
+                and training.num_layers == layers
+                and training.task in tasks
             ]
             return f"{len(students)} stored"
         num_stored = 0
-        for training in self.trainings(piece):
+        for training in self.trainings(piece, hops):
             if training not in self.measured:
                 return f"{num_stored} stored, next: {training.name}"
             num_stored += 1
         return f"{num_stored} stored, complete"
 
-    def run(self, pieces: Sequence[str], seconds: float) -> None:
-        """Make the trainings of some pieces that are not stored, until the time is over."""
+    def run(self, pieces: Sequence[str], seconds: float, hops: Sequence[int] = HOPS) -> None:
+        """Make the trainings of some pieces that are not stored, until the time is over.
+
+        Args:
+            pieces: Some of `PIECES`.
+            seconds: No training begins after so many.
+            hops: Of the depth tasks; cells of others are left out.
+        """
         torch.set_num_threads(1)
         ends_at = time.monotonic() + seconds
         for piece in pieces:
-            for training in self.trainings(piece):
+            for training in self.trainings(piece, hops):
                 if training in self.measured:
                     continue
                 if time.monotonic() >= ends_at:
@@ -301,7 +315,7 @@ class Study:
 
     # Which trainings there are
 
-    def trainings(self, piece: str) -> Iterator[Training]:
+    def trainings(self, piece: str, hops: Sequence[int] = HOPS) -> Iterator[Training]:
         """Yield the trainings of a piece in their order.
 
         Some depend on the results of those before, so each one must be stored before the next one
@@ -312,8 +326,8 @@ class Study:
             cells = [Cell(task=TEXT, num_layers=6, seed=seed) for seed in SEEDS]
         else:
             cells = [
-                Cell(task=f"phop_{hops}", num_layers=int(layers), seed=seed)
-                for hops in HOPS
+                Cell(task=f"phop_{count}", num_layers=int(layers), seed=seed)
+                for count in hops
                 for seed in SEEDS
             ]
         for cell in cells:

@@ -96,6 +96,15 @@ def test_the_rate_with_the_lower_loss_over_the_seeds_that_have_both_counts(study
     assert Study(study.folder, other_file).measured == study.measured
 
 
+def test_a_run_can_be_restricted_to_tasks_of_some_hops(study, capsys):
+    file = str(study.results_file)
+    options = ["--results", file, "--piece", "depth-4", "--hops", "6", "--dry-run"]
+    assert retrofit_study.main(options) == 0
+    assert "next: phop_6, 4 layers, seed 0, source" in capsys.readouterr().out
+    cells = {training.cell for training in study.trainings("depth-4", [6, 4])}
+    assert {cell.task for cell in cells} == {"phop_6", "phop_4"}
+
+
 def test_tables_show_what_is_stored_and_which_student_fits_a_share(study):
     for seed in SEEDS:
         for rate in CELL.recipe.rates:
