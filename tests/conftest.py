@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +35,10 @@ SECONDS_KEY = "iiet/seconds"
 SLOW_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(?:slow|long|installs)\b", re.MULTILINE)
 SECONDS_TAKEN: Counter[str] = Counter()
 """Seconds of each file in this run."""
+MEMORY = Path("/dev/shm")
+"""A file system in memory, on Linux."""
+MEMORY_BYTES = 4e9
+"""Must be free there: a whole run leaves 0.2 GB of files, and each Ray takes some as well."""
 
 # Until all tests are imported, nothing becomes garbage, and looking for it takes a second.
 gc.disable()
@@ -46,6 +51,24 @@ settings.register_profile(
     max_examples=examples(USUAL_EXAMPLES),
 )
 settings.load_profile("patient")
+
+
+def _put_temporary_files_into_memory() -> None:
+    """Use a file system in memory for them, where one is large enough.
+
+    The program waits for the disk after each file that a crash must not lose, and a third of the
+    tests' time was this. `TMPDIR` chooses another place.
+    """
+    if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK | os.X_OK):
+        return
+    # PyTorch's compiler loads what it has written, which some containers forbid there.
+    forbids_programs = os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+    if shutil.disk_usage(MEMORY).free >= MEMORY_BYTES and not forbids_programs:
+        os.environ["TMPDIR"] = str(MEMORY)
+        tempfile.tempdir = None  # It is looked up again.
+
+
+_put_temporary_files_into_memory()
 
 # Set before PyTorch is imported. Tiny models gain nothing from a second thread, and on a busy
 # machine two threads that wait for each other take ten times as long.
