@@ -141,6 +141,7 @@ def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny,
     assert used("two-models") == (teacher, (0, 0))
 
 
+@pytest.mark.slow
 def test_a_pick_replaces_another_model_only_if_asked_to(context, sweep, tmp_path):
     rules: list[dict[str, Any]] = [{"best": True}, {"best": True}, {"keep": 1.0}]
     for rule in rules:
