@@ -120,19 +120,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda i: (i.path.stem not in with_ray, -seconds.get(i.path.stem, 0)))
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist sends the names of the tests.
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let pytest-xdist see the groups, and look for garbage again.
+def pytest_collection_finish() -> None:
+    """Look for garbage again, but not among the modules, and more rarely than usual.
 
-    Garbage is not looked for among the modules, and more rarely than usual: tests make little of
-    it, and each look at all objects takes a quarter of a second.
+    Tests make little of it, and each look at all objects takes a quarter of a second.
     """
-    for item in session.items:
-        # pytest-xdist 3.8 writes the group of a test to where pytest from 9.2 on does not read it:
-        # https://github.com/pytest-dev/pytest-xdist/issues/1386
-        name_with_group = vars(item).get("_nodeid")
-        if name_with_group not in (None, item.nodeid):
-            item._id = item.id.parse(name_with_group)
     gc.freeze()
     gc.set_threshold(10_000, 10, 50)
     gc.enable()

@@ -85,6 +85,7 @@ def start(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "requeued"), [(signal.SIGTERM, ["scontrol requeue 77"]), (signal.SIGUSR1, [])]
 )
