@@ -38,11 +38,15 @@ ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_t
 PATIENCE_SECONDS = 400
 
 
-def wait_until(has_come: Callable[[], object]) -> None:
-    """Wait until something has happened, but not for ever."""
+def wait_until(has_come: Callable[[], object], state: Callable[[], object] | None = None) -> None:
+    """Wait until something has happened, but not for ever.
+
+    Args:
+        state: Returns what there is instead, for the message if it does not happen.
+    """
     give_up_at = time.monotonic() + PATIENCE_SECONDS
     while not has_come():
-        assert time.monotonic() < give_up_at, "it did not happen in time"
+        assert time.monotonic() < give_up_at, ("it did not happen in time", state and state())
         time.sleep(0.05)
 
 

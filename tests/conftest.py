@@ -156,7 +156,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Each test begins with one thread, as a process of its own would: a trial that ran in this
     process sets its own number, and two threads add numbers in another order.
+
+    The modules are left out of the search for garbage again: a training that ran in this process
+    has ended with `gc.unfreeze`, and a search that a library asks for would take a second.
     """
+    if not gc.get_freeze_count():
+        gc.freeze()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     temporary: pytest.TempPathFactory = item.config._tmp_path_factory

@@ -1,5 +1,6 @@
 """The marks that follow from others, and the process in which a test runs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process
     under_ray.fixturenames.append("ray_session")
     plugin.pytest_collection_modifyitems(request.config, [under_ray])
     assert next(under_ray.iter_markers("xdist_group")).args == ("ray",)
+
+
+def test_pytest_xdist_knows_the_group_of_a_test(request):
+    has_group = request.node.nodeid.endswith("@test_marks")
+    assert has_group == ("PYTEST_XDIST_WORKER" in os.environ)
 
 
 @given(number=st.integers())

@@ -206,8 +206,8 @@ def _is_accepted(folder: Path, folders: AcceptedFolders) -> bool:
 
 
 def _run_folders(workspace: Workspace) -> list[Path]:
-    """Return the folders of the workspace's runs."""
-    return [path for path in workspace.runs.glob("*") if path.is_dir()]
+    """Return the folders of the workspace's runs, by name."""
+    return sorted(path for path in workspace.runs.glob("*") if path.is_dir())
 
 
 def hub_hint(path: Path) -> str:
@@ -240,14 +240,15 @@ def find_pretraining(workspace: Workspace, name: Path) -> Path:
     raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
 
 
-def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
-    """Return the checkpoint of the workspace's runs with this weights key, if any."""
+def find_checkpoints_by_weights(workspace: Workspace, key: str) -> list[Path]:
+    """Return the checkpoints of the workspace's runs with this weights key, by name."""
+    found = []
     for run in _run_folders(workspace):
         for checkpoint in find_checkpoints(run):
             with suppress(UserError):  # Skip checkpoints with a damaged provenance.
                 if key and weights_key(checkpoint) == key:
-                    return checkpoint
-    return None
+                    found.append(checkpoint)
+    return found
 
 
 def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:

@@ -490,12 +490,13 @@ def model_card(
         metric: Metric of the table to look for.
     """
     provenance = folders.load_provenance(checkpoint)
-    teacher = lookup.find_checkpoint_by_weights(
+    # Of several runs with the teacher's weights, influence may have been measured on any.
+    teachers = lookup.find_checkpoints_by_weights(
         context.workspace, str(provenance.get("teacher") or "")
     )
-    full = folders.load_config(teacher or checkpoint)
-    if influence is None and teacher:
-        influence = lookup.load_influence_table(teacher, metric)
+    full = folders.load_config(teachers[0] if teachers else checkpoint)
+    for teacher in teachers:
+        influence = influence or lookup.load_influence_table(teacher, metric)
     prompt = ModelCard.prompt
     file = checkpoint / folders.TOKENIZER
     if file.is_file():

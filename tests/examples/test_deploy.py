@@ -85,6 +85,7 @@ def start(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "requeued"), [(signal.SIGTERM, ["scontrol requeue 77"]), (signal.SIGUSR1, [])]
 )
@@ -95,11 +96,11 @@ def test_a_signal_reaches_the_command_alone_which_saves_its_state(
         return (tmp_path / "record").read_text().splitlines()
 
     script = start("77")
-    wait_until(lambda: len(record()) == 2)
+    wait_until(lambda: len(record()) == 2, record)
     os.kill(script.pid, number)
     printed, _ = script.communicate(timeout=PATIENCE_SECONDS)
     assert script.returncode == 130, printed
-    wait_until(lambda: "ray ends" in record())
+    wait_until(lambda: "ray ends" in record(), record)
     ray, command, saved, *rest = record()
     assert ray == (
         "ray start --block --head --node-ip-address=127.0.0.1 --port=PORT --num-cpus=64 "

@@ -206,7 +206,7 @@ def test_a_trial_that_asha_ends_saves_its_state_frees_its_workers_and_can_go_on(
     [saved] = find_checkpoints(Path(bad.folder))
     assert stop.step <= step_of(saved) < 400
     num_cpus = ray.cluster_resources()["CPU"]
-    wait_until(lambda: ray.available_resources().get("CPU") == num_cpus)
+    wait_until(lambda: ray.available_resources().get("CPU") == num_cpus, ray.available_resources)
 
     # The shares of a model are those of the trial's workers, not of the cluster's.
     sharded = ClusterSettings(num_workers=4, parallel="fsdp", num_shards=4)

@@ -285,6 +285,7 @@ def test_progress_is_told_within_a_task(kind, settings, workspace, llama_of_kind
     assert all(isinstance(num_done, int) for num_done in progress.done), progress.done
 
 
+@pytest.mark.slow
 def test_trusted_code_of_a_folder_runs(folder, settings, workspace, monkeypatch, tmp_path):
     from transformers import dynamic_module_utils
 

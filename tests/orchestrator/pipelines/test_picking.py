@@ -141,6 +141,7 @@ def test_generate_takes_the_pick_until_a_run_is_newer(context, sweep, save_tiny,
     assert used("two-models") == (teacher, (0, 0))
 
 
+@pytest.mark.slow
 def test_a_pick_replaces_another_model_only_if_asked_to(context, sweep, tmp_path):
     rules: list[dict[str, Any]] = [{"best": True}, {"best": True}, {"keep": 1.0}]
     for rule in rules:
@@ -214,6 +215,8 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     runs = context.workspace.runs
     student = save_tiny(runs / "taught", seed=1, schedule=[1, 0], provenance=provenance)
     store_table(student, "cosine", (1, 0))
+    copy = save_tiny(runs / "copy")
+    assert weights_key(copy) == provenance["teacher"], "it is as good, but nothing was measured"
     for metric in ("cosine", "loss", "relative"):
         store_table(teacher, metric, (2, 1))
 

@@ -183,6 +183,7 @@ def test_a_damaged_checkpoint_is_reported_once(context, tiny_tokens, notes):
     assert str(newest) in notes.notes[0]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_continued_on_its_own_tokens(context, tiny_tokens, tracking, notes):
     tokens = context.workspace.tokens / tiny_tokens.name
     shutil.copytree(tiny_tokens, tokens)
@@ -288,6 +289,7 @@ def set_importance(path: Path, *layers: float) -> None:
     stored.model_copy(update={"table": table}).write(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["iiet", "vanilla"])
 def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tokens, tracking):
     tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)

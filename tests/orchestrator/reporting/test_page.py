@@ -87,6 +87,7 @@ def test_text_from_outside_cannot_become_markup(sample_results):
     assert bad in json.dumps(charts_in(page))
 
 
+@pytest.mark.slow
 def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sample_evaluations):
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = sample_front(sample_results, sweep_of=sweep_of)
@@ -104,6 +105,7 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
         assert sorted(cells, key=lambda text: float(sort_value(text))) == cells
 
 
+@pytest.mark.slow
 def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, sample_evaluations):
     front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
     chart = charts_in(page_of(front, notes=["A note."]))[0]

@@ -110,6 +110,7 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     assert {path.name: path.read_bytes() for path in written.files} == before
 
 
+@pytest.mark.slow
 def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(workspace, sweep):
     axes = parse_axes("served_ms", "bits")
     unserved = write_sweep_report(workspace, sweep, axes=axes)

@@ -157,6 +157,7 @@ def test_the_report_reads_as_stored(workspace, tmp_path):
     assert_as_stored("retention.txt", parts, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pick_that_has_lost_too_much_is_refused_unless_it_is_allowed(workspace):
     def picked(**options: Any) -> Any:
         return plan_pick("kept", workspace=workspace, **options)

@@ -137,7 +137,7 @@ def test_a_sweep_is_seen_while_it_runs(watched):
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
     watched.view.update()
-    wait_until(lambda: watched.losses(first) == [1, 2])
+    wait_until(lambda: watched.losses(first) == [1, 2], lambda: watched.losses(first))
     assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
 
     # The front so far is in the sweep's run, with its picture.

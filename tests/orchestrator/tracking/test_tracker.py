@@ -139,6 +139,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tracking, workspace, tmp_path
     assert steps[-1] == ended.data.metrics["train/loss"] == 100_000
 
 
+@pytest.mark.slow
 def test_a_copy_after_a_lost_answer_adds_no_point(tracking, workspace, tmp_path, monkeypatch):
     run = run_of("lost answer", journal=str(tmp_path))
     journal = Journal(tmp_path)

@@ -24,7 +24,7 @@ from iiet import Decoder, next_token_loss
 from iiet.facts import facts_of
 from orchestrator.cli import main
 from orchestrator.data.mixture import open_data
-from orchestrator.models.folder import load_config, load_provenance
+from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
 from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines import sweeps, training
@@ -63,14 +63,14 @@ def context(workspace) -> Context:
     return Context(workspace, KeptProgress(), tracking=cast("Tracking", FakeTracking()))
 
 
-@pytest.fixture
-def text(tmp_path) -> Path:
-    path = tmp_path / "texts.jsonl"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_text(lines_of(TEXTS))
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(text) -> Callable[..., Settings]:
     """A function that makes settings: their assignments, as `name=value`."""
 
@@ -84,15 +84,24 @@ def settings(text) -> Callable[..., Settings]:
     return make
 
 
-@pytest.fixture
-def plain_run(context, settings) -> Path:
-    """The last checkpoint of a plain model that was pretrained in the workspace, as `plain`."""
+@pytest.fixture(scope="module")
+def trained_workspace(settings, tmp_path_factory) -> Workspace:
+    """A workspace, to be copied, in which the plain model of `plain_run` was pretrained."""
+    workspace = Workspace(tmp_path_factory.mktemp("trained") / "ws")
     sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
     plan = plan_pretrain(
         settings("model.method=vanilla", "training.learning_rate=3e-3", *sizes),
-        workspace=context.workspace, name="plain", local=True,
+        workspace=workspace, name="plain", local=True,
     )  # fmt: skip
-    return run_pretrain(plan, context).checkpoint
+    run_pretrain(plan, Context(workspace, tracking=cast("Tracking", FakeTracking())))
+    return workspace
+
+
+@pytest.fixture
+def plain_run(trained_workspace, workspace) -> Path:
+    """The last checkpoint of a plain model that was pretrained in the workspace, as `plain`."""
+    shutil.copytree(trained_workspace.root, workspace.root)
+    return newest_checkpoint(workspace.runs / "plain")
 
 
 @pytest.fixture
