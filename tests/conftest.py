@@ -156,16 +156,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     Each test begins with one thread, as a process of its own would: a trial that ran in this
     process sets its own number, and two threads add numbers in another order.
-
-    The modules are left out of the search for garbage again: a training that ran in this process
-    has ended with `gc.unfreeze`, and a search that a library asks for would take a second.
     """
-    if not gc.get_freeze_count():
-        gc.freeze()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     temporary: pytest.TempPathFactory = item.config._tmp_path_factory
     copy_databases(temporary.getbasetemp() / "mlflow-template.db")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_no_garbage() -> None:
+    """Leave the modules out of the search for garbage again.
+
+    A training in this process has ended with `gc.unfreeze`, and a search that a library asks for
+    would take a second. Not before each test, as what is garbage now stays for ever.
+    """
+    gc.freeze()
 
 
 @pytest.fixture
