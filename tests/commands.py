@@ -22,14 +22,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
+PRELOADED_BUT_RAY = [
+    *("orchestrator.cli", "torch", "mlflow", "datasets", "transformers", "lm_eval"),
+    *("optuna", "altair"),
+    # PyTorch imports the first two at the first step.
+    *("torch._dynamo", "torch.distributed.fsdp", "orchestrator.training.shards"),
+    *("orchestrator.training.trainer", "orchestrator.sweeping.trial"),
+]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [
-        *("orchestrator.cli", "orchestrator.pipelines.sweeps", "torch", "mlflow", "datasets"),
-        *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair"),
-        # PyTorch imports the first two at the first step.
-        *("torch._dynamo", "torch.distributed.fsdp", "orchestrator.training.shards"),
-    ]
+    [*PRELOADED_BUT_RAY, "orchestrator.pipelines.sweeps", "ray.train", "ray.tune"]
 )
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Variables of the server; without them NumPy and Arrow start threads when they are imported."""

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -325,11 +326,21 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """Ray, started once for all tests that need it, with two CPUs; marked slow by its users."""
+def ray_session(tmp_path_factory) -> Iterator[None]:
+    """Ray, started once for all tests that need it, with two CPUs; marked slow by its users.
+
+    Its workers are forked. Those of a command in a process of its own start as a user's do.
+    """
+    from forked_ray_workers import forked_workers
+
     from orchestrator.cluster.ray import ray_cluster
 
-    with ray_cluster(num_cpus=2):
+    folder = tmp_path_factory.mktemp("ray")
+    with forked_workers(folder) as variables, ExitStack() as ends_with_session:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            ends_with_session.enter_context(ray_cluster(num_cpus=2))
         yield
 
 

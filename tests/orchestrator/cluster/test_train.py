@@ -481,6 +481,7 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
 ):
     from ray.util.placement_group import placement_group, remove_placement_group
 
+    monkeypatch.setattr(train, "PLACEMENT_SECONDS", 0.1)
     job = make_job("run")
     notes = list[str]()
 
