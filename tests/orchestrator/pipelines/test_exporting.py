@@ -262,14 +262,11 @@ def test_cards_read_as_stored(tiny_model, tmp_path):
     family = [config.corrections, IterationSchedule((1, 0)), IterationSchedule((0, 0))]
     result = TaskResult(name="choices", version="1", metrics={"acc": 0.5})
     plain = ModelCard(name="tiny", config=config)
+    measured = replace(plain, evaluation=EvaluationResult(results={"choices": result}))
     cards = {
         "elastic weights": replace(plain, served=family),
-        "rounded weights": replace(
-            plain,
-            evaluation=EvaluationResult(results={"choices": result}),
-            dtype="bf16",
-            is_rounded=True,
-        ),
+        "measured weights": measured,
+        "rounded weights": replace(measured, dtype="bf16", is_rounded=True),
         "a student": ModelCard(
             name="student",
             config=replace(config, schedule=IterationSchedule((1, 0))),
