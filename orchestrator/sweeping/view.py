@@ -177,6 +177,8 @@ class SweepView:
 
     def _show_progress(self) -> None:
         """Advance the bar by the trials that have ended, and by the steps of those that run."""
+        # Counted first: a trial that ends meanwhile would count as both.
+        num_ended = self._sweep.num_ended
         jobs = {
             state.trial.label: state.trial.job
             for state in self._sweep.with_status("running")
@@ -191,7 +193,7 @@ class SweepView:
         for number in range(first, first + min(JOURNALS_AT_ONCE, len(readers))):
             readers[number % len(readers)].read()
         self._num_updates += 1
-        num_done: float = self._sweep.num_ended
+        num_done: float = num_ended
         activities = []
         for (label, job), reader in zip(jobs.items(), readers, strict=True):
             num_done += TRAINING_SHARE * reader.step / job.recipe.num_steps
@@ -202,7 +204,7 @@ class SweepView:
         for state in self._sweep.with_status("running"):
             if not state.trial.job:
                 activities.append(f"measuring {state.trial.label}")
-        num_trials = f"{self._sweep.num_ended} of {self._sweep.num_all} trials"
+        num_trials = f"{num_ended} of {self._sweep.num_all} trials"
         self._progress.advance(num_done, "; ".join([num_trials, *activities[:MAX_NAMED]]))
 
     def _show_front(self) -> None:

@@ -145,7 +145,8 @@ class Progress(AbstractContextManager["Progress"]):
         if now - first_time < SECONDS_TO_MEASURE or done <= first_units:
             return ""
         if seconds_left is None and self._total:
-            seconds_left = (now - first_time) * (self._total - done) / (done - first_units)
+            units_left = max(0.0, self._total - done)  # A total may be an estimate.
+            seconds_left = (now - first_time) * units_left / (done - first_units)
         if seconds_left is None or math.isnan(seconds_left):
             return ""
         return f"{format_duration(round(seconds_left))} left"
