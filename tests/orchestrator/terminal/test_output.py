@@ -125,7 +125,7 @@ def test_the_time_left_follows_from_units_that_were_counted_for_a_while(monkeypa
         assert advance(6, 51) == "sweep: 51/100, 24 s left, 51 s so far", "20 took 10 s"
         assert advance(0, 51, seconds_left=90.0) == "sweep: 51/100, 1.5 min left, 51 s so far"
         assert advance(0, 51, seconds_left=math.nan) == "sweep: 51/100, 51 s so far"
-        assert advance(9, 107).endswith("0 s left, 60 s so far"), "the total was too low"
+        assert advance(9, 107).endswith(", 0 s left, 1 min so far"), "the total was too low"
         progress.start("influence")
         assert advance(20, 0) == "influence: 0, 20 s so far", "of another task nothing is known"
 
