@@ -155,6 +155,31 @@ def run_command(
     return printed
 
 
+WITHOUT_PACKAGES = """
+import sys
+
+for name in [*sys.modules]:
+    if name.partition(".")[0] in HIDDEN:
+        del sys.modules[name]
+sys.modules.update(dict.fromkeys(HIDDEN))  # Any import of them fails from here on.
+"""
+
+
+def run_without(
+    packages: Iterable[str],
+    code: str,
+    *arguments: str,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a Python text in a process that cannot import some packages; return what it printed."""
+    hide = WITHOUT_PACKAGES.replace("HIDDEN", repr(sorted(packages)))
+    started = Started(*arguments, code=hide + code, folder=folder, environment=environment)
+    printed, _ = started.communicate()
+    assert started.returncode == 0, printed
+    return printed
+
+
 def run_here(*words: str, workspace: Path) -> str:
     """Run a command in this process, and return what it printed."""
     from orchestrator.cli import main

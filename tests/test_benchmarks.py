@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import CONTEXT, ONE_THREAD
 from gguf_files import tiny_llama, write_llama
 
 from benchmarks.__main__ import CPU_SECTIONS, GPU_SECTIONS, main
@@ -36,6 +38,14 @@ SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
 def toy(tmp_path_factory) -> Setup:
     folder = tmp_path_factory.mktemp("report")
     return Setup(is_toy=True, folder=folder, report_folder=folder)
+
+
+@pytest.fixture
+def _forked(monkeypatch) -> None:
+    """Let processes be forked from one that has imported everything, where there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.update(ONE_THREAD)
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +77,7 @@ def test_the_sections_of_a_gpu_machine_take_less_than_an_hour(skipped):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_forked")
 def test_the_command_measures_a_file_and_writes_both_reports(tmp_path, capsys):
     file = write_llama(tmp_path / "tiny.gguf", tiny_llama())
     assert main(["decoding", "--quick", "--gguf", str(file), "--to", str(tmp_path)]) == 0
@@ -204,6 +215,7 @@ def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_forked")
 def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy):
     result = run_in_process(section(killed), toy)
     assert [row.what for row in result.rows] == ["first"]

@@ -6,9 +6,9 @@ import errno
 import os
 import sqlite3
 import subprocess
-import sys
 
 import pytest
+from commands import Started
 from refusals import refused
 from sample_trials import sample_trial
 
@@ -41,11 +41,19 @@ def test_a_full_disk_is_reported_in_one_sentence(tmp_path, error):
 
 
 FULL_DISK = """
-import os, sys
+import ctypes, os, shutil, subprocess, sys
 from pathlib import Path
 from orchestrator.cli.__main__ import main
 
-disk = Path(sys.argv[1])
+# A disk of 8 MB that this process alone sees, as `unshare --user --map-root-user --mount` gives it.
+disk, workspace = map(Path, sys.argv[1:])
+maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+new_user, new_mounts = 0x10000000, 0x00020000
+assert ctypes.CDLL(None).unshare(new_user | new_mounts) == 0
+for name, text in maps.items():
+    Path("/proc/self", name).write_text(text)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
+shutil.copytree(workspace, disk, dirs_exist_ok=True)
 filler = disk / "filler"
 
 def files():
@@ -88,18 +96,17 @@ def test_a_command_on_a_full_disk_leaves_nothing_and_succeeds_once_there_is_spac
     ).store(workspace)  # fmt: skip
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = 'mount -t tmpfs -o size=8m tmpfs "$1" && cp -r "$2/." "$1" && exec "$3" -c "$4" "$1"'
     shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*shell, 'mount -t tmpfs tmpfs "$1"', "sh", disk], check=False).returncode:
         pytest.skip("this machine lets no user mount a small disk")
-    arguments = ["sh", disk, workspace.root, sys.executable, FULL_DISK]
-    done = subprocess.run(
-        [*shell, mount, *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
+    process = Started(str(disk), str(workspace.root), code=FULL_DISK)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    lines = printed.splitlines()
     commands = (["report"], ["export", "teacher", "--no-measure"], ["pick"])
     expected = [line for words in commands for line in (f"{words} 1 []", f"{words} 0")]
-    assert [line for line in done.stdout.splitlines() if line.startswith("['")] == expected, done
-    errors = [line for line in done.stderr.splitlines() if line.startswith("iiet-orch: ")]
+    assert [line for line in lines if line.startswith("['")] == expected, printed
+    errors = [line for line in lines if line.startswith("iiet-orch: ")]
     assert len(errors) == 3
     assert all("no space" in line for line in errors)
-    assert "Errno" not in done.stderr
+    assert "Errno" not in printed

@@ -309,7 +309,6 @@ def tokenizer_file(tmp_path):
 IN_A_CLEAN_PROCESS = """
 import json, sys
 
-sys.modules["iiet"] = None  # Any import of the package fails from here on.
 folder, copy = sys.argv[1:]
 import torch
 from safetensors.torch import load_file

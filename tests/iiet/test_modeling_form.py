@@ -245,7 +245,7 @@ def test_the_trainer_trains(method, recomputes, folders, tmp_path):
 @pytest.mark.parametrize("method", ["looped", "iiet", "pcformer"])
 @torch.no_grad()
 def test_a_model_compiles_as_one_graph(method):
-    model = transformers_model(make_model(method, dtype=torch.float32))
+    model = transformers_model(make_model(method, (1, 0), dtype=torch.float32))
     ids = tokens(2, 9)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_without
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
 from refusals import refused
@@ -43,7 +42,6 @@ from orchestrator.workspace.errors import UserError
 STOCK = """
 import functools, sys
 
-sys.modules["iiet"] = sys.modules["orchestrator"] = None  # Any import of them fails from here on.
 snippet = open("README.md").read().split("```python")[1].split("```")[0]
 exec(snippet)  # Whoever reads the card runs this, and should meet no question.
 
@@ -107,23 +105,9 @@ def test_stock_lm_eval_gives_our_numbers(checkpoint, workspace, tmp_path):
         "--output_path": str(tmp_path / "found"),
         "--device": "cpu",
     }
-    environment = {
-        **os.environ,
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, *(part for pair in options.items() for part in pair)],
-        env=environment,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "[y/N]" not in done.stdout + done.stderr
+    words = (word for option in options.items() for word in option)
+    printed = run_without(("iiet", "orchestrator"), STOCK, *words, folder=folder)
+    assert "[y/N]" not in printed
     file = next((tmp_path / "found").rglob("results_*.json"))
     theirs = json.loads(file.read_text())["results"]
     for task, metrics in ours.metrics_by_task.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_without
 from documented import ROOT, blocks
 from sample_trials import sample_trial
 from terminal import run_in_terminal
@@ -46,7 +46,6 @@ for name in sys.argv[2:]:
     added = output[tokens.input_ids.shape[1] :]
     text = tokenizer.decode(added, skip_special_tokens=True)
     read[name] = {"folder": folder, "logits": logits, "text": text}
-assert not {"iiet", "orchestrator"} & {name.partition(".")[0] for name in sys.modules}
 print(json.dumps(read))
 """
 Environment = Callable[[Path], Mapping[str, str]]
@@ -90,12 +89,11 @@ def environment(tmp_path) -> dict[str, str]:
 def test_a_clean_process_loads_registered_models_with_transformers(
     checkpoints, environment, tmp_path
 ):
-    done = subprocess.run(
-        [sys.executable, "-c", READ, PROMPT, *checkpoints],
-        capture_output=True, text=True, cwd=tmp_path, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
+    hidden = ("iiet", "orchestrator")
+    printed = run_without(
+        hidden, READ, PROMPT, *checkpoints, folder=tmp_path, environment=environment
+    )
+    answers = json.loads(printed.splitlines()[-1])
     for name, checkpoint in checkpoints.items():
         ids = load_tokenizer(checkpoint / TOKENIZER).encode(PROMPT).ids
         with torch.no_grad():
