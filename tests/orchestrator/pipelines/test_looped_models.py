@@ -108,12 +108,13 @@ def test_kinds_of_other_projects_and_of_this_one_stand_on_one_front(
 ):
     ours = save_tiny(workspace.runs / "ours", method="looped", schedule=[0, 0], context_length=64)
     models = [open_model(ours, schedule="1")]
-    kinds = ("ouro", "inkling2_loop_text")  # With code in its folder, and of transformers.
-    for kind in kinds:
-        folder = write_looped(tmp_path / kind, kind, tokenizer)
+    # With code in its folder, and of transformers.
+    kinds = {"ouro": 3, "inkling2_loop_text": 4}
+    for kind, num_layers in kinds.items():
+        folder = write_looped(tmp_path / kind, kind, tokenizer, num_hidden_layers=num_layers)
         models += [open_model(folder, schedule=depth) for depth in ("1", "2")]
     rows = front_of(models, tasks, workspace)
-    assert [row["cost/evaluations"] for row in rows] == [3, 4, 6, 6, 8]
+    assert [row["cost/evaluations"] for row in rows] == [3, 4, 4, 6, 6]
     assert {row["method"] for row in rows} == {"looped", *kinds}
     by_name = {row["name"]: row for row in rows}
     assert by_name["ouro depth=2"]["cost/kv_bytes_per_token"] == 4 * 6 * 64
