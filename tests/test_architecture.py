@@ -314,6 +314,7 @@ check()
 """Each step loads no more than it needs, from what every program imports to what generates."""
 
 
+@pytest.mark.slow
 def test_light_work_imports_nothing_heavy(tmp_path):
     workspace = open_workspace(tmp_path)
     program = [sys.executable, "-c", LIGHT_WORK, str(workspace.root)]

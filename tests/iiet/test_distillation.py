@@ -104,8 +104,15 @@ def wrapped_fields(decoder):
 
 @pytest.mark.parametrize(
     "prepare",
-    [compiled_fields, wrapped_fields, lambda decoder: torch.compile(decoder, backend="eager")],
-    ids=["compiled fields", "wrapped fields", "compiled whole"],
+    [
+        pytest.param(compiled_fields, id="compiled fields"),
+        pytest.param(wrapped_fields, id="wrapped fields"),
+        pytest.param(
+            lambda decoder: torch.compile(decoder, backend="eager"),
+            id="compiled whole",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @torch.no_grad()

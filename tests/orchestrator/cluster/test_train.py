@@ -393,6 +393,7 @@ def test_a_worker_that_is_asked_to_stop_saves_and_returns(make_job, first_worker
     assert len(curve(job)) < job.recipe.num_steps
 
 
+@pytest.mark.slow
 def test_sigterm_waits_for_what_is_still_written(make_job, attempts, monkeypatch):
     job = make_job("slow")
     is_asked = threading.Event()

@@ -194,6 +194,7 @@ def test_text_without_sentences_is_one_error(tmp_path):
     assert not list(folder.glob("*heldout*"))
 
 
+@pytest.mark.slow
 def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(tmp_path):
     for number, name in enumerate(("files", "hub")):
         draw = random.Random(number)

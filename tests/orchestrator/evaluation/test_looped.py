@@ -45,7 +45,14 @@ FLOPS["nanbeige"] = FLOPS["ouro"]
 """Kind -> FLOPs of a decoded token, by its layer runs, the tokens that it sees, and its loops."""
 
 
-@pytest.mark.parametrize("kind", MODELS)
+SLOW_KINDS = ("hrm_text", "inkling2_loop_text")
+"""Kinds of many layers."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) if k in SLOW_KINDS else k for k in MODELS],
+)
 def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
     folder = write_looped(tmp_path / "model", kind, tiny_tokens / TOKENIZER)
     outputs = []

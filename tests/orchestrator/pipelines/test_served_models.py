@@ -110,6 +110,7 @@ def test_a_mistake_is_one_sentence(requests, tmp_path, capfd, words, sentence):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_what_transformers_reads_is_served_as_it_is_and_anything_else_as_an_export(
     requests, workspace, save_tiny, save_llama, tmp_path
 ):
@@ -131,6 +132,7 @@ def test_what_transformers_reads_is_served_as_it_is_and_anything_else_as_an_expo
     assert len(result.to_pandas()) == 4
 
 
+@pytest.mark.slow
 def test_reports_get_the_newest_times_under_the_same_conditions(
     requests, workspace, save_tiny, tmp_path
 ):

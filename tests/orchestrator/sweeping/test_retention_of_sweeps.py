@@ -66,6 +66,7 @@ def planned(workspace: Workspace, *assignments: str, teacher: str = "retrofit") 
     return plan_sweep(settings_of(TEXT, *assignments), workspace=workspace, teacher=teacher)
 
 
+@pytest.mark.slow
 def test_the_default_is_there_where_the_teacher_has_a_source_that_reads_text(workspace, tmp_path):
     evaluation = planned(workspace).settings.evaluation
     assert evaluation.retention == DEFAULT_RETENTION

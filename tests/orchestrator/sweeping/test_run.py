@@ -74,6 +74,7 @@ def sweep(tmp_path) -> Sweep:
     return Sweep(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     tiny_plan, sweep, tmp_path, monkeypatch
 ):

@@ -123,7 +123,7 @@ class World:
         ]
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "gp"])
+@pytest.mark.parametrize("sampler", ["nsga2", pytest.param("gp", marks=pytest.mark.slow)])
 def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sampler):
     num_trials = 1 if sampler == "gp" else 5  # A Gaussian process takes a second for each trial.
     world = World(tmp_path / "a")

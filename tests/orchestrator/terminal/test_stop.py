@@ -93,6 +93,7 @@ def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_b
     assert not stop_requested()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for(monkeypatch):
     never = threading.Event()
     threads_before = {*threading.enumerate()}

@@ -181,6 +181,7 @@ def _broken_compiler(monkeypatch) -> None:
     compile_by(fail, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_broken_compiler")
 def test_a_broken_compiler_is_one_warning_and_changes_nothing(job):
     (event,) = events(same_run(job, recipe(compile=True)), "not compiled")
@@ -205,6 +206,7 @@ def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
     assert "1 sequences" in event["text"]
 
 
+@pytest.mark.slow
 def test_every_training_of_a_process_compiles():
     """Tune reuses a process for its trials; Dynamo keeps graphs for 8 backends, here for 2."""
     event_names: list[str] = []
@@ -248,6 +250,7 @@ def copies() -> Iterator[World]:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_copies_compile_whole_fields(copies):
     """Dynamo cuts a graph where the buckets of gradients end, 1 MiB for the first one."""
     decoder = Decoder(preset("tiny", num_layers=1, dim=256, num_heads=4, context_length=8))

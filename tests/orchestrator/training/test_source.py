@@ -404,6 +404,7 @@ def test_a_sweep_imports_its_source_first(model_folder, settings, workspace, con
     assert job.recipe.learning_rate in (IMPORTED_LEARNING_RATE, 2 * IMPORTED_LEARNING_RATE)
 
 
+@pytest.mark.slow
 def test_in_one_call(model_folder, settings, workspace):
     prepare(settings(f"data.tokenizer={model_folder}"), workspace=workspace)
     result = pretrain(settings(), workspace=workspace, source=model_folder, local=True)
