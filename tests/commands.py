@@ -158,6 +158,12 @@ def run_command(
 WITHOUT_PACKAGES = """
 import sys
 
+import huggingface_hub.constants
+import transformers.dynamic_module_utils
+
+# These were read from the environment when the server of the forks imported them.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+transformers.dynamic_module_utils.HF_MODULES_CACHE = FOLDER_OF_CODE
 for name in [*sys.modules]:
     if name.partition(".")[0] in HIDDEN:
         del sys.modules[name]
@@ -172,8 +178,12 @@ def run_without(
     folder: Path,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a Python text in a process that cannot import some packages; return what it printed."""
+    """Run a Python text in a process that cannot import some packages; return what it printed.
+
+    It cannot ask the hub either, and code of models is copied to the folder `modules` here.
+    """
     hide = WITHOUT_PACKAGES.replace("HIDDEN", repr(sorted(packages)))
+    hide = hide.replace("FOLDER_OF_CODE", repr(str(folder / "modules")))
     started = Started(*arguments, code=hide + code, folder=folder, environment=environment)
     printed, _ = started.communicate()
     assert started.returncode == 0, printed

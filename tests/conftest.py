@@ -4,6 +4,7 @@ session."""
 from __future__ import annotations
 
 import gc
+import getpass
 import hashlib
 import os
 import random
@@ -62,7 +63,9 @@ def _put_temporary_files_into_memory() -> None:
     """
     if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK | os.X_OK):
         return
-    # PyTorch's compiler loads what it has written, which some containers forbid there.
+    # What is compiled is found again by later runs, and some containers run no programs there.
+    in_files = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", in_files)
     forbids_programs = os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
     if shutil.disk_usage(MEMORY).free >= MEMORY_BYTES and not forbids_programs:
         os.environ["TMPDIR"] = str(MEMORY)
@@ -326,7 +329,7 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ray_session(tmp_path_factory) -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """Ray, started once for all tests that need it, with two CPUs; marked slow by its users.
 
     Its workers are forked. Those of a command in a process of its own start as a user's do.
@@ -335,8 +338,12 @@ def ray_session(tmp_path_factory) -> Iterator[None]:
 
     from orchestrator.cluster.ray import ray_cluster
 
-    folder = tmp_path_factory.mktemp("ray")
-    with forked_workers(folder) as variables, ExitStack() as ends_with_session:
+    with ExitStack() as ends_with_session:
+        # Short: a socket's path has little room.
+        scratch = ends_with_session.enter_context(
+            tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp")
+        )
+        variables = ends_with_session.enter_context(forked_workers(Path(scratch)))
         with pytest.MonkeyPatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)

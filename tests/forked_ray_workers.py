@@ -17,6 +17,7 @@ import os
 import random
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -63,7 +64,7 @@ def with_forks(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     """Return what Ray's workers run in, with this file as their program."""
     # Without `site`, which looks for packages, it starts in a few hundredths of a second.
     words = (sys.executable, "-IS", THIS_FILE, "request", os.environ[ADDRESS_VARIABLE])
-    return {**(runtime_env or {}), "py_executable": " ".join(words)}
+    return {**(runtime_env or {}), "py_executable": shlex.join(words)}
 
 
 def request(address: str, words: list[str]) -> None:
@@ -91,7 +92,12 @@ def serve(listener: socket.socket, modules: Iterable[str]) -> None:
         with connection:
             _, files, *_ = socket.recv_fds(connection, 1, 3)
             with connection.makefile() as text:
-                words, environment, folder, blocked_signals = json.load(text)
+                asked = text.read()
+        if not asked.endswith("]"):  # Whoever asked was killed meanwhile.
+            for file in files:
+                os.close(file)
+            continue
+        words, environment, folder, blocked_signals = json.loads(asked)
         if os.fork() == 0:
             listener.close()
             _be_worker(words, environment, folder, files, blocked_signals)
@@ -115,6 +121,7 @@ def _be_worker(
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked_signals)
     random.seed()  # All workers would draw the same numbers.
+    sys.modules["numpy"].random.seed()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -45,7 +45,7 @@ def _forked(monkeypatch) -> None:
     """Let processes be forked from one that has imported everything, where there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.update(ONE_THREAD)
-        monkeypatch.setattr(multiprocessing, "get_context", lambda _: CONTEXT)
+        monkeypatch.setattr(multiprocessing, "get_context", lambda *_: CONTEXT)
 
 
 @pytest.mark.parametrize(

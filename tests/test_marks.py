@@ -1,6 +1,5 @@
 """The marks that follow from others, and the process in which a test runs."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process
 
 def test_pytest_xdist_knows_the_group_of_a_test(request):
     has_group = request.node.nodeid.endswith("@test_marks")
-    assert has_group == ("PYTEST_XDIST_WORKER" in os.environ)
+    assert has_group == getattr(request.config.option, "loadgroup", False)
 
 
 @given(number=st.integers())

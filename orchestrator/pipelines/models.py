@@ -44,7 +44,7 @@ from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.retention import Loss, loss_text
-from orchestrator.settings import Settings
+from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
@@ -495,8 +495,11 @@ def model_card(
         context.workspace, str(provenance.get("teacher") or "")
     )
     full = folders.load_config(teachers[0] if teachers else checkpoint)
-    for teacher in teachers:
-        influence = influence or lookup.load_influence_table(teacher, metric)
+    if influence is None:
+        tables = [lookup.load_influence_table(teacher, metric) for teacher in teachers]
+        found_tables = [table for table in tables if table]
+        found_tables.sort(key=lambda table: table.metric != (metric or InfluenceSettings().metric))
+        influence = next(iter(found_tables), None)
     prompt = ModelCard.prompt
     file = checkpoint / folders.TOKENIZER
     if file.is_file():

@@ -83,7 +83,7 @@ def environment(tmp_path) -> dict[str, str]:
     without_path = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     database = Workspace(tmp_path / "workspace").database
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
-    return {**without_path, **store, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    return {**without_path, **store}
 
 
 def test_a_clean_process_loads_registered_models_with_transformers(
