@@ -496,10 +496,11 @@ def model_card(
     )
     full = folders.load_config(teachers[0] if teachers else checkpoint)
     if influence is None:
-        tables = [lookup.load_influence_table(teacher, metric) for teacher in teachers]
-        found_tables = [table for table in tables if table]
-        found_tables.sort(key=lambda table: table.metric != (metric or InfluenceSettings().metric))
-        influence = next(iter(found_tables), None)
+        wanted = metric or InfluenceSettings().metric
+        tables = (lookup.load_influence_table(teacher, wanted) for teacher in teachers)
+        influence = min(
+            filter(None, tables), key=lambda table: table.metric != wanted, default=None
+        )
     prompt = ModelCard.prompt
     file = checkpoint / folders.TOKENIZER
     if file.is_file():
