@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -18,17 +19,27 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 
 
-def idle_ray(monkeypatch: pytest.MonkeyPatch, *nodes: Node) -> None:
-    """Let Ray start at once, with these nodes (one CPU if none), and find each place at once."""
+def idle_ray(
+    monkeypatch: pytest.MonkeyPatch,
+    *nodes: Node,
+    wait: Callable[[float], bool] = lambda _: True,
+) -> None:
+    """Let Ray start at once; its actors do nothing.
+
+    Args:
+        nodes: What it has: one CPU, if none is named.
+        wait: Waits so many seconds for a place, and returns whether it was found.
+    """
     import ray
 
     # `ray.util` has a function of this name, which hides the module.
     placement_group = import_module("ray.util.placement_group")
     resources = [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes or (Node(1),)]
     alive_nodes = [{"Alive": True, "Resources": values} for values in resources]
-    group = SimpleNamespace(wait=lambda _: True)
+    group = SimpleNamespace(wait=wait)
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
     monkeypatch.setattr(ray, "nodes", lambda: alive_nodes)
+    monkeypatch.setattr(ray, "remote", lambda *_, **__: lambda _: MagicMock())
     monkeypatch.setattr(placement_group, "placement_group", lambda *_: group)
     monkeypatch.setattr(placement_group, "remove_placement_group", lambda _: None)
 
@@ -43,6 +54,24 @@ def train_here(monkeypatch: pytest.MonkeyPatch, train: Callable[[TrainingJob], o
 
         def fit(self) -> None:
             train(self.job)
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+
+
+def begin_workers_with(monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], None]) -> None:
+    """Let each worker of a real Ray Train call a function first.
+
+    The function travels to the workers, which cannot import tests: a test defines it in itself.
+    """
+    import ray.train.torch
+
+    class Trainer(ray.train.torch.TorchTrainer):
+        def __init__(self, work: Callable[[Any], None], **options: Any) -> None:
+            def prepare_and_work(config: Any) -> None:
+                prepare()
+                work(config)
+
+            super().__init__(prepare_and_work, **options)
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
 
