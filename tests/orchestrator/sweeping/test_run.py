@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from changed_trials import in_folder, stop_early, with_job
 from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
+from pass_clock import clock_of_passes
 
 from iiet.cost import inference_cost
 from orchestrator.cluster import tune
@@ -25,7 +25,6 @@ from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import run_plan
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
@@ -115,29 +114,23 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 
 @pytest.mark.slow
 def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, monkeypatch):
-    spread = 0.5
-
-    def time_per_token(decoders: Mapping[str, Any], _: Progress) -> dict[str, dict[str, float]]:
-        numbers = {"decode_ms_per_token": 1.0, "decode_ms_spread": spread}
-        return dict.fromkeys(decoders, numbers)
-
-    monkeypatch.setattr(costs, "time_per_token", time_per_token)
     end_trials(monkeypatch, finished)
-    outcome = sweep.run(tiny_plan)
+    with clock_of_passes(lambda *_: 0.5):
+        outcome = sweep.run(tiny_plan)
     workspace = open_workspace(sweep.folder)
     StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results).store(workspace)
 
-    def spreads(**options: Any) -> set[float]:
-        rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
-        return {row["cost/decode_ms_spread"] for row in rows}
+    def milliseconds(seconds_per_pass: float, **options: Any) -> set[float]:
+        with clock_of_passes(lambda *_: seconds_per_pass):
+            rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
+        return {row["cost/decode_ms_per_token"] for row in rows}
 
-    assert spreads(time_again=True) == {0.5}
-    spread = 0.01
-    assert spreads() == {0.5}
-    assert spreads(time_again=True) == {0.01}
-    assert spreads() == {0.01}, "it is stored"
+    assert milliseconds(0.25, time_again=True) == {250.0}
+    assert milliseconds(2.0) == {250.0}
+    assert milliseconds(2.0, time_again=True) == {2000.0}
+    assert milliseconds(0.5) == {2000.0}, "it is stored"
     second_outcome = sweep.run(tiny_plan)
-    assert {t.numbers["cost/decode_ms_spread"] for t in second_outcome.results} == {0.01}
+    assert {t.numbers["cost/decode_ms_per_token"] for t in second_outcome.results} == {2000.0}
     shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
     (workspace.sweeps / "copy" / PLAN_FILE).unlink()
     for names, reason in (
