@@ -23,11 +23,6 @@ def in_folder(trial: Trial, folder: Path, **changes: Any) -> Trial:
     return moved.model_copy(update={"folder": str(folder), **changes})
 
 
-def with_accuracy(trial: Trial, *_: Any) -> Trial:
-    """Return a trial as if it had been measured; takes the place of `measure_trial`."""
-    return trial.with_numbers("quality", {"accuracy": 0.5})
-
-
 def stop_early(trial: Trial, rival: Trial, sweep: SweepSettings, step: int) -> EarlyStop:
     """Store that ASHA has stopped a trial at a step, because of another one."""
     stop = EarlyStop(

@@ -115,6 +115,7 @@ def libraries() -> dict[str, set[str]]:
     return {name: {i.split(".")[0] for i in imported} for name, imported in imports().items()}
 
 
+@pytest.mark.slow
 def test_the_core_imports_torch_and_the_standard_library_only():
     allowed = {*sys.stdlib_module_names, "torch", "iiet"}
     extra = {

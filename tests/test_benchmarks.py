@@ -30,6 +30,7 @@ LONG = ("cpu training", "cpu saving", "cpu sweep", "gpu evaluation")
 LONG += ("gpu resume", "gpu node", "gpu sweep", "gpu recipes", "gpu retrofit", "gpu network")
 """Sections that train much, or start processes."""
 SLOW = ("gpu speed", "cpu mix", "gpu tokenizing")
+SLOW += ("cpu decoding", "gpu decoding", "cpu speculation", "gpu parity")
 SECTIONS = {f"cpu {name}": section for name, section in CPU_SECTIONS.items()}
 SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
 

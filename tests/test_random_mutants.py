@@ -55,6 +55,7 @@ def test_each_change_replaces_an_expression_that_is_computed():
         assert ast.dump(ast.parse(change.apply(CODE))) != ast.dump(ast.parse(CODE))
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_changes_of_different_functions():
     changes = draw_changes(40, 1)
     assert draw_changes(40, 1) == changes

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
-from iiet.static_steps import StaticSteps
+from iiet.static_steps import Capture, StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.models.open import OpenedModel
@@ -80,7 +80,7 @@ def decode_milliseconds(
     new_tokens: int = 32,
     batch_size: int = 1,
     repetitions: int = 7,
-    uses_graphs: bool = True,
+    capture: Capture | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Measure decoding of several models side by side.
@@ -90,12 +90,11 @@ def decode_milliseconds(
         prompt_tokens: Tokens of each prompt, read in one pass.
         new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
         batch_size: Rows decoded together.
-        uses_graphs: Whether a GPU repeats the kernels of a step by CUDA graphs.
+        capture: Makes a function that repeats the kernels of a step; CUDA graphs do on a GPU when
+            unset.
         on_done: Called with the number of measurements done.
     """
-    graphs = {
-        name: step_graphs(decoder, uses_graphs=uses_graphs) for name, decoder in decoders.items()
-    }
+    graphs = {name: _graphs_of(decoder, capture) for name, decoder in decoders.items()}
 
     def timed(name: str, tokens: int) -> tuple[float, float]:
         decoder = decoders[name]
@@ -241,12 +240,11 @@ def half_quartile_distance(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def step_graphs(decoder: Timed, *, uses_graphs: bool) -> StaticSteps | None:
-    """Return what decodes a model's steps on a GPU; None for other models and devices."""
-    if not isinstance(decoder, Decoder) or decoder.device.type != "cuda":
+def _graphs_of(decoder: Timed, capture: Capture | None) -> StaticSteps | None:
+    """Return what decodes in steps of fixed shapes; None where nothing would repeat them."""
+    if not isinstance(decoder, Decoder) or (capture is None and decoder.device.type != "cuda"):
         return None
-    # Without graphs each step starts its kernels, of the same shapes.
-    return StaticSteps(decoder, capture=None if uses_graphs else lambda step, _: step)
+    return StaticSteps(decoder, capture=capture)
 
 
 def _stream(

@@ -166,6 +166,7 @@ def check_prices(tmp_path, capsys, monkeypatch) -> Callable[..., None]:
     return check
 
 
+@pytest.mark.slow
 def test_the_tables_of_scaling_are_what_their_commands_print_and_every_row_fits(
     check_prices, tmp_path, monkeypatch
 ):
@@ -175,6 +176,7 @@ def test_the_tables_of_scaling_are_what_their_commands_print_and_every_row_fits(
     check_prices("scaling.md", 13, "parameters", "memory", "training time", "a checkpoint")
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_retrofit_are_what_its_commands_print(check_prices, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-texts").mkdir()

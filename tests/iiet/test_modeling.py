@@ -61,7 +61,7 @@ def generated(model, ids, mask, **options):
     return model.generate(ids, attention_mask=mask.long())
 
 
-@settings(max_examples=examples(8))
+@settings(max_examples=examples(6))
 @given(models(), paddings())
 def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, mask):
     model = transformers_model(decoder)

@@ -44,6 +44,7 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
     assert ledger.difference_cells(unsure, "a", "vs_b")[1] == "not decided"
 
 
+@pytest.mark.slow
 def test_the_picture_names_every_baseline_that_it_shows():
     for name, chart in zip(PICTURED, panels(), strict=True):
         report = json.loads((ROOT / "research" / "fronts" / f"{name}.json").read_text("utf-8"))

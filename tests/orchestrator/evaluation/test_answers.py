@@ -70,8 +70,7 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
         greedy,
         stopped,
         Sampling(max_new_tokens=6, temperature=1.0),
-        Sampling(max_new_tokens=6, temperature=0.7, top_k=20),
-        Sampling(max_new_tokens=6, temperature=1.3, top_p=0.8),
+        Sampling(max_new_tokens=6, temperature=1.3, top_k=20, top_p=0.8),
     ):
         answers = generate_answers(decoder, tokenizer, contexts, settings, seeds)
         alone = zip(contexts, seeds, strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pass_clock import clock_of_passes
 from refusals import refused
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from iiet.static_steps import StaticSteps
 from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.decode_timing import (
     DECODING,
@@ -39,46 +39,49 @@ def decoder(tiny_model) -> Decoder:
     return Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
 
 
-def test_models_take_turns_and_the_median_ignores_one_outlier(decoder, monkeypatch):
-    twins = {name: decoder.with_schedule(decoder.schedule) for name in "abc"}
-    names = {id(twin): name for name, twin in twins.items()}
+@pytest.fixture
+def three(tiny_model) -> dict[str, Decoder]:
+    return {name: Decoder(ModelConfig.from_dict(tiny_model)) for name in "abc"}
+
+
+def test_models_take_turns_and_the_median_ignores_one_outlier(three):
+    names = {decoder: name for name, decoder in three.items()}
     order: list[str] = []
 
-    def timed(start: Any, *_: Any) -> tuple[float, float]:
-        order.append(names[id(start.args[0])])
+    def seconds(decoder: Decoder, tokens: Tensor) -> float:
+        is_prompt = tokens.size(1) > 1
+        if is_prompt:
+            order.append(names[decoder])
         factor = {6: 100, 10: 0.5}.get(len(order), 1)  # One repetition is slow, one is fast.
-        return 5.0 * factor, {"a": 1.0, "b": 2.0, "c": 4.0}[order[-1]] * factor
+        return factor * (5.0 if is_prompt else {"a": 1.0, "b": 2.0, "c": 4.0}[order[-1]])
 
-    monkeypatch.setattr(decode_timing, "time_stream", timed)
-    timings = decode_milliseconds(twins, prompt_tokens=4, new_tokens=4, repetitions=3)
+    with clock_of_passes(seconds):
+        timings = decode_milliseconds(three, prompt_tokens=4, new_tokens=4, repetitions=3)
     assert order == list("abc") + list("abc") + list("bca") + list("cab")  # warm-up first
-    assert {name: t.median for name, t in timings.items()} == {"a": 1.0, "b": 2.0, "c": 4.0}
-    assert timings["a"].first_tokens == (5.0, 5.0, 5.0)
-    assert timings["c"].steps == (400.0, 4.0, 2.0)
+    assert {name: t.median for name, t in timings.items()} == {"a": 1e3, "b": 2e3, "c": 4e3}
+    assert timings["a"].first_tokens == (5e3, 5e3, 5e3)
+    assert timings["c"].steps == (400e3, 4e3, 2e3)
     assert timings["a"].spread == 0.0
-    assert timings["c"].spread == pytest.approx((202.0 - 3.0) / 2)
+    assert timings["c"].spread == pytest.approx((202e3 - 3e3) / 2)
 
 
-def test_every_step_of_decoding_is_timed_and_reported(decoder, monkeypatch):
-    # A fake clock that counts forward passes.
-    passes: list[int] = []
+def test_every_step_of_decoding_is_timed_and_reported(decoder):
     done: list[int] = []
-    decoder.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(decode_timing, "seconds_now", lambda _: float(len(passes)))
-    timing = decode_milliseconds(
-        {"model": decoder},
-        prompt_tokens=3,
-        new_tokens=5,
-        batch_size=2,
-        repetitions=2,
-        on_done=done.append,
-    )["model"]
+    with clock_of_passes(lambda *_: 1.0):
+        timing = decode_milliseconds(
+            {"model": decoder},
+            prompt_tokens=3,
+            new_tokens=5,
+            batch_size=2,
+            repetitions=2,
+            on_done=done.append,
+        )["model"]
     assert timing.first_tokens == (1000.0, 1000.0)  # the prefill is one pass
     assert timing.steps == (1000.0, 1000.0)  # and every further token one more
     assert done == [1, 2]
 
 
-def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
+def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model):
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "context_length": 24}))
     replayed: list[int] = []
     captured: list[int] = []
@@ -92,11 +95,9 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
 
         return replay
 
-    def graphs(timed: Decoder, *, uses_graphs: bool) -> StaticSteps:
-        return StaticSteps(timed, capture=capture if uses_graphs else None)
-
-    monkeypatch.setattr(decode_timing, "step_graphs", graphs)
-    decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)
+    decode_milliseconds(
+        {"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2, capture=capture
+    )
     assert captured == [0]
     assert len(replayed) == 3 * 19
 
@@ -105,18 +106,22 @@ def test_the_warm_up_makes_the_graphs_that_are_timed(tiny_model, monkeypatch):
     ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
 )
 def test_short_contexts_get_fewer_tokens(tiny_model, monkeypatch, context_length, lengths):
-    timed_lengths: list[tuple[int, int]] = []
-
-    def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
-        timed_lengths.append((start.args[1].shape[1], new_tokens))
-        return 1.0, 1.0
-
-    monkeypatch.setattr(decode_timing, "time_stream", timed)
+    monkeypatch.setattr(decode_timing, "SWEEP_REPETITIONS", 1)
     short = ModelConfig.from_dict({**tiny_model, "context_length": context_length})
     long = ModelConfig.from_dict({**tiny_model, "context_length": 4096})
     decoders = random_decoders({"long": long, "short": short}, "cpu")
-    time_per_token(decoders, Progress())
-    assert set(timed_lengths[2:]) == {lengths}, "after the warm-up"
+    read: dict[Decoder, list[int]] = {decoder: [] for decoder in decoders.values()}
+
+    def seconds(decoder: Decoder, tokens: Tensor) -> float:
+        read[decoder].append(tokens.size(1))
+        return 1.0
+
+    with clock_of_passes(seconds):
+        time_per_token(decoders, Progress())
+    prompt_tokens, new_tokens = lengths
+    warm_up = [prompt_tokens] + [1] * (min(decode_timing.WARM_UP_TOKENS, new_tokens) - 1)
+    timed = [prompt_tokens] + [1] * (new_tokens - 1)
+    assert [*read.values()] == [warm_up + timed] * 2
 
 
 def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
@@ -141,7 +146,7 @@ def test_models_that_differ_in_their_schedule_share_their_weights(tiny_model):
 
 # Costs: shares, predictions and memory
 
-CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=3)
+CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=2)
 
 
 @pytest.fixture
@@ -151,33 +156,36 @@ def decoders(tiny_model) -> dict[str, Decoder]:
     return {"none": none, "full": decoder}
 
 
-def measure_by_flops(
-    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch, constant: float = 0.0
-) -> list[MeasuredCost]:
-    """Measure with a fake clock: time is proportional to FLOPs, plus a constant."""
-    calls = iter(range(1000))
+def measure_by_flops(decoders: dict[str, Decoder], constant: float = 0.0) -> list[MeasuredCost]:
+    """Measure where a pass takes as many seconds as it has FLOPs in one row; a step takes a
+    constant more."""
+    contexts: list[int] = []  # Of each prompt so far, with the tokens that were decoded after it.
 
-    def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
-        model, prompt, *_ = start.args
-        context = prompt.size(1)
-        first = inference_cost(model.config, context_length=context).prefill_flops_per_token
-        step = inference_cost(model.config, context_length=context + new_tokens // 2)
+    def seconds(decoder: Decoder, tokens: Tensor) -> float:
+        is_prompt = tokens.size(1) > 1
+        if is_prompt:
+            contexts.append(0)
+        contexts[-1] += tokens.size(1)
+        cost = inference_cost(decoder.config, context_length=contexts[-1])
         # The machine gets slower between repetitions; within one, its speed is constant.
-        factor = 1.0 + next(calls) // len(decoders)
-        return factor * context * first, factor * (constant + step.decode_flops_per_token)
+        factor = 1.0 + (len(contexts) - 1) // len(decoders)
+        if is_prompt:
+            return factor * contexts[-1] * cost.prefill_flops_per_token
+        return factor * (constant + cost.decode_flops_per_token)
 
-    monkeypatch.setattr(decode_timing, "time_stream", timed)
-    return measure_costs(decoders, CONDITIONS, Progress())
+    with clock_of_passes(seconds):
+        return measure_costs(decoders, CONDITIONS, Progress())
 
 
-def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders, monkeypatch):
-    costs = measure_by_flops(decoders, monkeypatch)
+def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders):
+    costs = measure_by_flops(decoders)
     assert [(c.batch_size, c.context) for c in costs] == [
         pair for pair in [(1, 4), (1, 6), (3, 4), (3, 6)] for _ in decoders
     ]
     for cost in costs:
         for part in (DECODING, FIRST_TOKEN):
             share = cost.shares[part]
+            assert share.residual() == pytest.approx(0.0, abs=1e-12)
             if cost.model == "full":
                 assert share.measured == 1.0
                 assert set(share.predicted.values()) == {1.0}
@@ -192,9 +200,9 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(decoders, monkeypat
     assert len(command_tables.cost_and_share_tables([c for c in costs if c.model == "full"])) == 1
 
 
-def test_a_share_that_differs_from_the_prediction_is_reported(decoders, monkeypatch):
+def test_a_share_that_differs_from_the_prediction_is_reported(decoders):
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
-    costs = measure_by_flops(decoders, monkeypatch, constant=full)
+    costs = measure_by_flops(decoders, constant=full)
     line = command_tables.benchmark_sentences(costs)[1]
     assert "decoding" in line
     shares = [cost.shares[DECODING] for cost in costs if cost.model == "none"]

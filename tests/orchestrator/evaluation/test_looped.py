@@ -90,6 +90,7 @@ def test_costs_are_those_of_what_runs(kind, tmp_path, tiny_tokens):
     assert len(per_run) == 1, "each further layer run takes the same"
 
 
+@pytest.mark.slow
 def test_experts_are_counted_that_a_token_asks(tmp_path, tiny_tokens):
     kind = "inkling2_loop_text"
     tokenizer = tiny_tokens / TOKENIZER

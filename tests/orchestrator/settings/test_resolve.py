@@ -68,7 +68,7 @@ def test_all_problems_are_reported_at_once_with_their_values():
         ("training.learning_rate=.nan", "input should be a finite number; got nan"),
         ("training.num_steps=1000000000", "less than or equal to 1000000"),
         pytest.param(
-            "training.num_steps=" + "[" * 2_500, "nested too deeply", id="nested too deeply"
+            "training.num_steps=" + "[" * 500, "nested too deeply", id="nested too deeply"
         ),
         pytest.param(
             "training.num_steps=" + "x" * 5000, "training.num_steps: input should be", id="long"
@@ -160,7 +160,7 @@ def _bomb() -> str:
         ("- 1", "must hold names"),
         ("training: {seed: 5}\ndata: {seed: 1}\ntraining: {}", "training appears more than once"),
         (_bomb(), "more than 1,000,000 characters"),
-        ("a: 1\n" * 1000, "a appears more than once (line 2)"),
+        pytest.param("a: 1\n" * 1000, "a appears more than once (line 2)", id="a name twice"),
         ("a: &a [*a]", "more than 1,000,000 characters"),
         ("a: &a {<<: *a}", "more than 1,000,000 characters"),
         ("a: " + "x" * 1_000_000, "more than 1,000,000 characters"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def table() -> InfluenceTable:
 def students(space, teacher, tiny_tokens) -> Callable[..., Students]:
     """A function that returns the teacher's students under settings, as `name=value` texts."""
 
-    def make(*assignments: str, **suite: str) -> Students:
+    def make(*assignments: str, **suite: Any) -> Students:
         measured = Suite(**{"suite": "x", "tokens_folder": str(tiny_tokens), **suite})
         return Students(resolve_settings({}, assignments), space, teacher, measured)
 

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import platform
 
+from kept_progress import KeptProgress
+from pass_clock import clock_of_passes
+
+from orchestrator.evaluation import decode_timing
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping import costs
 from orchestrator.sweeping.costs import with_costs
-from orchestrator.terminal.progress import Progress
 
 
 def test_times_are_found_again_on_the_machine_that_measured_them_alone(
     tiny_plan, tmp_path, monkeypatch
 ):
-    measured: list[int] = []
+    monkeypatch.setattr(decode_timing, "SWEEP_REPETITIONS", 1)
+    monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
+    progress = KeptProgress()
 
-    def time_per_token(decoders: Mapping[str, Any], _: Progress) -> dict[str, dict[str, float]]:
-        measured.append(len(decoders))
-        return {shape: {"decode_ms_per_token": float(len(measured))} for shape in decoders}
-
-    monkeypatch.setattr(costs, "time_per_token", time_per_token)
-
-    def milliseconds() -> set[float]:
-        trials = with_costs(
-            tiny_plan.trials, tiny_plan, tmp_path / "sweep", resolve_settings({}), Progress()
-        )
+    def milliseconds(seconds_per_pass: float) -> set[float]:
+        with clock_of_passes(lambda *_: seconds_per_pass):
+            trials = with_costs(
+                tiny_plan.trials, tiny_plan, tmp_path / "sweep", resolve_settings({}), progress
+            )
         return {trial.numbers["cost/decode_ms_per_token"] for trial in trials}
 
-    assert milliseconds() == {1.0}
-    assert milliseconds() == {1.0}
-    assert measured == [len({str(trial.model.to_dict()) for trial in tiny_plan.trials})]
+    assert milliseconds(1.0) == {1000.0}
+    assert milliseconds(2.0) == {1000.0}
+    num_shapes = len({str(trial.model.to_dict()) for trial in tiny_plan.trials})
+    assert progress.summaries == [f"{num_shapes} models, the slowest 1000.0 ms"]
     # A workspace on a shared disk is used on several machines.
-    monkeypatch.setattr(costs, "timing_environment", lambda: {"processor": "another"})
-    assert milliseconds() == {2.0}
+    monkeypatch.setattr(platform, "machine", lambda: "another")
+    assert milliseconds(2.0) == {2000.0}

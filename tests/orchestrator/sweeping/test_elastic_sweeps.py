@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from lm_eval_tasks import write_choices
 
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.load import load_model
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
@@ -27,28 +27,32 @@ SMALL = [
 
 
 @pytest.fixture
-def plan_of(students, table) -> Callable[..., SweepTrials]:
+def tasks(tmp_path) -> Path:
+    """A folder of a task of one item."""
+    return write_choices(tmp_path / "tasks", "animals", ["hen"])
+
+
+@pytest.fixture
+def plan_of(students, table, tasks) -> Callable[..., SweepTrials]:
     def make(*assignments: str) -> SweepTrials:
-        return students_plan(replace(students(*SMALL, *assignments), influence=table))
+        of_teacher = students(*SMALL, *assignments, include_folder=str(tasks), limit=2)
+        return students_plan(replace(of_teacher, influence=table))
 
     return make
 
 
-def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, space, monkeypatch):
-    def measure(trial: Trial, *_: Any) -> Trial:
-        decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
-        loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
-        return trial.with_numbers("quality", {"validation_loss": loss})
-
-    monkeypatch.setattr(trial_module, "measure_trial", measure)
+def test_weights_are_trained_once_and_measured_under_each_schedule(plan_of, space, tasks):
     plan = plan_of()
     results = [result for trial in plan.trials[1:] if (result := run_trial(trial))]
+    for result in results:
+        decoder = load_model(Path(str(result.checkpoint)), schedule=result.model.corrections)
+        loss = heldout_loss(decoder, Path(result.suite.tokens_folder), num_tokens=2 * 16)
+        assert result.numbers["quality/validation_loss"] == loss
     assert len({result.numbers["quality/validation_loss"] for result in results}) == 4
     assert len({result.checkpoint for result in results}) == 1
     assert len(list(space.trials.glob("*/done.json"))) == 1
-    planned_again = plan_of()
-    monkeypatch.setattr(trial_module, "measure_trial", pytest.fail)
-    assert [run_trial(trial) for trial in planned_again.trials[1:]] == results
+    shutil.rmtree(tasks)  # Nothing can be measured again.
+    assert [run_trial(trial) for trial in plan_of().trials[1:]] == results
 
 
 def order_of(plan: SweepTrials, *, fails: bool) -> tuple[list[str], RunningSweep]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 from changed_trials import stop_early
 from commands import wait_until
 from fake_runs import finished
+from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from mlflow.entities import Run
 
@@ -18,11 +18,11 @@ from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import view as view_module
-from orchestrator.sweeping.states import RunningSweep, trial_states
-from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, SweepView
+from orchestrator.sweeping.states import RunningSweep, Status, TrialState, trial_states
+from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, TRAINING_SHARE, SweepView
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking.tracker import Tracking, open_tracking
-from orchestrator.workspace.journal import Journal, JournalReader, recorded_times
+from orchestrator.tracking.tracker import open_tracking
+from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import open_workspace
 
 # Runs in MLflow
@@ -81,30 +81,81 @@ def watched(tiny_plan, tmp_path, monkeypatch) -> Watched:
     return Watched(tiny_plan, tmp_path)
 
 
+class Shown:
+    """A sweep of which nothing is finished, and what its progress display is told."""
+
+    def __init__(self, plan: SweepTrials, folder: Path) -> None:
+        settings = resolve_settings({})
+        self.run = RunningSweep(plan, trial_states(plan, settings.sweep))
+        self.progress = KeptProgress()
+        self.view = SweepView(
+            self.run, settings, open_workspace(folder), FakeTracking(), self.progress
+        )
+
+
+def write_steps(trial: Trial, share: float) -> None:
+    """Write into the journal of a training that a share of its steps is done."""
+    journal = Journal(trial.job.folder)
+    journal.metrics(round(share * trial.job.recipe.num_steps), {"train/loss": 1.0})
+    journal.close()
+
+
 def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_path, monkeypatch):
-    looks = list[Path]()
-    real_read = JournalReader.read
-
-    def counted_read(reader: JournalReader) -> list[dict[str, Any]]:
-        looks.append(reader.folder)
-        return real_read(reader)
-
-    monkeypatch.setattr(JournalReader, "read", counted_read)
     trainings = [trial for trial in tiny_plan.trials if trial.job]
     monkeypatch.setattr(view_module, "JOURNALS_AT_ONCE", len(trainings) - 1)
-    settings = resolve_settings({})
-    run = RunningSweep(tiny_plan, trial_states(tiny_plan, settings.sweep))
-    nothing = SimpleNamespace(stored=lambda *_: None, publish=lambda *_: None)
-    tracking = cast("Tracking", nothing)
-    progress = KeptProgress()
-    view = SweepView(run, settings, open_workspace(tmp_path), tracking, progress)
+    shown = Shown(tiny_plan, tmp_path)
     for trial in trainings:
-        run.on_start(trial.key)
-    view.update()
-    assert len(looks) == len(set(looks)) == len(trainings) - 1
-    assert progress.texts == ["0 of 5 trials"], "no step is known"
-    view.update()
-    assert set(looks) == {Path(trial.folder) for trial in trainings}
+        shown.run.on_start(trial.key)
+    shown.view.update()
+    assert shown.progress.shown[-1][:2] == (0, "0 of 5 trials"), "no step is known"
+    for trial in trainings:
+        write_steps(trial, 0.5)
+    num_seen = []
+    for _ in range(3):
+        shown.view.update()
+        num_seen.append(round(shown.progress.done[-1] / (0.5 * TRAINING_SHARE), 6))
+    assert num_seen == [len(trainings) - 1, len(trainings), len(trainings)]
+
+
+class EndsMeanwhile(TrialState):
+    """The state of a trial that another thread ends when it is read once more after `reads_left`
+    times."""
+
+    reads_left = math.inf
+
+    @property
+    def status(self) -> Status:
+        self.reads_left -= 1
+        if self.reads_left == -1:
+            self._status = "finished"
+        return self._status
+
+    @status.setter
+    def status(self, status: Status) -> None:
+        self._status = status
+
+
+def test_a_trial_that_ends_while_the_bar_counts_is_not_counted_twice(tiny_plan, tmp_path):
+    student = next(trial for trial in tiny_plan.trials if trial.job)
+    write_steps(student, 1.0)
+    reads_left = 0
+    state = None
+    while state is None or state.reads_left < 0:  # At each moment of an update in turn.
+        shown = Shown(tiny_plan, tmp_path)
+        state = EndsMeanwhile(student, "running")
+        shown.run.states[student.key] = state
+        shown.view.update()
+        assert shown.progress.shown[-1][:2] == (
+            TRAINING_SHARE,
+            f"0 of 5 trials; measuring {student.label}",
+        )
+        state.reads_left = reads_left
+        shown.view.update()
+        done, text, _ = shown.progress.shown[-1]
+        assert done <= 1, reads_left
+        assert not text.startswith("1 of 5 trials; "), "it would be named as one that runs"
+        reads_left += 1
+    assert reads_left > 3, "an update reads the status several times"
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
 from orchestrator.models.folder import load_config
-from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.sweeps import sweep
 from orchestrator.records.training import TrainingJob
@@ -34,6 +33,7 @@ from orchestrator.sweeping.plan import plan_iterations, plan_students
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import open_workspace
 
 
 class Other(ImplicitEuler):
@@ -218,11 +218,11 @@ REFUSED = [
 ]
 
 
-def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "prepare_tokens", pytest.fail)
+def test_what_does_not_go_together_is_refused_before_anything_starts(tmp_path):
     for kind, setting, words in REFUSED:
         with pytest.raises(UserError, match=words):
             sweep(resolve_settings({}, [f"sweep.kind={kind}", setting]), workspace=tmp_path / "w")
+    assert not open_workspace(tmp_path / "w").tokens.exists(), "no data are prepared"
     with refused(UserError, "hellaswagg", "hellaswag"):
         plan_sweep(resolve_settings({}, ["evaluation.suite=hellaswagg,piqa"]))
 

@@ -8,19 +8,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from iiet import ModelConfig
-from orchestrator.data.store import TokenStore
+from iiet.decoder import Decoder
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.sweeping import retrofit as retrofits
 from orchestrator.sweeping.retrofit import (
     EQUAL_TOKENS,
     SCRATCH,
@@ -33,7 +33,7 @@ from orchestrator.training.source import find_source
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.layout import PROVENANCE
+from orchestrator.workspace.layout import DONE_NAME, PROVENANCE
 
 ALL_CONTROLS = "sweep.source_controls=[source, source_continued, scratch, scratch_with_source]"
 
@@ -104,24 +104,29 @@ def test_the_source_is_trained_on_until_its_flops_are_the_teachers(make, kl_weig
     assert job.initial_folder == retrofit.teacher.initial_folder
 
 
-def test_the_control_reads_the_same_data_in_the_same_order(make, monkeypatch):
-    retrofit = with_trained_candidates(make(seed=3, sequence_length=8))
-    tokens_by_step: list[dict[int, torch.Tensor]] = []
-    batch = TokenStore.batch
+def training_tokens(job: TrainingJob) -> torch.Tensor:
+    """Train a job, and return the tokens that its model learned from, in their order."""
+    batches: list[torch.Tensor] = []
 
-    def recorded(self: TokenStore, step: int, **options: Any) -> Any:
-        sequences = batch(self, step, **options)
-        tokens_by_step[-1][step] = sequences.input_ids
-        return sequences
+    def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, Decoder) and module.training and torch.is_grad_enabled():
+            batches.append(inputs[0])
 
-    monkeypatch.setattr(TokenStore, "batch", recorded)
-    for job in (retrofit.teacher, continued_job(retrofit)):
-        tokens_by_step.append({})
+    hook = register_module_forward_pre_hook(read)
+    try:
         outcome_of(job)
-    of_teacher, of_control = tokens_by_step
-    assert len(of_teacher) == 4 < len(of_control)
-    for step, tokens in of_teacher.items():
-        assert torch.equal(of_control[step], tokens)
+    finally:
+        hook.remove()
+    return torch.cat(batches)
+
+
+def test_the_control_reads_the_same_data_in_the_same_order(make):
+    retrofit = with_trained_candidates(make(seed=3, sequence_length=8))
+    of_teacher = training_tokens(retrofit.teacher)
+    of_control = training_tokens(continued_job(retrofit))
+    assert of_teacher.shape == (4 * 8, 8)
+    assert len(of_control) > len(of_teacher)
+    assert torch.equal(of_control[: len(of_teacher)], of_teacher)
 
 
 @pytest.mark.parametrize("trained", ["corrected", "added"])
@@ -138,24 +143,23 @@ def test_the_control_trains_the_layers_that_get_corrections(make, trained):
     assert ("added alone" in text) == (trained == "added")
 
 
-@pytest.mark.parametrize(
-    ("losses", "factor"), [((2.0, 1.0), 2), ((1.0, 2.0), 1), ((math.nan, math.nan), 1)]
-)
-def test_its_rate_is_the_better_of_two(make, monkeypatch, losses, factor):
-    retrofit = make(learning_rate=1e-3)
+def test_its_rate_is_the_better_of_two(make):
+    retrofit = make(learning_rate=1e-3, num_steps=1)
     rates = [job.recipe.learning_rate for job in retrofit.candidates.values()]
     assert rates == [1e-3, 2e-3]
     for own_rate, other_rate in ((1e-3, 2e-3), (5e-4, 5e-4)):
         known = replace(retrofit, source=replace(retrofit.source, learning_rate=own_rate))
         assert [job.recipe.learning_rate for job in known.candidates.values()] == [1e-3, other_rate]
-    folders = [job.run_folder for job in retrofit.candidates.values()]
-    by_folder = dict(zip(folders, losses, strict=True))
-    monkeypatch.setattr(
-        retrofits,
-        "finished_outcome",
-        lambda job: SimpleNamespace(validation_loss=by_folder[job.run_folder]),
-    )
-    assert continued_job(replace(retrofit)).recipe.learning_rate == factor * 1e-3
+    retrofit = with_trained_candidates(retrofit)
+    for losses, rate in (
+        ((2.0, 1.0), 2e-3),
+        ((1.0, 2.0), 1e-3),
+        ((math.nan, math.nan), 1e-3),
+    ):
+        for job, loss in zip(retrofit.candidates.values(), losses, strict=True):
+            outcome = outcome_of(job).model_copy(update={"validation_loss": loss})
+            outcome.write(job.folder / DONE_NAME)
+        assert continued_job(replace(retrofit)).recipe.learning_rate == rate
 
 
 def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,18 @@ from changed_trials import in_folder, stop_early, with_job
 from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
+from pass_clock import clock_of_passes
 
 from iiet.cost import inference_cost
 from orchestrator.cluster import tune
-from orchestrator.evaluation import decode_timing
 from orchestrator.pipelines.reports import report
 from orchestrator.records import status
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping import costs
 from orchestrator.sweeping.run import run_plan
 from orchestrator.sweeping.states import RunningSweep, trial_states
-from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -115,29 +112,23 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 
 @pytest.mark.slow
 def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, monkeypatch):
-    spread = 0.5
-
-    def time_per_token(decoders: Mapping[str, Any], _: Progress) -> dict[str, dict[str, float]]:
-        numbers = {"decode_ms_per_token": 1.0, "decode_ms_spread": spread}
-        return dict.fromkeys(decoders, numbers)
-
-    monkeypatch.setattr(costs, "time_per_token", time_per_token)
     end_trials(monkeypatch, finished)
-    outcome = sweep.run(tiny_plan)
+    with clock_of_passes(lambda *_: 0.5):
+        outcome = sweep.run(tiny_plan)
     workspace = open_workspace(sweep.folder)
     StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results).store(workspace)
 
-    def spreads(**options: Any) -> set[float]:
-        rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
-        return {row["cost/decode_ms_spread"] for row in rows}
+    def milliseconds(seconds_per_pass: float, **options: Any) -> set[float]:
+        with clock_of_passes(lambda *_: seconds_per_pass):
+            rows = report(workspace=workspace, sweeps=[tiny_plan.name], **options).rows()
+        return {row["cost/decode_ms_per_token"] for row in rows}
 
-    assert spreads(time_again=True) == {0.5}
-    spread = 0.01
-    assert spreads() == {0.5}
-    assert spreads(time_again=True) == {0.01}
-    assert spreads() == {0.01}, "it is stored"
+    assert milliseconds(0.25, time_again=True) == {250.0}
+    assert milliseconds(2.0) == {250.0}
+    assert milliseconds(2.0, time_again=True) == {2000.0}
+    assert milliseconds(0.5) == {2000.0}, "it is stored"
     second_outcome = sweep.run(tiny_plan)
-    assert {t.numbers["cost/decode_ms_spread"] for t in second_outcome.results} == {0.01}
+    assert {t.numbers["cost/decode_ms_per_token"] for t in second_outcome.results} == {2000.0}
     shutil.copytree(workspace.sweeps / tiny_plan.name, workspace.sweeps / "copy")
     (workspace.sweeps / "copy" / PLAN_FILE).unlink()
     for names, reason in (
@@ -150,8 +141,8 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
 
 @pytest.fixture
 def _fails_if_stopped(monkeypatch) -> None:
-    """Make trials of this process measure nothing, which would take tasks; one of Tune's that is
-    stopped fails, too."""
+    """Make a trial of Tune's that is stopped fail, too: a disk that is full just then cannot be had
+    in a process of Ray."""
     run_trials = tune.run_trials
 
     def run(function: Any, *arguments: Any, **options: Any) -> None:
@@ -162,29 +153,29 @@ def _fails_if_stopped(monkeypatch) -> None:
         run_trials(without_room, *arguments, **options)
 
     monkeypatch.setattr(tune, "run_trials", run)
-    monkeypatch.setattr("orchestrator.sweeping.trial.measure_trial", lambda trial, *_: trial)
-    monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
-    monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fails_if_stopped")
 def test_an_interrupted_sweep_says_what_is_saved_and_which_trial_failed_meanwhile(
-    tiny_plan, sweep, ray_session, monkeypatch
+    tiny_plan, sweep, ray_session
 ):
     teacher, begun, *_ = tiny_plan.trials
     long = {"num_steps": 10**6, "checkpoint_every_steps": 10**6}
     folder = sweep.folder / "trials" / "begun"
     begun = in_folder(with_job(begun, long), folder, key="begun")
-    run_trial(teacher)
+    finished(teacher)
     plan = tiny_plan.model_copy(update={"trials": (teacher, begun)})
 
     class Pressing(KeptProgress):
+        has_pressed = False
+
         def advance(self, done: float, text: str = "", **more: Any) -> None:
             super().advance(done, text, **more)
-            if any(r["kind"] == "metrics" for r in read_journal(folder)[0]):
+            has_begun = any(r["kind"] == "metrics" for r in read_journal(folder)[0])
+            if has_begun and not self.has_pressed:
+                self.has_pressed = True
                 os.kill(os.getpid(), signal.SIGINT)
-                monkeypatch.setattr(self, "advance", lambda *_, **__: None)
 
     with pytest.raises(RunFailed) as caught:
         sweep.run(plan, progress=Pressing())

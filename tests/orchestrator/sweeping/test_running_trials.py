@@ -3,6 +3,7 @@ rate is better."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from changed_trials import in_folder, with_accuracy, with_job
+from changed_trials import in_folder, with_job
+from lm_eval_tasks import write_choices
 from refusals import refused
 
-from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.cluster.work import WorkPlace
-from orchestrator.evaluation import measuring
-from orchestrator.evaluation.tasks import LoadedSuite
-from orchestrator.records.trial import AshaRule, Trial
+from orchestrator.data.preparation import prepare
+from orchestrator.evaluation.measuring import heldout_loss
+from orchestrator.models.load import load_model
+from orchestrator.records.trial import AshaRule, SweepTrials, Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.states import (
     RunningSweep,
     competing_trials,
@@ -32,27 +33,33 @@ from orchestrator.sweeping.trial import ThisProcess, run_trial
 from orchestrator.terminal.stop import stop_when
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
-from orchestrator.workspace.layout import RUN_LOCK_NAME
+from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
 
 
 @pytest.fixture
-def trials(tiny_plan) -> tuple[Trial, ...]:
-    """A teacher that is measured as it is, and its students."""
-    return tiny_plan.trials
+def plan(tiny_plan, tmp_path) -> SweepTrials:
+    """A teacher that is measured as it is, and its students; one item measures each of them."""
+    folder = write_choices(tmp_path / "tasks", "animals", ["hen"])
+    changes = {"include_folder": str(folder), "limit": 1}
+    trials = tuple(with_suite(trial, changes) for trial in tiny_plan.trials)
+    return tiny_plan.model_copy(update={"trials": trials})
 
 
 @pytest.fixture
-def measured(monkeypatch) -> None:
-    """Measure nothing, which would take tasks."""
-    monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
+def trials(plan) -> tuple[Trial, ...]:
+    return plan.trials
+
+
+def with_suite(trial: Trial, changes: dict[str, Any]) -> Trial:
+    return trial.model_copy(update={"suite": trial.suite.model_copy(update=changes)})
 
 
 def starts(trial: Trial) -> int:
     return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
 
 
-def test_a_trial_that_another_process_runs_is_waited_for_and_not_made_again(trials, measured):
+def test_a_trial_that_another_process_runs_is_waited_for_and_not_made_again(trials):
     trial = trials[1]
     folder = Path(trial.folder)
     result = run_trial(trial)
@@ -75,7 +82,7 @@ def test_a_trial_that_another_process_runs_is_waited_for_and_not_made_again(tria
     assert len(read_journal(folder)[0]) == num_records
 
 
-def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured):
+def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials):
     class Stopped(WorkPlace):
         def run(self, *_: Any) -> Any:
             raise Interrupted("what was stored is kept")
@@ -87,52 +94,45 @@ def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials, measured
     assert run_trial(trials[0]) is not None
 
 
-def test_a_trial_that_lacks_memory_is_a_mistake_of_its_settings(trials, measured, full_memory):
+def test_a_trial_that_lacks_memory_is_a_mistake_of_its_settings(trials, full_memory):
     with refused(UserError, "ran out of memory on cpu", "no space"):
         run_trial(trials[1])
 
 
-@pytest.fixture
-def loss_alone(monkeypatch) -> None:
-    """Measure no tasks, but the loss."""
-    monkeypatch.setattr(
-        trial_module,
-        "load_suite",
-        lambda suite: LoadedSuite(suite=suite, tasks={}, groups={}, skipped={}),
-    )
-
-
-def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(
-    trials, loss_alone, monkeypatch
-):
-    dtypes = []
-    token_counts = []
-
-    def loss(decoder: Decoder, _: Path, *, num_tokens: int, **__: Any) -> float:
-        dtypes.append(decoder.model.embed_tokens.weight.dtype)
-        token_counts.append(num_tokens)
-        return 1.0
-
-    monkeypatch.setattr(measuring, "heldout_loss", loss)
+def test_precision_and_limit_of_the_suite_are_those_of_the_measured_loss(trials, tiny_tokens):
     teacher = trials[0]
-    changes = {"precision": "bf16", "limit": 3, "sequence_length": 8}
-    for suite in (teacher.suite, teacher.suite.model_copy(update=changes)):
-        trial = teacher.model_copy(update={"suite": suite})
+    checkpoint = Path(str(teacher.checkpoint))
+    losses = []
+    for changes, dtype, length in (
+        ({"limit": None}, torch.float32, {}),
+        (
+            {"precision": "bf16", "limit": 3, "sequence_length": 8},
+            torch.bfloat16,
+            {"num_tokens": 3 * 8, "sequence_length": 8},
+        ),
+    ):
+        trial = with_suite(teacher, changes)
         trial.result_path.unlink(missing_ok=True)
-        run_trial(trial)
-    assert dtypes == [torch.float32, torch.bfloat16]
-    assert token_counts == [measuring.NUM_VALIDATION_TOKENS, 3 * 8]
+        losses.append(run_trial(trial).numbers["quality/validation_loss"])
+        assert losses[-1] == heldout_loss(
+            load_model(checkpoint, dtype=dtype), tiny_tokens, **length
+        )
+    assert losses[0] != losses[1]
 
 
-def test_where_no_loss_can_be_measured_it_is_missing(trials, loss_alone, monkeypatch):
-    monkeypatch.setattr(measuring, "heldout_loss", lambda *_, **__: None)
-    result = run_trial(trials[0])
-    assert not [name for name in result.numbers if name.startswith("quality/")]
+def test_where_no_loss_can_be_measured_it_is_missing(trials, tmp_path):
+    rows = [{"prompt": f"{n}: " + "who saw the birds? " * 30, "completion": "I"} for n in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "files", "files": [str(file)], "vocab_size": 300}
+    tokens = prepare(resolve_settings({"data": data}).data, open_workspace(tmp_path))
+    result = run_trial(with_suite(trials[0], {"tokens_folder": str(tokens)}))
+    quality = {name for name in result.numbers if name.startswith("quality/")}
+    assert "quality/accuracy" in quality
+    assert "quality/validation_loss" not in quality, "the limit is one sequence, of prompts alone"
 
 
-def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
-    tiny_plan, trials, measured, tmp_path
-):
+def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(plan, trials, tmp_path):
     looks = {"validate_every_steps": 5}
     low, high, alone = (
         in_folder(
@@ -143,7 +143,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     )  # fmt: skip
     alone = with_job(alone, {"num_steps": 7})
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
-    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
+    plan = plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
     assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
     competitors = competing_trials(plan, sweep)
     sweep_run = RunningSweep(plan, trial_states(plan, sweep))

@@ -54,6 +54,8 @@ from orchestrator.training.job import job_key
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError
 
+FP32_AND_BF16 = [pytest.param("fp32", marks=pytest.mark.slow), "bf16"]
+
 # Precision
 
 
@@ -416,7 +418,7 @@ def test_a_layer_is_gathered_once_for_all_its_evaluations(world, method, precisi
         assert counts == {"allgather": 2 * num_runs * LAYERS + 1, "reduce_scatter": LAYERS + 1}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", FP32_AND_BF16)
 def test_the_passes_of_a_step_gather_once_together(world, precision):
     decoder = make_decoder()
     shard(decoder, world, precision=precision)
@@ -517,7 +519,7 @@ def test_a_worker_holds_its_rows_of_a_sharded_teacher(teacher_job, dtype, monkey
         assert held_bytes == pytest.approx(whole_bytes / num_shards, rel=2e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", FP32_AND_BF16)
 def test_a_sharded_teacher_takes_its_share_and_what_it_gathers(teacher_job, precision, monkeypatch):
     dtype = DTYPES[precision]
     monkeypatch.setattr("orchestrator.training.devices.frozen_dtype", lambda *_: dtype)

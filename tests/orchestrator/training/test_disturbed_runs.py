@@ -135,10 +135,8 @@ QUICK = {
         ],
         [5, 5, 5],
     ),
-    "a family of schedules": Row("elastic", [stop(8)], [8]),
     "a teacher": Row("student", [stop(3)], [3]),
     "a teacher of more layers": Row("student of fewer layers", [stop(3)], [3]),
-    "options of a method and a sequence length": Row("short and damped", [stop(7)], [7]),
     "a source and frozen layers": Row("retrofit", [stop(3), crash(7)], [3, 4]),
 }
 KILLED = {
@@ -153,6 +151,8 @@ SLOW = {
         "plain", [stop(9), damage(MOMENTS), crash(11)], [8, 8], "step_00000008 is used", 2
     ),
     "a damaged end": Row("plain", [train, damage(WEIGHTS, b"")], [8], "step_00000008 is used", 1),
+    "a family of schedules": Row("elastic", [stop(8)], [8]),
+    "options of a method and a sequence length": Row("short and damped", [stop(7)], [7]),
     # The memory that a step takes, and a profile, are not part of a result's key.
     "activations computed again": Row("plain", [recipe(activation_checkpointing=True)], []),
     "several passes": Row("plain", [recipe(num_sequences_per_pass=3)], [], rel=1e-4),

