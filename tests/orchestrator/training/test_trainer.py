@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from read_tokens import noted_tokens
 from refusals import refused
 from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from iiet.schedule import IterationSchedule
 from orchestrator.data.order import WindowOrder
@@ -87,24 +86,13 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
 
 
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(make_job):
-    train_tokens: list[torch.Tensor] = []
-    held_out_lengths: list[int] = []
-
-    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, nn.Embedding):
-            [tokens] = inputs
-            if torch.is_grad_enabled():
-                train_tokens.append(tokens)
-            else:
-                held_out_lengths.append(tokens.size(1))
-
     job = make_job(sequence_length=8, seed=3)
-    with register_module_forward_pre_hook(note):
+    with noted_tokens() as read:
         outcome = run_job(job)
     tokens = open_tokens(job.tokens_folder).train
     starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(9 * 64 // 8))
-    assert torch.equal(torch.cat(train_tokens), gather(tokens, starts, 8))
-    assert set(held_out_lengths) == {8}
+    assert torch.equal(torch.cat(read.trained), gather(tokens, starts, 8))
+    assert {batch.size(1) for batch in read.others} == {8}
     assert outcome.num_tokens == 9 * 64
 
 
