@@ -273,4 +273,13 @@ def test_costs_of_heads_and_windows():
     assert cost.forward_flops_per_token == pytest.approx(expected, rel=1e-12)
     assert training_flops_per_token(config, context_length=time) == pytest.approx(3 * expected)
     assert cost.kv_bytes_read_per_token == 4 * 2 * kv_dim * (8 + time + 5)
+    # Two tokens of one pass read the window of the first, and one token more.
+    cache = decoder.new_cache(batch_size=1, max_tokens=time)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), plain_formulas(), sdpa_kernel(SDPBackend.MATH):
+        decoder(ids[:, :-2], cache=cache)
+        with counter:
+            decoder(ids[:, -2:], cache=cache)
+    of_each_token = 3 * matrices + head + 4 * q_dim * ((8 + 1) + time + (5 + 1))
+    assert counter.get_total_flops() == 2 * of_each_token
     assert cost.kv_bytes_per_token == 4 * 2 * kv_dim * 3

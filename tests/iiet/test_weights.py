@@ -116,6 +116,13 @@ def test_large_weights_are_in_several_files_with_an_index(tmp_path):
         Decoder.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("most_bytes", "num_files"), [(32, 1), (31, 2)])
+def test_a_file_holds_as_many_bytes_as_it_may(tmp_path, most_bytes, num_files):
+    weights = {"a": torch.zeros(4), "b": torch.zeros(4)}  # 16 bytes each.
+    write_files(tmp_path, {}, weights, max_file_bytes=most_bytes)
+    assert len([*tmp_path.glob("*.safetensors")]) == num_files
+
+
 def test_a_lazy_tensor_reads_what_is_asked_for(tmp_path):
     weights = {"a": torch.randn(6, 3), "bad": torch.tensor([1.0, float("nan")])}
     save_file(weights, tmp_path / "file.safetensors")

@@ -145,14 +145,14 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sample
 def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_tokens):
     world = World(tmp_path)
     progress = KeptProgress()
-    search = world.search(num_trials=24)
+    search = world.search(num_trials=1)
     family = world.family.trials
     tracking = FakeTracking()
     plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
     settings = resolve_settings({})
     queue = RunningSweep(plan, trial_states(plan, settings.sweep), search)
     view = SweepView(queue, settings, open_workspace(tmp_path), tracking, progress)
-    assert queue.num_ready == len(family) + 24
+    assert queue.num_ready == len(family) + 1
     running = [queue.take() for _ in range(len(family) + 1)]
     assert running.pop() is None, "the search waits for the last of the family"
     for trial in running:
@@ -160,6 +160,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
         queue.on_end(trial.key, trial.result(), "")
         view.update()
     assert progress.done == [1, 2, 3, 4], "what is not suggested yet is not done"
+    assert not queue.is_over, "the last suggestion is left"
     assert [trial for trial in (queue.take(), queue.take()) if trial] == search.suggested_trials()
     assert len(world.complete()) == len(FAMILY), "the teacher is one of them"
     assert not queue.is_over

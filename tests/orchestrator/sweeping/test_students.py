@@ -20,6 +20,7 @@ from orchestrator.sweeping.students import (
     Students,
     choose_members,
     distillation_job,
+    most_students,
     student_config,
     student_job,
 )
@@ -47,6 +48,22 @@ def plan(students, table) -> Plan:
 
 
 # Schedules
+
+
+@pytest.mark.parametrize(
+    ("assignments", "most"),
+    [
+        (["sweep.num_schedules=3"], 3),
+        (["sweep.num_schedules=9"], 4),  # A family of the teacher's three corrections.
+        (["sweep.kind=search", "sweep.num_schedules=3", "search.num_trials=2"], 5),
+        (["sweep.kind=search", "sweep.num_schedules=3", "search.num_trials=9"], 6),
+    ],
+)
+def test_how_many_students_there_are_at_most(assignments, most, students):
+    made = students(*assignments)
+    teacher = load_config(made.teacher)
+    assert teacher.corrections == (2, 1)
+    assert most_students(made.settings, teacher) == most
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from orchestrator.training.shared_steps import (
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import describe_saved_state
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import PROVENANCE
+from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -235,3 +235,7 @@ def test_what_cannot_be_continued_exactly_is_refused(make):
         continue_printing(short, longer(short, make, iterate_from_fraction=0.05))
     with refused(UserError, "20 steps", "training.decay=wsd"):
         continue_printing(cosine, longer(cosine, make))
+    for checkpoint in find_checkpoints(short.folder):
+        (checkpoint / TRAINING_STATE).write_bytes(b"")
+    with refused(UserError, "step_00000015", TRAINING_STATE):
+        continue_printing(short, longer(short, make))
