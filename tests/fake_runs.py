@@ -1,18 +1,15 @@
-"""Stands for Ray in sweeps: each trial ends here, as a function says."""
+"""Sweeps whose trials end in this process, as a function says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pretended_ray import end_trials_here, idle_ray
 
 from orchestrator.evaluation import decode_timing
 from orchestrator.records.trial import Trial
-from orchestrator.sweeping import run
-from orchestrator.sweeping.states import RunningSweep
 from orchestrator.sweeping.trial import run_trial
 
 
@@ -22,22 +19,8 @@ def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | s
     Times per token are measured with few tokens.
     """
 
-    def run_trials(
-        _: Any, trials: RunningSweep, *__: Any, watch: Callable[[], None], **___: Any
-    ) -> None:
-        while not trials.is_over:
-            trial = trials.take()
-            assert trial is not None, "no trial of these waits for another process"
-            trials.on_start(trial.key)
-            watch()
-            result = end(trial)
-            if isinstance(result, Trial):
-                trials.on_end(trial.key, result, "")
-            else:
-                trials.on_end(trial.key, None, result)
-
-    monkeypatch.setattr(run, "ray_cluster", lambda *_, **__: nullcontext())
-    monkeypatch.setattr("orchestrator.cluster.tune.run_trials", run_trials)
+    idle_ray(monkeypatch)
+    end_trials_here(monkeypatch, end)
     monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 

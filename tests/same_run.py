@@ -5,6 +5,7 @@ It also takes the FLOPs that were planned.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -20,13 +21,9 @@ from commands import Started, run_workers
 from safetensors.torch import load_file
 
 from iiet.weights import WEIGHTS
-from orchestrator.cluster import task
 from orchestrator.cluster.task import run_local_jobs
-from orchestrator.data.store import TokenStore
 from orchestrator.planning.estimate import Estimate
-from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.training import trainer
 from orchestrator.training.checkpoint import (
     CheckpointWriteFailed,
     load_optimizer,
@@ -157,21 +154,39 @@ def stop(step: int) -> Disturbance:
     return disturb
 
 
+@contextmanager
+def called_in_step(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Call a function in the block, in the optimizer's step after so many."""
+    update = torch.optim.AdamW.step
+
+    def act_and_update(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
+        if num_updates(optimizer) == step:
+            act()
+        return update(optimizer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", act_and_update)
+        yield
+
+
+def num_updates(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many steps an optimizer has done, also before it was loaded."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def crash(step: int) -> Disturbance:
-    """Fail while the batch of a step is read."""
+    """Fail in a step.
+
+    Args:
+        step: Steps that are done before.
+    """
+
+    def fail() -> None:
+        raise RuntimeError("crash")
 
     def disturb(job: TrainingJob) -> None:
-        read_batch = TokenStore.batch
-
-        def crashing(self: TokenStore, now: int, **options: Any) -> Any:
-            if now == step:
-                raise RuntimeError("crash")
-            return read_batch(self, now, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(TokenStore, "batch", crashing)
-            with pytest.raises(RuntimeError, match="crash"):
-                run_job(job)
+        with called_in_step(step, fail), pytest.raises(RuntimeError, match="crash"):
+            run_job(job)
 
     return disturb
 
@@ -184,23 +199,19 @@ def press_ctrl_c(step: int, *, times: int = 1, on_full_disk: bool = False) -> Di
         times: After the second time, it stops at once, with what was saved before.
         on_full_disk: Whether the state cannot be saved.
     """
-    learning_rate_at = trainer.learning_rate_at
 
-    def press(now: int, *arguments: Any) -> float:
-        if now == step:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return learning_rate_at(now, *arguments)
+    def press() -> None:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
 
     def disturb(job: TrainingJob) -> None:
-        one_thread = Resources((Node(1),))
         handler = signal.getsignal(signal.SIGINT)
         expected_error = CheckpointWriteFailed if on_full_disk else Interrupted
         disk = small_files() if on_full_disk else nullcontext()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "learning_rate_at", press)
-            patch.setattr(task, "local_resources", lambda **_: one_thread)
-            with disk, pytest.raises(expected_error) as caught:
+        with pytest.MonkeyPatch.context() as patch, called_in_step(step, press), disk:
+            # One CPU, and so one thread.
+            patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+            with pytest.raises(expected_error) as caught:
                 run_local_jobs([job])
         steps = steps_of(job)
         saved = f"saved at step {steps[-1]}" if steps else "nothing was saved"
@@ -236,33 +247,53 @@ def full_disk(job: TrainingJob) -> None:
     assert not list(job.folder.glob(".*.iiet-temporary"))
 
 
-KILLED = """
-import importlib, os, signal, sys
+EVENTS = """
+import os, re, sys, torch
+from pyarrow import fs
+from same_run import num_updates
+
+update = torch.optim.AdamW.step
+copy_files = fs.copy_files
+
+def audited_update(optimizer, *arguments):
+    sys.audit("step", num_updates(optimizer))
+    return update(optimizer, *arguments)
+
+def audited_copy(source, target, **options):
+    sys.audit("copy", source, target)
+    return copy_files(source, target, **options)
+
+torch.optim.AdamW.step = audited_update
+fs.copy_files = audited_copy
+
+def call_at(event, pattern, act):
+    def hook(name, arguments):
+        if name == event and re.search(pattern, " ".join(map(str, arguments))):
+            act()
+
+    sys.addaudithook(hook)
+"""
+"""Calls a function at an event that Python tells of, such as `open` or `os.rename`, whose arguments
+have a pattern; also at each `step`, with the number of those before, and `copy` to a storage."""
+
+KILLED = f"""{EVENTS}
+import signal
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
 
-module, name, word, job = sys.argv[1:]
-owner = importlib.import_module(module)
-original = getattr(owner, name)
-
-def dying(*args, **options):
-    if word in repr(args):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **options)
-
-setattr(owner, name, dying)
+event, pattern, job = sys.argv[1:]
+call_at(event, pattern, lambda: os.kill(os.getpid(), signal.SIGKILL))
 run_job(TrainingJob.model_validate_json(job))
 """
 
 
-def kill(module: str, name: str, word: str) -> Disturbance:
-    """Kill a process of its own where it calls a function with this word in its arguments."""
+def kill(event: str, pattern: str) -> Disturbance:
+    """Kill a process of its own at an event of `EVENTS`."""
 
     def disturb(job: TrainingJob) -> None:
-        arguments = (f"orchestrator.{module}", name, word, job.model_dump_json())
-        process = Started(*arguments, code=KILLED)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+        process = Started(event, pattern, job.model_dump_json(), code=KILLED)
+        printed, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, printed
 
     return disturb
 
@@ -333,32 +364,24 @@ def worker_arguments(
     return [*map(str, (number, parallel, shards, until, meeting)), job.model_dump_json()]
 
 
-KILLED_TOGETHER = """
-import importlib, signal, threading
+KILLED_TOGETHER = f"""{EVENTS}
+import signal
 from pathlib import Path
 
-Path(f"{meeting}-pid-{rank}").write_text(str(os.getpid()))
-owner = importlib.import_module("MODULE")
-original = getattr(owner, "NAME")
+Path(f"{{meeting}}-pid-{{rank}}").write_text(str(os.getpid()))
 
-def dying(*args, **options):
-    if "WORD" in repr(args):
-        others = {int(Path(f"{meeting}-pid-{n}").read_text()) for n in range(int(number))}
-        for pid in [*others - {os.getpid()}, os.getpid()]:
-            os.kill(pid, signal.SIGKILL)
-    return original(*args, **options)
+def kill_all():
+    others = {{int(Path(f"{{meeting}}-pid-{{n}}").read_text()) for n in range(int(number))}}
+    for pid in [*others - {{os.getpid()}}, os.getpid()]:
+        os.kill(pid, signal.SIGKILL)
 
-owner.NAME = dying
+call_at(EVENT, PATTERN, kill_all)
 """
 
 
-def kill_workers(number: int, module: str, name: str, word: str) -> Disturbance:
-    """Kill all workers of a sharded model, where one calls a function with this word in its
-    arguments."""
-    changes = {"MODULE": f"orchestrator.{module}", "NAME": name, "WORD": word}
-    before = KILLED_TOGETHER
-    for placeholder, value in changes.items():
-        before = before.replace(placeholder, value)
+def kill_workers(number: int, event: str, pattern: str) -> Disturbance:
+    """Kill all workers of a sharded model at an event of `EVENTS` in one of them."""
+    before = KILLED_TOGETHER.replace("EVENT", repr(event)).replace("PATTERN", repr(pattern))
 
     def disturb(job: TrainingJob) -> None:
         code = WORKER.replace("# BEFORE", before)

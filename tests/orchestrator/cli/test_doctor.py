@@ -15,6 +15,7 @@ from orchestrator.pipelines import doctor
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
+from orchestrator.workspace.processors import CPUINFO
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,14 @@ def test_without_a_workspace_shipped_sweeps_are_priced_and_none_is_made(tmp_path
 @pytest.mark.usefixtures("_without_prices")
 def test_bf16_is_recommended_for_processors_that_have_it(tmp_path, capsys, monkeypatch):
     """A study has shown that it costs no quality (research/bf16.md)."""
-    for flags, recommends in ({"avx512_bf16"}, True), ({"avx2"}, False):
-        monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
+    read_text = Path.read_text
+    for flags, recommends in ("avx2 avx512_bf16", True), ("avx2", False):
+
+        def read(path: Path, *arguments: Any, flags: str = flags, **named: Any) -> str:
+            is_cpuinfo = path == CPUINFO
+            return f"flags : {flags}" if is_cpuinfo else read_text(path, *arguments, **named)
+
+        monkeypatch.setattr(Path, "read_text", read)
         assert cli.main(["doctor", "--workspace", str(tmp_path / "space")]) == 0
         printed = capsys.readouterr().out
         assert "✓ versions: Python" in printed

@@ -174,8 +174,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     }
 
 
-def test_the_device_of_a_training_is_an_option(settings_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.planning.machine.check_run_resources", lambda *_, **__: None)
+def test_the_device_of_a_training_is_an_option(settings_of, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("cluster: {num_gpus: 4, min_gpus: 2}\nsweep: {gpus_per_trial: 1}\n")
     where = ["-c", str(file), "-w", str(tmp_path)]

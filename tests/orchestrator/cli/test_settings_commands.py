@@ -12,9 +12,11 @@ from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.cli.command import COMMANDS
+from orchestrator.cli.session import unread_part
 from orchestrator.cli.train import UNREAD_BY_KIND, UNREAD_WITHOUT_DROPPING
-from orchestrator.settings import ClusterSettings, Settings, find_field, read_settings
+from orchestrator.settings import Settings, find_field, read_settings
 from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_settings
+from orchestrator.settings.schema import fields_of
 
 
 @pytest.fixture(autouse=True)
@@ -131,49 +133,81 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-READ_BY = {name: set(Settings.model_fields) - {*c.unread} for name, c in COMMANDS.items()}
-"""Command -> sections of the settings that `--set` may change."""
+KEYS = {f"{section}.{name}" for section in Settings.model_fields for name in fields_of([section])}
+"""All settings."""
+ASK_THE_KIND = {"config show", "sweep", "quickstart"}
+"""Commands that take all settings; the latter two then ask the kind of the sweep."""
 
 
-def test_each_command_with_set_names_what_it_reads():
-    with_set = {name for name, command in COMMANDS.items() if command.config}
-    assert {name for name in with_set if not COMMANDS[name].unread} == {
-        "config show", "quickstart", "sweep",  # The latter two read what their kind reads.
-    }  # fmt: skip
-    training = {"data", "model", "training"}
-    assert READ_BY["prepare"] == {"data", "cluster"}
-    assert READ_BY["pretrain"] == {*training, "cluster"}
-    assert READ_BY["distill"] == {"distillation", "influence", "cluster"}  # For --drop-layers.
-    assert READ_BY["influence"] == {"influence", "cluster"}
-    assert READ_BY["evaluate"] == {"evaluation", "cluster"}
-    assert READ_BY["export"] == {"influence", "evaluation", "cluster"}
-    assert READ_BY["sweep-iterations"] == {*training, "evaluation", "sweep", "cluster"}
-    students = {"distillation", "influence", "evaluation", "sweep", "search", "cluster"}
-    assert READ_BY["sweep-threshold"] == students
-    for command in COMMANDS.values():
+def _read(name: str) -> set[str]:
+    """Return the settings that a command reads, or a sweep of a kind, or `distill` where it drops
+    no layers."""
+    if name in UNREAD_BY_KIND:
+        unread = UNREAD_BY_KIND[name]
+    elif name == "distill alone":
+        unread = {**COMMANDS["distill"].unread, **UNREAD_WITHOUT_DROPPING}
+    else:
+        unread = COMMANDS[name].unread
+    return {key for key in KEYS if unread_part(key, unread) is None}
+
+
+def _of(*sections: str) -> set[str]:
+    """Return the settings of some sections."""
+    return {key for key in KEYS if key.partition(".")[0] in sections}
+
+
+def test_a_command_reads_the_settings_of_its_options():
+    for name, command in COMMANDS.items():
         for key in command.unread:
-            assert key in Settings.model_fields or find_field(key)
+            assert key in Settings.model_fields or find_field(key), name
+        if command.config:
+            for key in command.options.values():
+                assert unread_part(key, command.unread) is None, (name, key)
 
 
-def test_each_command_names_what_it_reads_of_the_cluster():
-    anywhere = {"address", "env"}
-    measuring = {*anywhere, "num_gpus", "device"}
-    fields = set(ClusterSettings.model_fields)
-    training = fields - {"device"}  # Only commands that measure read `device`.
-    unread = {name: {*command.unread} for name, command in COMMANDS.items()}
-    unread["distill"] |= {*UNREAD_WITHOUT_DROPPING}
-    unread |= {f"sweep of kind {kind}": {*parts} for kind, parts in UNREAD_BY_KIND.items()}
-    read = {
-        name: {field for field in fields if f"cluster.{field}" not in parts}
-        for name, parts in unread.items()
+def test_a_command_that_does_the_work_of_others_reads_what_they_read():
+    """Where the work is done, the section `cluster`, is left to the next test."""
+    pretrain = _read("pretrain")
+    influence = _read("influence")
+    evaluate = _read("evaluate")
+    sweep = _of("sweep") | {"evaluation.retention"}  # What the students' losses may be.
+    students = _read("distill alone") | influence | evaluate | sweep
+    measured_before = {"influence.num_tokens"}
+    works = {
+        "distill": _read("distill alone") | influence,
+        "inspect": pretrain | influence - measured_before,
+        "export": influence - measured_before | evaluate,
+        "sweep-threshold": students | _of("search"),
+        "sweep-iterations": pretrain | evaluate | sweep,
+        "threshold": pretrain | students | _of("source_training"),
+        "search": pretrain | students | _of("source_training", "search"),
+        "depth": evaluate | _of("sweep"),
     }
-    assert read["prepare"] == anywhere
-    for name in ("influence", "evaluate", "export", "sweep of kind depth"):
-        assert read[name] == measuring, name
-    trainings = ["pretrain", "distill", "inspect", "sweep-threshold", "sweep-iterations"]
-    trainings += [f"sweep of kind {kind}" for kind in ("threshold", "search", "iterations")]
-    for name in trainings:
-        assert read[name] == training, name
+    for name, keys in works.items():
+        assert _read(name) - _of("cluster") == keys - _of("cluster"), name
+    for name, command in COMMANDS.items():
+        if name in ASK_THE_KIND:
+            assert _read(name) == KEYS
+        elif command.config and command.group != "Sweep":
+            assert not _read(name) & _of("sweep", "search", "source_training"), name
+
+
+def test_trainings_have_workers_and_only_what_measures_chooses_its_device():
+    with_settings = {name for name, command in COMMANDS.items() if command.config}
+    trainings = {name for name in with_settings if COMMANDS[name].trains} | {"inspect"}
+    trainings |= UNREAD_BY_KIND.keys() - {"depth"}
+    measurements = {name for name in with_settings if "--device" in COMMANDS[name].options}
+    measurements |= {"depth", "distill"}  # The latter if it drops layers.
+    anywhere = {"cluster.address", "cluster.env"}
+    measuring = {*anywhere, "cluster.num_gpus", "cluster.device"}
+    training = _of("cluster") - {"cluster.device"}
+    for name in {*with_settings, *UNREAD_BY_KIND, "distill alone"} - ASK_THE_KIND:
+        expected = anywhere
+        if name in trainings or name == "distill alone":
+            expected = expected | training
+        if name in measurements:
+            expected = expected | measuring
+        assert _read(name) & _of("cluster") == expected, name
 
 
 @pytest.mark.parametrize(
@@ -182,7 +216,10 @@ def test_each_command_names_what_it_reads_of_the_cluster():
         ("distill run -r 1", ["model.num_layers=3", "training.num_steps=7"], "distillation.train"),
         ("distill run -r 1", ["data.vocab_size=300"], "tokens that their teacher"),
         ("distill run -r 1", ["influence.metric=loss"], "--drop-layers"),
+        ("distill run -r 1", ["evaluation.limit=3"], "iiet-orch evaluate"),
         ("evaluate run", ["model={corrections: 1}"], "--schedule"),
+        ("evaluate run", ["data.vocab_size=300"], "held-out tasks"),
+        ("evaluate run", ["influence.metric=loss"], "iiet-orch influence"),
         ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
         ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),
         ("distill run -r 1", ["cluster.device=cpu"], "only commands that measure"),
@@ -193,8 +230,13 @@ def test_each_command_names_what_it_reads_of_the_cluster():
         ("influence run -r 4", ["influence.metric=loss"], "looped"),
         ("influence run", ["cluster={num_gpus: 1, num_shards: 2}"], "only trainings"),
         ("prepare", ["training.seed=1"], "data alone"),
+        ("prepare", ["model.dim=8", "evaluation.limit=3"], "data alone"),
         ("prepare", ["cluster.num_gpus=8", "cluster.parallel=fsdp"], "CPUs of this machine"),
         ("pretrain", ["sweep.seeds=[1]"], "only sweeps"),
+        ("pretrain", ["influence.metric=loss"], "iiet-orch influence"),
+        ("pretrain", ["evaluation.limit=3"], "iiet-orch evaluate"),
+        ("pretrain", ["distillation.kl_weight=2"], "iiet-orch distill"),
+        ("influence run", ["data.vocab_size=300"], "that the model was trained on"),
         ("sweep-iterations", ["distillation.kl_weight=2"], "from scratch"),
         ("sweep-threshold run", ["training.seed=1"], "distillation.training"),
         ("sweep-threshold run", ["search.seed=1"], "--search"),

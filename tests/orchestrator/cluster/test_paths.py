@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import torch
-from commands import settings_options
+from commands import settings_options, wait_until
+from pretended_ray import idle_ray, run_trials_here
 from small_size import SMALL
 
 import orchestrator
@@ -26,7 +27,7 @@ DEPTH = (
 )
 
 
-def repository_calls(frame: FrameType | None = None) -> list[str]:
+def repository_calls(frame: FrameType | None) -> list[str]:
     """Return the functions of this repository's packages on the stack, outermost first."""
     return [
         call.filename.removeprefix(f"{ROOT}/").removeprefix("orchestrator/")[:-3] + f".{call.name}"
@@ -44,47 +45,26 @@ def arguments(command: str, workspace: Path, *options: str) -> list[str]:
 
 
 def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
-    from orchestrator.cluster import ray, tune
-    from orchestrator.sweeping import run
+    paths: list[list[str]] = []
 
-    stacks: list[list[str]] = []
-    run_arguments: list[Any] = []
-    run_trials = tune.run_trials
-    resources = ray.local_resources(count_gpus=False)
-
-    def noted(*arguments: Any, **named: Any) -> None:
-        run_arguments.extend(arguments)
-        run_trials(*arguments, **named)
-
-    def wait_for_work(_: Any, **__: Any) -> None:
-        stacks.append(repository_calls(sys._getframe(1)))
-        function = run_arguments[0]
-        trial = run_arguments[1].take()
-        config = {"key": trial.key, "trial": trial.model_dump_json()}
-        placement = tune.job_placement(1, 1, 0, resources)
-        stop = SimpleNamespace(is_sent=lambda: False)
-        tune.run_in_tune(
-            config,
-            function=function,
-            placement=placement,
-            cluster=tune.ClusterSettings(),
-            stop=stop,  # type: ignore[arg-type]
-            stops=None,
-        )
+    def calls_of_the_driver() -> list[str]:
+        """Return what the main thread is in until it waits; empty if it does not wait yet."""
+        calls = repository_calls(sys._current_frames()[threading.main_thread().ident])
+        waiting = "terminal/stop.wait_for_work"
+        return calls[: calls.index(waiting)] if waiting in calls else []
 
     def step(*_: Any, **__: Any) -> None:
-        stacks.append(repository_calls(sys._getframe(1)))
+        wait_until(calls_of_the_driver)
+        paths.append(calls_of_the_driver())
+        paths.append(repository_calls(sys._getframe(1)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune, "run_trials", noted)
-    for module in (tune, run):
-        monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: nullcontext(resources))
-    monkeypatch.setattr(tune, "start_thread", lambda _: None)
-    monkeypatch.setattr(tune, "wait_for_work", wait_for_work)
+    idle_ray(monkeypatch)
+    run_trials_here(monkeypatch)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     options = ["-r", "1", "--methods", "iiet"]
     assert cli.main(arguments("sweep-iterations", tmp_path / "workspace", *options)) == 130
-    driver, inside = stacks
+    driver, inside = paths
     worker = inside[inside.index("cluster/tune.run_in_tune") :]
     assert (driver[0], worker[-1]) == ("cli/app.main", "training/trainer.train")
     assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"

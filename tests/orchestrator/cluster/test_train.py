@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,18 +19,16 @@ from typing import Any
 import pytest
 import torch
 from pretended_cluster import LOOPBACK, listening_addresses
+from pretended_ray import begin_workers_with, idle_ray, train_here
 from refusals import assert_names, refused
 from same_run import curve, events, state_of, steps_of, workers
 
-from orchestrator.cluster import task, train
+from orchestrator.cluster import train
 from orchestrator.cluster.places import Placement
 from orchestrator.cluster.task import run_local_jobs
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
-from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.stop import stop_on_signals
-from orchestrator.training import checkpoint
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal
@@ -57,7 +57,7 @@ def make_job(tiny_job) -> MakeJob:
 
 def test_finished_jobs_start_nothing(make_job, monkeypatch):
     outcome = run_job(make_job("done"))
-    monkeypatch.setattr(train, "ray_cluster", None)
+    monkeypatch.setattr("ray.init", pytest.fail)
     assert run_train_jobs([make_job("done")]) == [outcome]
 
 
@@ -66,7 +66,7 @@ def test_one_worker_trains_to_the_last_bit_what_is_trained_without_ray(
     ray_session, make_job, monkeypatch
 ):
     # As many threads as the one worker of the session's Ray.
-    monkeypatch.setattr(task, "local_resources", lambda **_: Resources((Node(2),)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     under_ray = make_job("under-ray")
     without_ray = make_job("without-ray")
     [expected] = run_local_jobs([without_ray])
@@ -86,32 +86,37 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     listening = dict[int, set[str]]()
     saved = tmp_path / "saved"
     looked = tmp_path / "looked"
-    train_worker = train.train_worker
+    first_checkpoint = job.folder / checkpoint_name(6)
 
-    def train_until_killed(config: dict[str, Any]) -> None:
-        from orchestrator.training import checkpoint
+    def die_once_it_is_written() -> None:
+        import ray.train
 
-        prune = checkpoint.prune_checkpoints
+        def wait_for(path: Path) -> None:
+            give_up = time.monotonic() + 60
+            while not path.exists():
+                assert time.monotonic() < give_up, f"there is no {path}"
+                time.sleep(0.01)
 
-        def die_once_it_is_written(*args: Any, **named: Any) -> None:
-            if not saved.exists():
+        step = torch.optim.AdamW.step
+        steps = itertools.count(1)
+
+        def step_or_die(*arguments: Any, **named: Any) -> Any:
+            if next(steps) == 7 and not saved.exists():
+                wait_for(first_checkpoint)
                 saved.write_text(str(os.getpid()))
-                give_up = time.monotonic() + 60
-                while not looked.exists():
-                    assert time.monotonic() < give_up, "nobody looked while it trained"
-                    time.sleep(0.01)
+                wait_for(looked)
                 os.kill(os.getpid(), signal.SIGKILL)
-            prune(*args, **named)
+            return step(*arguments, **named)
 
-        checkpoint.prune_checkpoints = die_once_it_is_written
-        train_worker(config)
+        if ray.train.get_context().get_world_rank() == 0:
+            torch.optim.AdamW.step = step_or_die
 
     def watch() -> None:
         if saved.exists() and not looked.exists():
             listening.update(listening_addresses())
             looked.touch()
 
-    monkeypatch.setattr(train, "train_worker", train_until_killed)
+    begin_workers_with(monkeypatch, die_once_it_is_written)
     cluster = ClusterSettings(num_workers=2, parallel="fsdp", max_failures=1)
     (outcome,) = run_train_jobs([job], cluster, watch=watch)
     assert int(saved.read_text()) in listening
@@ -133,12 +138,8 @@ def attempts(monkeypatch) -> Callable[[Callable[[], None]], None]:
     """A function that sets what an attempt of Ray Train does; its workers find a place at once."""
 
     def install(fit: Callable[[], None]) -> None:
-        import ray.train.torch
-
-        places = SimpleNamespace(wait=lambda _: True)
-        monkeypatch.setattr(train, "asked_places", lambda *_: nullcontext(places))
-        trainer = SimpleNamespace(fit=fit)
-        monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda *_, **__: trainer)
+        idle_ray(monkeypatch)
+        train_here(monkeypatch, lambda _: fit())
 
     return install
 
@@ -233,7 +234,9 @@ def test_a_job_that_is_stopped_before_its_turn_asks_ray_for_nothing(
 ):
     stopped: Any = SimpleNamespace(is_sent=lambda: True)
     attempts(pytest.fail)
-    monkeypatch.setattr(train, "asked_places", pytest.fail)  # Would start a Ray if none runs.
+    # It would start a Ray if none runs.
+    placement_group = sys.modules["ray.util.placement_group"]
+    monkeypatch.setattr(placement_group, "placement_group", pytest.fail)
     placement = Placement(jobs_at_once=1, workers=1, cpus=1)
     JobRun(make_job("run"), placement, ClusterSettings(), stopped).fit()
 
@@ -324,9 +327,9 @@ def test_a_place_is_waited_for_as_long_as_the_setting_says(
         clock[0] += seconds
         return clock[0] > 3600
 
-    attempts(lambda: None)
+    idle_ray(monkeypatch, wait=wait)
+    train_here(monkeypatch, lambda _: None)
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(train, "asked_places", lambda *_: nullcontext(SimpleNamespace(wait=wait)))
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     placement = Placement(jobs_at_once=1, workers=2, cpus=1)
     cluster = ClusterSettings(node_wait_minutes=minutes)
@@ -346,18 +349,15 @@ def test_a_training_that_lacks_memory_is_a_mistake_of_its_settings(make_job, ful
 
 @pytest.mark.long
 def test_a_worker_that_lacks_memory_ends_the_job_at_once(ray_session, make_job, monkeypatch):
-    train_worker = train.train_worker
-
-    def train_in_vain(config: dict[str, Any]) -> Any:
+    def have_no_memory() -> None:
         # A function of this module could not be sent to a worker.
         def without_memory(*_: Any, **__: Any) -> None:
             raise torch.OutOfMemoryError("no space")
 
         torch.autograd.backward = without_memory
-        return train_worker(config)
 
     job = make_job("failing")
-    monkeypatch.setattr(train, "train_worker", train_in_vain)
+    begin_workers_with(monkeypatch, have_no_memory)
     with refused(UserError, "ran out of memory on cpu", "no space"):
         run_train_jobs([job], ClusterSettings(num_workers=1, max_failures=5))
     assert len(events(job, "started")) == 1, "to try again cannot help"
@@ -365,18 +365,15 @@ def test_a_worker_that_lacks_memory_ends_the_job_at_once(ray_session, make_job, 
 
 @pytest.mark.long
 def test_a_worker_that_falls_silent_ends_the_job(ray_session, make_job, monkeypatch):
-    train_worker = train.train_worker
-
-    def train_with_silence(config: dict[str, Any]) -> Any:
+    def fall_silent() -> None:
         import ray.train
 
         if ray.train.get_context().get_world_rank() == 1:
             # The other worker waits for its gradients, until a collective takes too long.
             torch.autograd.backward = lambda *_, **__: time.sleep(1000)
-        return train_worker(config)
 
     job = make_job("failing", num_tokens_per_step=2**12)
-    monkeypatch.setattr(train, "train_worker", train_with_silence)
+    begin_workers_with(monkeypatch, fall_silent)
     cluster = ClusterSettings(num_workers=2, max_failures=0, collective_timeout_seconds=10)
     with pytest.raises(RunFailed, match=r"failed: .*([Tt]imed out|timeout)"):
         run_train_jobs([job], cluster)
@@ -394,19 +391,17 @@ def test_a_worker_that_is_asked_to_stop_saves_and_returns(make_job, first_worker
 
 
 @pytest.mark.slow
-def test_sigterm_waits_for_what_is_still_written(make_job, attempts, monkeypatch):
-    job = make_job("slow")
-    is_asked = threading.Event()
+def test_sigterm_waits_for_what_is_still_written(make_job, first_worker_here, monkeypatch):
+    job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)
     may_write = threading.Event()
-    stop: Any = SimpleNamespace(send=is_asked.set, is_sent=is_asked.is_set)
-    save = checkpoint.save_checkpoint
+    save = torch.save  # Writes a part of each checkpoint.
 
-    def save_late(*args: Any, **named: Any) -> Any:
+    def save_late(*args: Any, **named: Any) -> None:
         assert may_write.wait(60)
-        return save(*args, **named)
+        save(*args, **named)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_late)
-    attempts(lambda: run_job(job, should_stop=lambda: bool(curve(job)) and is_asked.wait(60)))
+    monkeypatch.setattr(torch, "save", save_late)
+    first_worker_here(size=1)
     notes: list[str] = []
     num_looks = 0
 
@@ -418,34 +413,28 @@ def test_sigterm_waits_for_what_is_still_written(make_job, attempts, monkeypatch
         elif curve(job) and not notes:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    placement = Placement(jobs_at_once=1, workers=1, cpus=1)
-    run = JobRun(job, placement, ClusterSettings(), stop)
-    with pytest.raises(Interrupted) as caught, stop_on_signals():
-        train._run_together([run], watch, notes.append)
+    with pytest.raises(Interrupted) as caught:
+        run_train_jobs([job], watch=watch, note=notes.append)
     assert f"saved at step {steps_of(job)[-1]};" in str(caught.value)
     assert notes[0].startswith("saving 1")
 
 
 @pytest.mark.long
 def test_sigterm_under_ray_waits_for_a_slow_writer(ray_session, tmp_path, make_job, monkeypatch):
-    train_worker = train.train_worker
     gate = tmp_path / "gate"
 
-    def train_and_save_slowly(config: dict[str, Any]) -> None:
-        from orchestrator.training import checkpoint
+    def write_slowly() -> None:
+        save = torch.save
 
-        save = checkpoint.save_checkpoint
-
-        def save_slowly(*args: Any, **named: Any) -> Any:
+        def save_slowly(*args: Any, **named: Any) -> None:
             while not gate.exists():
                 time.sleep(0.01)
-            return save(*args, **named)
+            save(*args, **named)
 
-        checkpoint.save_checkpoint = save_slowly
-        train_worker(config)
+        torch.save = save_slowly
 
     job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)
-    monkeypatch.setattr(train, "train_worker", train_and_save_slowly)
+    begin_workers_with(monkeypatch, write_slowly)
     notes: list[str] = []
     looks: list[int] = []
 

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from changed_trials import in_folder, with_job
 from commands import Started, wait_until
 from pretended_cluster import environment_without_ray
+from pretended_ray import idle_ray
 from same_run import events
 
 from orchestrator.cluster import tune as module
@@ -29,7 +29,7 @@ from orchestrator.cluster.tune import (
     TuneProcess,
     run_trials,
 )
-from orchestrator.planning.machine import Node, Resources
+from orchestrator.planning.machine import Node
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.states import (
@@ -245,7 +245,7 @@ def test_tune_starts_again_three_times_when_memory_ran_low(
                 queue.on_end(trial.key, trial, "")
 
     monkeypatch.setattr(module.tune, "Tuner", Tuner)
-    monkeypatch.setattr(module, "ray_cluster", lambda: nullcontext(Resources((Node(2),))))
+    idle_ray(monkeypatch, Node(2))
     monkeypatch.setattr(module, "RESTART_PAUSES_SECONDS", (0.0,) * len(RESTART_PAUSES_SECONDS))
     facts = "5.81 of 23.54 GB were used; the largest processes were python (process 999) 0.68 GB, "
     if num_shortages > 3:
@@ -282,8 +282,7 @@ def test_no_more_trials_run_at_once_than_the_settings_say_and_the_nodes_hold(
                 queue.on_end(oldest.key, oldest, "")
 
     monkeypatch.setattr(module.tune, "Tuner", Tuner)
-    monkeypatch.setattr(module, "ray_cluster", lambda: nullcontext(Resources((Node(num_cpus),))))
-    monkeypatch.setattr(Placement, "num_places", lambda _: num_cpus)
+    idle_ray(monkeypatch, Node(num_cpus))
     sweep = SweepSettings(trials_at_once=most)
     run_sweep(queue, lambda trial, _: trial, tmp_path, sweep)
     assert len(queue.results_by_key) == 7

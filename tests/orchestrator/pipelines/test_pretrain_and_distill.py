@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +13,11 @@ import pytest
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from refusals import refused
-from same_run import stop_at
+from same_run import called_in_step, stop_at
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance, weights_key
 from orchestrator.models.lookup import load_influence_table
-from orchestrator.pipelines import training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.training import (
     DistillResult,
@@ -31,7 +31,6 @@ from orchestrator.pipelines.training import (
     run_trainings,
 )
 from orchestrator.records.influence import StoredInfluence
-from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.job import job_key, pretraining_job
@@ -50,10 +49,11 @@ RECIPE = {
 
 
 def train(
-    models: dict[str, Settings], context: Context, tokens: Path, name: str | None = None
+    models: dict[str, Settings], context: Context, tokens: Path, **options: Any
 ) -> dict[str, PretrainResult]:
-    """Plan and train models; see `plan_models`."""
-    return run_trainings(plan_models(models, context.workspace, tokens, name=name), context)
+    """Plan and train models in this process; see `plan_models`."""
+    plan = plan_models(models, context.workspace, tokens, **{"local": True, **options})
+    return run_trainings(plan, context)
 
 
 def students(context: Context, teacher: Path, tokens: Path, *schedules: str) -> list[DistillResult]:
@@ -65,6 +65,14 @@ def students(context: Context, teacher: Path, tokens: Path, *schedules: str) -> 
         settings(), workspace=context.workspace, schedules=schedules, teacher=teacher, local=True
     )
     return run_distill(plan, context).students
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def fail() -> None:
+    raise OSError("no space left")
 
 
 def settings(method: str = "iiet", **changes: Any) -> Settings:
@@ -84,17 +92,9 @@ def workspace(tmp_path) -> Workspace:
 
 
 @pytest.fixture(autouse=True)
-def jobs_run_here(monkeypatch) -> None:
-    """Run jobs in this process instead of under Ray."""
-
-    def run_here(
-        jobs: Sequence[TrainingJob], *_: Any, watch: Callable[[], None], **__: Any
-    ) -> list[TrainingOutcome]:
-        outcomes = [run_job(job) for job in jobs]
-        watch()
-        return outcomes
-
-    monkeypatch.setattr(training, "job_runner", lambda **_: run_here)
+def one_cpu(monkeypatch) -> None:
+    """Trainings in this process have one thread: two of them wait for each other."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
 
 
 @pytest.fixture
@@ -151,25 +151,36 @@ def test_a_mistake_writes_nothing(context, tiny_tokens, tracking):
     ):
         wrong = resolve_settings({**tree, section: tree[section] | value})
         with pytest.raises(UserError, match=sentence):
-            train({"a": wrong}, context, tiny_tokens)
+            train({"a": wrong}, context, tiny_tokens, local=False)
     assert not context.workspace.runs.exists()
     assert tracking.statuses == []
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(Interrupted("x"), "KILLED"), (KeyboardInterrupt(), "KILLED"), (OSError("x"), "FAILED")],
+    ("call", "error", "status"),
+    [
+        (press_ctrl_c, Interrupted, "KILLED"),
+        (fail, OSError, "FAILED"),
+    ],
 )
 def test_the_tracked_run_ends_with_the_status_of_the_training(
-    context, tiny_tokens, tracking, monkeypatch, error, status
+    context, tiny_tokens, tracking, call, error, status
 ):
-    def end(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(training, "job_runner", lambda **_: end)
-    with pytest.raises(type(error)):
+    with called_in_step(1, call), pytest.raises(error):
         train({"a": settings()}, context, tiny_tokens)
     assert tracking.statuses == [("pretrain", status)]
+
+
+def test_the_tracked_run_of_a_training_that_ctrl_c_ends_before_its_first_step_was_killed(
+    context, tiny_tokens, tracking, monkeypatch
+):
+    def press(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.set_num_threads", press)
+    with pytest.raises(KeyboardInterrupt):
+        train({"a": settings()}, context, tiny_tokens)
+    assert tracking.statuses == [("pretrain", "KILLED")]
 
 
 def test_a_damaged_checkpoint_is_reported_once(context, tiny_tokens, notes):
@@ -201,7 +212,10 @@ def test_a_finished_run_is_continued_on_its_own_tokens(context, tiny_tokens, tra
     assert plan.to_json()["state"] == "from step 4"
     assert plan.price.num_tokens == (12 - 4) * 64
     result = run_pretrain(
-        plan_pretrain(longer, workspace=context.workspace, continued="short", name="long"), context
+        plan_pretrain(
+            longer, workspace=context.workspace, continued="short", name="long", local=True
+        ),
+        context,
     )
     assert "short from step 4 of 12" in notes.notes[-1], "the fourth step is equal"
     scratch = read_settings(result.checkpoint.parent / SETTINGS_NAME)

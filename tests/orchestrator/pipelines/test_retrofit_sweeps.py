@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_runs import end_trials, finished
 from fake_tracking import untracked
+from pretended_ray import train_here
 from same_run import stop_at
 
-from orchestrator.pipelines import training
 from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.sweeps import SweepResult, run_sweep
-from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import SETTINGS_NAME, read_settings, resolve_settings
 from orchestrator.sweeping.retrofit import EQUAL_TOKENS, training_flops
-from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -49,26 +45,21 @@ class Machine:
         self.finishes = 1000
         """After so many more trainings, the next one is stopped at its second step."""
 
-    def run(self, jobs: Sequence[TrainingJob], *_: Any, **__: Any) -> list[TrainingOutcome]:
-        outcomes = []
-        for job in jobs:
-            if not finished_outcome(job):
-                if not self.finishes:
-                    assert not run_job(job, should_stop=stop_at(1)).finished
-                    raise Interrupted("stopped")
-                if job.recipe.learning_rate == self.fails_at_rate:
-                    raise RunFailed("the loss is not finite")
-                self.finishes -= 1
-                self.trained.append(job)
-            outcomes.append(run_job(job))
-        return outcomes
+    def train(self, job: TrainingJob) -> None:
+        if not self.finishes:
+            assert not run_job(job, should_stop=stop_at(1)).finished
+            raise Interrupted("stopped")
+        if job.recipe.learning_rate == self.fails_at_rate:
+            raise RunFailed("the loss is not finite")
+        self.finishes -= 1
+        self.trained.append(job)
+        assert run_job(job).finished
 
 
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(training, "job_runner", lambda **_: machine.run)
-    monkeypatch.setattr("orchestrator.cluster.ray.ray_cluster", lambda *_, **__: nullcontext())
+    train_here(monkeypatch, machine.train)
     end_trials(monkeypatch, finished)
     return machine
 

@@ -5,40 +5,38 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 from fake_runs import end_trials, finished
 from fake_tracking import untracked
+from lm_eval_tasks import write_choices
 from small_size import SMALL
 
 from orchestrator.pipelines import sweep_stages, sweeps
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.settings import read_settings, resolve_settings
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import open_workspace
 
 
-def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(tmp_path, monkeypatch):
+def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(tmp_path):
     plan = plan_sweep(read_settings("toy", SMALL, {}), workspace=tmp_path)
-    context = Context(workspace=open_workspace(tmp_path))
+    workspace = open_workspace(tmp_path)
     refusals: list[str] = []
 
-    @contextmanager
-    def call_again(*_: object) -> Iterator[None]:
-        with pytest.raises(UserError) as caught:
-            sweeps.run_sweep(plan, context)
-        refusals.append(str(caught.value))
-        raise Interrupted("the first call has ended")
-        yield
+    class CallsAgain(Progress):
+        def start(self, *_: object, **__: object) -> None:
+            with pytest.raises(UserError) as caught:
+                sweeps.run_sweep(plan, Context(workspace))
+            refusals.append(str(caught.value))
+            raise Interrupted("the first call has ended")
 
-    monkeypatch.setattr(sweeps, "joined_cluster", call_again)
     for _ in range(2):
         with pytest.raises(Interrupted):
-            sweeps.run_sweep(plan, context)
+            sweeps.run_sweep(plan, Context(workspace, CallsAgain()))
     assert len(refusals) == 2
     for refusal in refusals:
         assert f"process {os.getpid()} on {socket.gethostname()}" in refusal
@@ -51,12 +49,12 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(
     workspace = open_workspace(tmp_path)
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     teacher = shutil.copytree(trained_run, workspace.runs / "teacher") / "step_00000002"
-    settings = resolve_settings({}, ["influence.num_tokens=64", "evaluation.num_items=4"])
+    tasks = write_choices(tmp_path / "tasks", "choices", ["a b", "c d"])
+    evaluation = ["evaluation.suite=choices", f"evaluation.include_path={tasks}"]
+    settings = resolve_settings({}, ["influence.num_tokens=64", *evaluation])
     plan_of = partial(plan_sweep, settings, workspace=workspace, teacher=teacher, name="s")
     context = untracked(workspace)
     end_trials(monkeypatch, finished)
-    # The made-up text is too poor for held-out tasks.
-    monkeypatch.setattr(sweeps.trial_plans, "load_tasks", lambda *_: {})
 
     unmeasured = plan_of()
     assert not unmeasured.is_complete

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
-from contextlib import nullcontext
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from commands import settings_options
+from pretended_ray import idle_ray, train_here
 from refusals import assert_names
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
@@ -79,7 +80,7 @@ def test_a_dry_run_of_seven_billion_parameters_on_256_gpus_says_what_does_not_fi
     changes, fits, tmp_path, capsys, monkeypatch
 ):
     # A machine with a GPU would plan for that one.
-    monkeypatch.setattr("orchestrator.planning.machine.installed_gpus", list)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     options = [part for value in (*SEVEN_BILLION, *changes) for part in ("--set", value)]
     words = ["pretrain", "--dry-run", "--json", "--config", "paper-340m", "--gpus", "256"]
@@ -139,7 +140,8 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(tmp_path, capsys
             assert "training.sequence_length" in error
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for memory, disk, words in ((2**30, 2**50, "GiB free"), (2**50, 2**20, "--workspace")):
-        monkeypatch.setattr("orchestrator.planning.machine.free_memory", lambda m=memory: m)
+        free = SimpleNamespace(available=memory)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, d=disk: SimpleNamespace(free=d))
         options = ["--preset", "55m", "--set", "training.num_tokens_per_step=65536"]
         error = refused(*options)
@@ -152,7 +154,7 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(tmp_path, capsys
 def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
     tmp_path, monkeypatch
 ):
-    def never(*_: object, **__: object) -> None:
+    def never(_: object) -> None:
         raise AssertionError("the teacher is trained")
 
     text = tmp_path / "text.jsonl"
@@ -167,8 +169,8 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
             "sweep.num_schedules=5",
         ],
     )  # fmt: skip
-    monkeypatch.setattr(sweeps, "run_trainings", never)
-    monkeypatch.setattr("orchestrator.cluster.task.ray_cluster", lambda *_, **__: nullcontext())
+    idle_ray(monkeypatch)
+    train_here(monkeypatch, never)
     config = settings.model.build(vocab_size=300)
     new_tokens = expected_tokens(settings.data, None).new_bytes
     checkpoint = Estimate(config=config, recipe=settings.training).checkpoint_bytes

@@ -16,6 +16,7 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 from live_tensors import LiveStorages, counted_reads
+from read_tokens import noted_tokens
 from refusals import refused
 from same_run import events, in_folder, recipe, run_job, same_run
 from torch import nn
@@ -36,7 +37,6 @@ from orchestrator.planning.training_memory import TrainingStep, training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
-    Compilation,
     Copies,
     autocast,
     check_precision,
@@ -153,10 +153,12 @@ def test_compiled_fields_give_the_losses_of_plain_ones(job):
 def compile_by(backend: str | Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trainings use another backend of the compiler."""
 
-    def compile_otherwise(decoder: Decoder, event: Callable[..., None]) -> Compilation:
-        return compile_layers(decoder, event, backend=backend)
+    compile_by_default = torch.compile
 
-    monkeypatch.setattr("orchestrator.training.trainer.compile_layers", compile_otherwise)
+    def compile_otherwise(plain: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        return compile_by_default(plain, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile_otherwise)
 
 
 @pytest.mark.slow
@@ -191,19 +193,11 @@ def test_a_broken_compiler_is_one_warning_and_changes_nothing(job):
 
 
 @pytest.mark.usefixtures("_broken_compiler")
-def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job, monkeypatch):
-    sizes = set[int]()
-    split = Batch.split
-
-    def recorded_split(batch: Batch, size: int) -> list[Batch]:
-        parts = split(batch, size)
-        sizes.update(map(len, parts))
-        return parts
-
-    monkeypatch.setattr(Batch, "split", recorded_split)
+def test_without_a_compiler_a_pass_has_the_sequences_that_fit(job):
     compiled = recipe(compile=True, num_sequences_per_pass=4)(job)
-    assert run_job(compiled, sequences_if_uncompiled=1).finished
-    assert sizes == {1}
+    with noted_tokens() as read:
+        assert run_job(compiled, sequences_if_uncompiled=1).finished
+    assert set(map(len, read.trained)) == {1}
     (event,) = events(compiled, "smaller passes")
     assert "1 sequences" in event["text"]
 

@@ -124,7 +124,7 @@ QUICK = {
     "stopped and crashed": Row(
         "plain", [stop(0), stop(3), crash(7), stop(2), stop(5)], [3, 4, 6, 11]
     ),
-    "Ctrl-C, later twice": Row("plain", [press_ctrl_c(3), press_ctrl_c(6, times=2)], [4, 4]),
+    "Ctrl-C, later twice": Row("plain", [press_ctrl_c(3), press_ctrl_c(6, times=2)], [5, 5]),
     "Ctrl-C on a full disk": Row(
         "plain",
         [
@@ -140,10 +140,10 @@ QUICK = {
     "a source and frozen layers": Row("retrofit", [stop(3), crash(7)], [3, 4]),
 }
 KILLED = {
-    "killed in a step": ("training.trainer", "learning_rate_at", "(6,"),
-    "killed in a write": ("workspace.files", "flush_to_disk", "step_00000008"),
-    "killed before a deletion": ("training.checkpoint", "prune_checkpoints", "one kept"),
-    "killed in a deletion": ("training.checkpoint", "delete_folder", "step_00000004"),
+    "killed in a step": ("step", "^6$"),
+    "killed in a write": ("open", "/step_00000008/provenance.json"),
+    "killed before a deletion": ("os.rename", r"/step_00000004 .*/\.step_00000004"),
+    "killed in a deletion": ("os.remove", "^training_state.pt"),
 }
 SLOW = {
     "damaged weights": Row("plain", [stop(9), damage(WEIGHTS)], [8], "step_00000008 is used", 1),

@@ -116,16 +116,24 @@ def test_what_is_saved_is_the_state_at_that_time(saver, tmp_path):
     assert moments[MOMENT].eq(-1.0).all()
 
 
-@pytest.mark.parametrize("place", ["file_digest", "write_whole", "UnfinishedFolder"])
-def test_an_error_is_that_of_its_place_and_leaves_nothing(saver, tmp_path, place, monkeypatch):
-    def fail(*arguments: Any) -> None:
-        raise OSError("no space left")
+@pytest.mark.parametrize(
+    ("call", "place"), [("open", "rows-00001-of"), ("open", WEIGHTS), ("mkdir", "step_00000001")]
+)
+def test_an_error_is_that_of_its_place_and_leaves_nothing(
+    saver, tmp_path, call, place, monkeypatch
+):
+    call_on_disk = getattr(Path, call)
+
+    def fail(path: Path, *arguments: Any, **named: Any) -> Any:
+        if place in path.name:
+            raise OSError("no space left")
+        return call_on_disk(path, *arguments, **named)
 
     folder = tmp_path / checkpoint_name(1)
     with new_folder(folder) as earlier:
         (earlier / "file").write_text("earlier")
     with monkeypatch.context() as patched:
-        patched.setattr(shards, place, fail)
+        patched.setattr(Path, call, fail)
         with pytest.raises(OSError, match="no space left"):
             saver.start(folder, *state(1.0), lambda *_: None).result()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
@@ -147,8 +155,9 @@ def test_a_lost_worker_is_no_fault_of_the_disk(saver, tmp_path, monkeypatch):
 
 SCENES = """
 import errno, threading
+from pathlib import Path
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from orchestrator.training import shards, trainer
+from orchestrator.training import trainer
 from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -160,7 +169,7 @@ assert train("plain").finished
 
 # The files of the first checkpoint are not whole before one more step is done.
 write_data = HuggingFaceStorageWriter.write_data
-clear_gradients = trainer.clear_gradients
+update = torch.optim.AdamW.step
 may_write = threading.Event()
 num_steps = 0
 
@@ -171,34 +180,34 @@ def write_late(self, plan, planner):
 
 def count_steps(*arguments):
     global num_steps
-    clear_gradients(*arguments)
+    update(*arguments)
     num_steps += 1
     if num_steps == 2 + 1:
         assert not find_checkpoints(job.folder.with_name(f"{job.folder.name}-late"))
         may_write.set()
 
 HuggingFaceStorageWriter.write_data = write_late
-trainer.clear_gradients = count_steps
+torch.optim.AdamW.step = count_steps
 assert train("late").finished
 HuggingFaceStorageWriter.write_data = write_data
-trainer.clear_gradients = clear_gradients
+torch.optim.AdamW.step = update
 
 # The disk of the third worker is full at the second checkpoint; all of them hear of it.
-digest = shards.file_digest
+open_path = Path.open
 
-def no_space(path):
+def no_space(path, *arguments, **named):
     if "step_00000004" in str(path) and rank == "2":
         raise OSError(errno.ENOSPC, "no space left")
-    return digest(path)
+    return open_path(path, *arguments, **named)
 
-shards.file_digest = no_space
+Path.open = no_space
 try:
     train("full")
 except CheckpointWriteFailed as error:
     assert "step_00000002" in str(error) or rank != "0", error
 else:
     raise AssertionError("it was written")
-shards.file_digest = digest
+Path.open = open_path
 assert train("full").finished
 """
 """The scenes that four workers play in place of one training."""
@@ -264,21 +273,23 @@ def test_any_number_of_workers_reads_exactly_what_others_wrote(make_job):
         check_checkpoint(checkpoint, with_training_state=True)
 
 
+WRITTEN = "temporary/step_00000004"
 KILLS = {
-    # What is called, a word in its arguments -> the step that the next four resume after.
-    ("training.shards", "safe_open", "rows-00002-of"): 2,
-    ("training.checkpoint", "prune_checkpoints", "killed"): 4,
+    # An event, what it names -> the step that the next four resume after.
+    ("os.remove", f"{WRITTEN}/rows-00002-of"): 2,
+    ("os.rename", r"/step_00000002 .*/\.step_00000002"): 4,
 }
 MORE_KILLS = {
-    ("training.trainer", "learning_rate_at", "(3,"): 2,
-    ("training.shards", "UnfinishedFolder", "step_00000004"): 2,
-    ("training.shards", "file_digest", "rows-00001-of"): 2,
-    ("training.shards", "file_digest", "moments-00003-of"): 2,
-    ("training.shards", "write_whole", "step_00000004"): 2,
-    ("training.checkpoint", "write_config", "step_00000004"): 2,
-    ("training.checkpoint", "checksums_of", "step_00000004"): 2,
-    ("workspace.files", "flush_to_disk", "moments-00002-of"): 2,
-    ("workspace.files", "replace_folder", "step_00000004"): 2,
+    ("step", "^3$"): 2,
+    ("os.mkdir", WRITTEN): 2,
+    ("open", f"{WRITTEN}/rows-00001-of"): 2,
+    ("open", f"{WRITTEN}/moments-00003-of"): 2,
+    ("open", f"{WRITTEN}/model.safetensors w"): 2,
+    ("open", f"{WRITTEN}/config.json"): 2,
+    ("open", f"{WRITTEN}/provenance.json"): 2,
+    # Without a mode, to wait for the disk.
+    ("open", f"{WRITTEN}/moments-00002-of[^ ]* None"): 2,
+    ("os.rename", f"{WRITTEN} "): 2,
     **KILLS,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,9 @@ from commands import run_here
 from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
+from lm_eval_tasks import write_choices
 from plain_models import random_model
+from pretended_ray import train_here
 from same_run import curve
 from sample_texts import lines_of, save_word_tokenizer
 
@@ -27,7 +29,6 @@ from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
 from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.pipelines import sweeps, training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.models import import_model
 from orchestrator.pipelines.sweep_stages import plan_sweep
@@ -377,18 +378,17 @@ def test_a_source_is_trained_first_only_in_a_sweep_without_a_teacher(settings, w
 
 
 @pytest.mark.slow
-def test_a_sweep_imports_its_source_first(model_folder, settings, workspace, context, monkeypatch):
-    monkeypatch.setattr(
-        training, "job_runner", lambda **_: lambda jobs, *_, **__: [run_job(job) for job in jobs]
-    )
-    monkeypatch.setattr("orchestrator.cluster.ray.ray_cluster", lambda *_, **__: nullcontext())
+def test_a_sweep_imports_its_source_first(
+    model_folder, settings, workspace, context, tmp_path, monkeypatch
+):
+    train_here(monkeypatch, run_job)
     end_trials(monkeypatch, finished)
-    # The made-up text is too poor for held-out tasks.
-    monkeypatch.setattr(sweeps.trial_plans, "load_tasks", lambda *_: {})
+    tasks = write_choices(tmp_path / "tasks", "choices", ["a b", "c d"])
     steps = [f"distillation.training.{name}={value}" for name, value in RECIPE.items()]
     chosen = settings(
         f"training.source={model_folder}", "model.corrections=1", "sweep.num_schedules=2",
-        "influence.num_tokens=64", *steps,
+        "influence.num_tokens=64", "evaluation.suite=choices",
+        f"evaluation.include_path={tasks}", *steps,
     )  # fmt: skip
     plan = plan_sweep(chosen, workspace=workspace)
     assert not plan.source.is_checkpoint

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from read_tokens import noted_tokens
 from refusals import refused
 from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
 
-from iiet.batch import Batch
 from iiet.schedule import IterationSchedule
 from orchestrator.data.order import WindowOrder
-from orchestrator.data.store import TokenStore, gather, open_tokens
+from orchestrator.data.store import gather, open_tokens
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import trainer as trainer_module
@@ -60,7 +60,7 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
 
     (job.folder / DONE_NAME).unlink()  # A kill before the last write leaves the folder so.
     assert run_job(job) == outcome.model_copy(update={"train_seconds": outcome.train_seconds})
-    monkeypatch.setattr(trainer_module, "Trainer", None)
+    monkeypatch.setattr(torch.optim, "AdamW", pytest.fail)
     assert run_job(job) == finished_outcome(job) == outcome
 
 
@@ -85,32 +85,14 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
     assert curve(slow) == curve(each_step)
 
 
-def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(
-    make_job, monkeypatch
-):
-    train_tokens: list[torch.Tensor] = []
-    held_out_lengths: list[int] = []
-    batch = TokenStore.batch
-    validation_batches = TokenStore.validation_batches
-
-    def noted(store: TokenStore, step: int, **options: Any) -> Batch:
-        sequences = batch(store, step, **options)
-        train_tokens.append(sequences.input_ids)
-        return sequences
-
-    def noted_validation(store: TokenStore, **options: Any) -> Iterator[Batch]:
-        for sequences in validation_batches(store, **options):
-            held_out_lengths.append(sequences.input_ids.size(1))
-            yield sequences
-
-    monkeypatch.setattr(TokenStore, "batch", noted)
-    monkeypatch.setattr(TokenStore, "validation_batches", noted_validation)
+def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(make_job):
     job = make_job(sequence_length=8, seed=3)
-    outcome = run_job(job)
+    with noted_tokens() as read:
+        outcome = run_job(job)
     tokens = open_tokens(job.tokens_folder).train
     starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(9 * 64 // 8))
-    assert torch.equal(torch.cat(train_tokens), gather(tokens, starts, 8))
-    assert set(held_out_lengths) == {8}
+    assert torch.equal(torch.cat(read.trained), gather(tokens, starts, 8))
+    assert {batch.size(1) for batch in read.others} == {8}
     assert outcome.num_tokens == 9 * 64
 
 

@@ -48,8 +48,7 @@ SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
 
 def test_the_time_left_accounts_for_corrections(job, monkeypatch):
     clock = count()  # No two records have the same time.
-    for name in ("orchestrator.workspace.journal.now_ms", "orchestrator.training.watching.now_ms"):
-        monkeypatch.setattr(name, lambda: next(clock))
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
     progress = KeptProgress()
     journal = Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)

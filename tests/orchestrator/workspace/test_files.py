@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.workspace import files
 from orchestrator.workspace.errors import DamagedFile
 from orchestrator.workspace.files import (
     VERIFIED_NAME,
@@ -126,13 +125,14 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     folder = _write(tmp_path / "model", weights="w" * 100, state="s" * 100)
     checksums = checksums_of(folder)
     read: list[str] = []
-    digest = files.file_digest
+    open_path = Path.open
 
-    def noting(path: Path) -> str:
-        read.append(path.name)
-        return digest(path)
+    def noting(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name in checksums:
+            read.append(path.name)
+        return open_path(path, *arguments, **named)
 
-    monkeypatch.setattr(files, "file_digest", noting)
+    monkeypatch.setattr(Path, "open", noting)
     assert damaged_file(folder, checksums) is None
     assert not read, "the writer has read them"
     (folder / VERIFIED_NAME).unlink()
@@ -144,8 +144,11 @@ def test_a_file_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     assert read == ["weights", "state"], "each once in a process"
     another = (
         "import json, sys; from pathlib import Path; from orchestrator.workspace import files\n"
-        "files.file_digest = None\n"
-        "assert files.damaged_file(Path(sys.argv[1]), json.loads(sys.argv[2])) is None"
+        "checksums = json.loads(sys.argv[2])\n"
+        "def refuse(event, arguments):\n"
+        "    assert event != 'open' or Path(str(arguments[0])).name not in checksums\n"
+        "sys.addaudithook(refuse)\n"
+        "assert files.damaged_file(Path(sys.argv[1]), checksums) is None"
     )
     arguments = [str(folder), json.dumps(checksums)]
     done = subprocess.run([sys.executable, "-c", another, *arguments], check=False)
