@@ -324,7 +324,8 @@ class Trainer:
         """Train from the position to the recipe's last step.
 
         One reduction over the workers ends a step, so that the host waits for the device once. In
-        it they agree on the step's losses, the sizes of the next batch, a stop and a save.
+        it they agree on the step's losses, the sizes of the next batch, a record, a stop and a
+        save.
 
         Returns:
             True after the last step, False if stopped before it. The state is saved in both cases.
@@ -366,6 +367,9 @@ class Trainer:
                     to_agree |= _counts(batch)
                 if not validates:
                     to_agree |= self.wishes(step)
+                # All workers record the same steps, as each tells the others about its GPU then.
+                is_late = time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
+                to_agree["late"] = float(is_late)
                 agreed = mean_over_workers(to_agree, world)
 
                 # The update, if loss and gradient are good.
@@ -385,11 +389,7 @@ class Trainer:
                 if position.num_skipped_in_row:
                     self.event("skipped", step=step, **numbers)
                     self.report(step, {"train/skipped_steps": position.num_skipped})
-                elif (
-                    is_last
-                    or step % record_every == 0
-                    or time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
-                ):
+                elif is_last or step % record_every == 0 or agreed["late"]:
                     recorded_at = time.monotonic()
                     means = mean_by_source(position.end_window())
                     means["learning_rate"] = learning_rate

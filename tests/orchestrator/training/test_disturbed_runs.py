@@ -10,9 +10,11 @@ import pytest
 from same_run import (
     Disturbance,
     crash,
+    curve,
     damage,
     events,
     full_disk,
+    in_folder,
     kill,
     press_ctrl_c,
     recipe,
@@ -247,6 +249,21 @@ def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
     job = same_run(make_job(row.job, num_steps=8), *row.disturbances, rel=row.rel or 1e-4)
     assert [event["step"] for event in events(job, "resumed")] == row.resumed
     assert [event["step"] for event in events(job, "skipped")] == [4] * (row.job == "bad")
+
+
+@pytest.mark.slow
+def test_workers_record_the_same_steps_though_only_the_clock_of_one_says_so(make_job):
+    """Each tells the others about its GPU then, and would wait for ever for one that does not."""
+    late = "\n".join(
+        [
+            "from orchestrator.training import trainer",
+            "trainer.NUM_RECORDED_POINTS = 1",
+            "trainer.RECORD_EVERY_SECONDS = 0.0 if rank == '1' else 1000.0",
+        ]
+    )
+    job = in_folder(make_job("plain", num_steps=4), "late")
+    workers(2, before=late)(job)
+    assert list(curve(job)) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
