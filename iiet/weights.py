@@ -378,12 +378,14 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
         config = config_from_json(values)
         weights: dict[str, Tensor] = {}
+        file = folder / WEIGHTS_INDEX  # Read first, where there is one.
         for file in _weight_files(folder):
-            weights |= safetensors.torch.load_file(file)
+            weights_of_file = safetensors.torch.load_file(file)
+            if problems := non_finite(weights_of_file):
+                raise ValueError("; ".join(problems))
+            weights |= weights_of_file
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot load {file}: {error}") from None
-    if problems := non_finite(weights):
-        raise ValueError(f"cannot load {file}: {'; '.join(problems)}")
     return config, weights
 
 
@@ -395,7 +397,7 @@ def _weight_files(folder: Path) -> list[Path]:
     places = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
     names = sorted(set(places.values())) if isinstance(places, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{WEIGHTS_INDEX} names no files")
+        raise ValueError("it names no files")
     return [folder / name for name in names]
 
 

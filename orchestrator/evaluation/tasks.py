@@ -347,6 +347,10 @@ def _task_hash(task: Task) -> str:
     return content_key(text, str(task.VERSION), metadata.version("lm_eval"))
 
 
+class NoTaskAvailable(UserError):
+    """None of the suite's tasks can be had: all are the hub's."""
+
+
 def load_suite(suite: Suite) -> LoadedSuite:
     """Load the tasks of a suite; in one process, tasks of the same files are loaded once.
 
@@ -354,8 +358,8 @@ def load_suite(suite: Suite) -> LoadedSuite:
     all models of a sweep have an average over the same tasks.
 
     Raises:
-        UserError: If a name has no task, a local task cannot be loaded or scored, or the hub
-            provides none of the tasks.
+        UserError: If a name has no task, or a local task cannot be loaded or scored.
+        NoTaskAvailable: If the hub provides none of the tasks, and no other is named.
         RunFailed: If a task with a fingerprint cannot be loaded.
     """
     folders = [*suite.task_folders, *([suite.heldout] if suite.heldout else [])]
@@ -375,7 +379,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
         _load_tasks.cache_clear()  # The hub may provide them later.
     if suite.fingerprints is None:
         if not loaded.tasks:
-            raise UserError(
+            raise NoTaskAvailable(
                 "no task of evaluation.suite can be evaluated: "
                 f"{_as_text(loaded.skipped)}; make the hub reachable, or name other tasks"
             )

@@ -20,6 +20,7 @@ from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import MeasuredSuite, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import (
+    NoTaskAvailable,
     load_suite,
     make_suite,
     needs_heldout,
@@ -44,7 +45,7 @@ from orchestrator.terminal.metrics import STDERR_SUFFIX, quality_name, stderr_na
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.watching import tracked_model
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -178,7 +179,7 @@ class EvaluatePlan(Result):
         try:
             with offline():
                 loaded = load_suite(suite)
-        except RunFailed:
+        except NoTaskAvailable:
             return states | dict.fromkeys(suite.tasks, NEEDS_HUB)
         place = command_place(self.settings.cluster, self.workspace.root)
         if suite.precision is None and place.needs_gpu:
@@ -224,9 +225,8 @@ def plan_evaluate(
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
-        UserError: If a model is missing or damaged, a schedule does not fit it, its tokens are not
-            in the workspace, it has no chat template where one is wanted, or a task does not exist.
-        RunFailed: If the hub gives none of the tasks.
+        UserError: If a model is missing or damaged, or was imported without a tokenizer, or a
+            schedule does not fit it.
     """
     space = find_workspace(workspace)
     note = (progress or Progress()).note

@@ -113,28 +113,22 @@ def iterations_plan(
         beside: Trials of the baselines that the user names.
     """
     trials = {}
-    seeds = set()
+    models = set()
     for label, job in zip(jobs, share_first_stages([*jobs.values()]), strict=True):
         group = group_of(label, job.recipe.seed)
         trial = pretraining_trial(label, job, suite)
         if group is not None:
-            seeds.add(job.recipe.seed)
             trial = trial.model_copy(update={"seed": job.recipe.seed, "group": group})
         trials[trial.key] = trial
-    num_requested = len(jobs) // (len(seeds) or 1)
-    return _named_plan("iterations", name, [*trials.values(), *beside], num_requested)
+        models.add(group or label)
+    return _named_plan("iterations", name, [*trials.values(), *beside], len(models))
 
 
 def plan_pretrained(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
     """Return the models that a sweep trains before its students, as trials of which nothing is
     measured: what is known of a sweep whose teacher is not trained."""
     suite = Suite(tokens_folder=next(iter(jobs.values())).tokens_folder)
-    trials = {}
-    for label, job in zip(jobs, share_first_stages([*jobs.values()]), strict=True):
-        trial = pretraining_trial(label, job, suite)
-        trials[trial.key] = trial
-    name = "the teacher and its baselines"
-    return _named_plan("iterations", name, [*trials.values()], len(jobs))
+    return iterations_plan(jobs, suite, name="the teacher and its baselines")
 
 
 def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:

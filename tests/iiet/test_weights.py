@@ -1,6 +1,7 @@
 """A decoder in a folder: loading returns what was saved, and errors name what does not fit."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -110,9 +111,13 @@ def test_large_weights_are_in_several_files_with_an_index(tmp_path):
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in decoder.state_dict().values())
     loaded = Decoder.from_pretrained(tmp_path)
     assert torch.equal(loaded(IDS), decoder(IDS))
+    weights = load_file(files[0])
+    save_file({name: tensor * math.nan for name, tensor in weights.items()}, files[0])
+    with refused(ValueError, files[0], *weights):
+        Decoder.from_pretrained(tmp_path)
     index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="names no files"):
+    with refused(ValueError, "model.safetensors.index.json", "names no files"):
         Decoder.from_pretrained(tmp_path)
 
 

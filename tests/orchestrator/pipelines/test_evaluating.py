@@ -167,6 +167,15 @@ def test_what_the_hub_does_not_give_is_said(checkpoint, settings, workspace, mon
     assert "without piqa" in lines.summaries[-1]
 
 
+@pytest.mark.parametrize("suite", ["piqa", "first, piqa"])
+def test_a_dry_run_says_which_tasks_need_the_hub(checkpoint, settings, workspace, suite):
+    asked = settings.model_copy(update={"suite": suite})
+    plan = plan_evaluate(Settings(evaluation=asked), workspace=workspace, models=[checkpoint])
+    states = {task["task"]: task["state"] for task in plan.tasks}
+    assert "needs the hub" in states.pop("piqa")
+    assert states == ({"first": "3 items to measure"} if "first" in suite else {})
+
+
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     checkpoint, settings, workspace, tmp_path
 ):

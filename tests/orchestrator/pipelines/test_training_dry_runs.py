@@ -210,6 +210,7 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
     assert "step" not in lines
 
     lines = notes("sweep.teachers=[r = 1]", "sweep.seeds=[0, 1]")
+    assert "4 models asked for" in lines, "seeds do not count"
     assert lines.count("first stage is trained once") == 2, "a stage has one seed"
 
     chosen = ["data.source=files", f"data.files=[{text}]", "data.vocab_size=300"]
