@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from documented import ROOT
 from terminal import run_in_terminal
+from tokenizers import trainers
 
 import iiet
 from orchestrator import cli
-from orchestrator.pipelines import training
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.layout import open_workspace
@@ -149,9 +149,11 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(training, "prepare", fail)
+    monkeypatch.setattr(trainers, "BpeTrainer", fail)  # Of the tokenizer, in the midst of the work.
     open_workspace(tmp_path)  # A mistake would leave nothing of a new one.
-    exit_code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
+    (tmp_path / "a.txt").write_text(FILES["a.txt"] * 9)
+    data = f"data={{source: files, files: [{tmp_path / 'a.txt'}]}}"
+    exit_code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path), "--set", data)
     assert exit_code == code
     assert (str(error) or "interrupted") in printed
     assert "resume" not in printed, "a command without state to resume from promises none"

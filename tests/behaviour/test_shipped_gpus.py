@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from refusals import refused
 
 from orchestrator import SweepPlan, plan_sweep
-from orchestrator.planning import machine
 from orchestrator.settings import read_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
@@ -25,7 +25,7 @@ ONE_TEACHER = ("sweep.teachers=[]", "sweep.budgets=[]")
 @pytest.fixture(autouse=True)
 def _no_gpu_here(monkeypatch) -> None:
     # Machines with a GPU of their own would plan for that one.
-    monkeypatch.setattr(machine, "installed_gpus", list)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
 
 
 def planned(name: str, workspace: Path, *assignments: str) -> SweepPlan:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import isfunction
 from typing import Any
 
 import pytest
 from fake_runs import end_trials, finished
 from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import Trial
@@ -14,7 +17,6 @@ from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import run_plan
-from orchestrator.tracking.store import Store
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import open_workspace
 
@@ -25,14 +27,18 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
 ):
     workspace = open_workspace(tmp_path)
     is_down = [False]
-    connect = Store.connect
 
-    def connect_if_up(store: Store) -> Any:
-        if is_down[0]:
-            raise ConnectionRefusedError("nobody answers")
-        return connect(store)
+    def if_up(method: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*arguments: Any, **options: Any) -> Any:
+            if is_down[0]:
+                raise ConnectionRefusedError("nobody answers")
+            return method(*arguments, **options)
 
-    monkeypatch.setattr(Store, "connect", connect_if_up)
+        return answer
+
+    for name, method in [*vars(SqlAlchemyStore).items()]:
+        if isfunction(method) and not name.startswith("_"):
+            monkeypatch.setattr(SqlAlchemyStore, name, if_up(method))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for when in ("start", "middle"):
         for trial in tiny_plan.trials:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kept_progress import KeptProgress
 from refusals import refused
 from sample_texts import save_word_tokenizer
 
 from iiet.batch import NO_TARGET
-from orchestrator.data import preparation
 from orchestrator.data.depth import NUMBER_WORDS
 from orchestrator.data.mixture import MixtureStore, open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
@@ -189,30 +189,28 @@ def test_prepared_once_and_found_again_also_elsewhere(settings, workspace, tmp_p
     verify_data(moved.tokens / folder.name, always=True)
 
 
-def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
-    text, workspace, monkeypatch
-):
+class Reads(KeptProgress):
+    """Counts the texts that are read, and raises like Ctrl-C before one is read too many."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.num_read = 0
+
+    def advance(self, done: float, text: str = "", **more: Any) -> None:
+        super().advance(done, text, **more)
+        if text == "reading":
+            if self.num_read == self.most:
+                raise KeyboardInterrupt
+            self.num_read += 1
+
+
+def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(text, workspace):
     settings = two_texts(text, {"files": 0.5, "hub": 0.25, "s5_4": 0.25})
-    write_text = preparation.write_text
-    written: list[str] = []
-
-    def stop_after_first(alone: DataSettings, *arguments: Any, **options: Any) -> Path:
-        if written:
-            raise KeyboardInterrupt
-        written.append(alone.source)
-        return write_text(alone, *arguments, **options)
-
-    monkeypatch.setattr(preparation, "write_text", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
-        prepare(settings, workspace)
-    assert written == ["files"]
-
-    def note(alone: DataSettings, *arguments: Any, **options: Any) -> Path:
-        written.append(alone.source)
-        return write_text(alone, *arguments, **options)
-
-    monkeypatch.setattr(preparation, "write_text", note)
-    folder = prepare(settings, workspace)
-    assert written == ["files", "hub"]
+        prepare(settings, workspace, Reads(1))
+    progress = Reads(2)
+    folder = prepare(settings, workspace, progress)
+    assert progress.num_read == 1, "the first is there"
     assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
     assert prepare(settings, Workspace(workspace.root / "other")).name == folder.name

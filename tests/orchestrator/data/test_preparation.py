@@ -11,7 +11,6 @@ from kept_progress import KeptProgress
 from refusals import refused
 from sample_texts import lines_of
 
-from orchestrator.data import preparation
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.store import open_tokens, verify_data
@@ -33,7 +32,7 @@ def settings(tmp_path) -> DataSettings:
     return DataSettings(source="files", files=(str(tmp_path / "*.txt"),), vocab_size=300)
 
 
-def test_finished_work_is_reused(workspace, settings, monkeypatch):
+def test_finished_work_is_reused(workspace, settings):
     expected = expected_tokens(settings, None)
     folder = prepare(settings, workspace)
     verify_data(folder, always=True)
@@ -41,11 +40,13 @@ def test_finished_work_is_reused(workspace, settings, monkeypatch):
     assert expected.vocab_size == expected_tokens(settings, folder).vocab_size == 300
     # The estimate holds the files of the shards, too.
     assert expected.new_bytes > 2 * (folder / "validation.jsonl").stat().st_size
-    monkeypatch.setattr(preparation, "write_text", None)
-    assert prepare(settings, workspace) == folder
+    progress = KeptProgress()
+    assert prepare(settings, workspace, progress) == folder
+    assert progress.texts == [], "nothing is read"
+    assert progress.summaries[0].endswith(", found again")
     assert "200 documents" in open_data(folder).describe()
-    with pytest.raises(TypeError):
-        prepare(settings.model_copy(update={"vocab_size": 301}), workspace)
+    assert prepare(settings.model_copy(update={"vocab_size": 301}), workspace, progress) != folder
+    assert "reading" in progress.texts
 
 
 def test_the_summary_says_how_many_files_gave_the_documents_and_what_cut_them(workspace, settings):

@@ -6,9 +6,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kept_progress import KeptProgress
 from pydantic import Field
 from refusals import assert_names, refused
 from sample_texts import lines_of, tokens_of
+from tokenizers import trainers
 from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data import text, tokenize
@@ -33,7 +35,7 @@ from orchestrator.data.store import (
     verify_data,
 )
 from orchestrator.data.tokenize import (
-    ShardWriter,
+    ShardRunner,
     first_occurrences,
     is_validation,
     threads,
@@ -80,6 +82,38 @@ def several(tmp_path, monkeypatch) -> DataSettings:
         (tmp_path / f"{number}.jsonl").write_text(lines_of([*part, TEXTS[5], part[7]]))
     monkeypatch.setattr(text, "SHARD_BYTES", 1500)
     return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
+
+
+class WatchedThreads:
+    """Threads that call functions when they begin a shard, and when they have written it."""
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        on_begin: Callable[[], object] = lambda: None,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.num_at_once = number
+        self.on_begin = on_begin
+        self.on_end = on_end
+
+    @contextmanager
+    def opened(self) -> Iterator[ShardRunner]:
+        with threads(self.num_at_once) as self.runner:
+            yield self
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        return self.runner.submit(work)
+
+    def submit_reporting(self, work: Callable[..., Any], report: Any) -> Future[Any]:
+        def watched_work() -> Any:
+            self.on_begin()
+            result = work(report)
+            self.on_end()
+            return result
+
+        return self.runner.submit(watched_work)
 
 
 def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
@@ -245,23 +279,25 @@ def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
 
 def test_shards_of_another_node_may_be_seen_late(several, tmp_path, monkeypatch):
     expected = write_text(several, tmp_path / "at once", "key", Progress())
+    seen: list[Path] = []
     hidden: list[Path] = []
-    write = ShardWriter.write
 
-    def write_unseen(writer: ShardWriter, number: int, report: Any) -> None:
-        write(writer, number, report)
-        shard = writer.shards[number]
-        shard.rename(tmp_path / shard.name)
-        hidden.append(shard)
+    def hide() -> None:
+        for shard in (tmp_path / "late").glob(f"{TEMPORARY_PREFIX}*/tokenized/[0-9]*"):
+            if shard not in seen:
+                shard.rename(tmp_path / shard.name)
+                hidden.append(shard)
 
     def show(_: float) -> None:
         while hidden:
             shard = hidden.pop()
             (tmp_path / shard.name).rename(shard)
+            seen.append(shard)
 
-    monkeypatch.setattr(ShardWriter, "write", write_unseen)
-    monkeypatch.setattr(tokenize.time, "sleep", show)
-    folder = write_text(several, tmp_path / "late", "key", Progress())
+    monkeypatch.setattr(time, "sleep", show)
+    runner = WatchedThreads(1, on_end=hide)
+    folder = write_text(several, tmp_path / "late", "key", Progress(), open_runner=runner.opened)
+    assert len(seen) == len(text.text_source(several).shards())
     assert contents(folder) == contents(expected)
 
 
@@ -313,20 +349,14 @@ def test_tokens_of_an_earlier_version_are_read(tmp_path):
 def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_path, monkeypatch):
     num_shards = len(text.text_source(several).shards())
     counts = []
+    unique = np.unique
 
-    def counting(keys: np.ndarray) -> np.ndarray:
+    def counting(keys: np.ndarray, **options: Any) -> Any:
         counts.append(len(keys))
-        return first_occurrences(keys)
+        return unique(keys, **options)
 
-    monkeypatch.setattr(tokenize, "first_occurrences", counting)
+    monkeypatch.setattr(np, "unique", counting)  # It finds the copies.
     started = []
-    write = ShardWriter.write
-
-    def recording(writer: ShardWriter, number: int, report: Any) -> None:
-        started.append(number)
-        write(writer, number, report)
-
-    monkeypatch.setattr(ShardWriter, "write", recording)
     for num_documents in (7, 60, 150, 10_000):
         settings = several.model_copy(update={"max_documents": num_documents})
         tokens = []
@@ -334,9 +364,8 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
             started.clear()
             counts.clear()
             parent = tmp_path / f"{num_documents} by {num_threads}"
-            folder = write_text(
-                settings, parent, "key", Progress(), open_runner=partial(threads, num_threads)
-            )
+            runner = WatchedThreads(num_threads, on_begin=lambda: started.append(1))
+            folder = write_text(settings, parent, "key", Progress(), open_runner=runner.opened)
             tokens.append(open_tokens(folder).train[:].tolist())
             if num_threads == 1:
                 num_needed = len(started)
@@ -376,9 +405,7 @@ tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), open_runner=on
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
-def test_an_interrupted_preparation_resumes_to_identical_bytes(
-    several, tmp_path, monkeypatch, name
-):
+def test_an_interrupted_preparation_resumes_to_identical_bytes(several, tmp_path, name):
     parent = tmp_path / "tokens"
     arguments = [name, several.model_dump_json(), str(parent)]
     done = subprocess.run(
@@ -392,27 +419,18 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     damaged = stored_shards[1] / "train.bin"
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
-    written = []
+    started = []
     progress = KeptProgress()
-    write = ShardWriter.write
-
-    def counting(writer: ShardWriter, number: int, report: Any) -> None:
-        written.append(number)
-        write(writer, number, report)
-
-    monkeypatch.setattr(ShardWriter, "write", counting)
-    monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
-    folder = write_text(several, parent, "key", progress, open_runner=partial(threads, 1))
+    runner = WatchedThreads(1, on_begin=lambda: started.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainers, "BpeTrainer", pytest.fail)  # Trained before the interruption.
+        folder = write_text(several, parent, "key", progress, open_runner=runner.opened)
     verify_data(folder, always=True)
-    missing = range(len(stored_shards), max(written) + 1)
-    assert written == [1, *missing], "whole shards are not tokenized again"
+    num_missing = len(text.text_source(several).shards()) - len(stored_shards)
+    assert len(started) == 1 + num_missing, "whole shards are not tokenized again"
     assert_names(progress.notes[0], "000001", "train.bin")
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
-    monkeypatch.setattr(tokenize, "train_tokenizer", real_train_tokenizer)
     uninterrupted = write_text(
         several, tmp_path / "whole", "key", Progress(), open_runner=partial(threads, 1)
     )
     assert contents(folder) == contents(uninterrupted)
-
-
-real_train_tokenizer = tokenize.train_tokenizer

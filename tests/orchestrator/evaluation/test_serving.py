@@ -147,16 +147,16 @@ def test_95_percent_of_the_values_are_below_the_percentile():
     assert percentile_95(range(101)) == pytest.approx(95)
 
 
-def test_the_server_listens_to_this_machine_alone_and_its_cache_holds_the_requests(monkeypatch):
-    started = list[tuple[str, ...]]()
-    monkeypatch.setattr(
-        serving, "local_server", lambda name, arguments, **_: started.append(tuple(arguments))
-    )
-    serving.transformers_server(
-        Path("model"), CONDITIONS, device="cpu", dtype="float32", port=5000, log=Path("log"),
-        code_folder=Path("code"), trust_remote_code=False,
-    )  # fmt: skip
-    [arguments] = started
+def test_the_server_listens_to_this_machine_alone_and_its_cache_holds_the_requests(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "executable", "echo")  # It prints its arguments into the log.
+    with serving.transformers_server(
+        Path("model"), CONDITIONS, device="cpu", dtype="float32", port=5000,
+        log=tmp_path / "log", code_folder=Path("code"), trust_remote_code=False,
+    ) as server:  # fmt: skip
+        assert server.process.wait(60) == 0
+    arguments = server.log.read_text().split()
     options = dict(itertools.pairwise(arguments))
     assert ipaddress.ip_address(options["--host"]).is_loopback
     assert options["--port"] == "5000"

@@ -13,7 +13,6 @@ import pytest
 from lm_eval_tasks import write_task
 from refusals import refused
 
-from orchestrator.evaluation import tasks
 from orchestrator.evaluation.tasks import (
     LoadedSuite,
     lm_eval_task_fingerprints,
@@ -42,13 +41,16 @@ def hub_look_ups(monkeypatch) -> list[str]:
     """Without network; returns how often the hub was asked for, and fails for any other look-up."""
     look_ups: list[str] = []
 
-    def no_hub() -> str:
-        look_ups.append("hub")
-        return "huggingface.co cannot be reached"
+    def unreachable(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
+        if address[0] == "huggingface.co":
+            look_ups.append("hub")
+        raise OSError("no route")
 
+    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
     # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
-    monkeypatch.setattr(tasks, "hub_problem", no_hub)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
     return look_ups
 
 
@@ -147,7 +149,7 @@ def test_hub_tasks_are_skipped_at_once_without_network(folder, hub_look_ups):
     loaded = load("piqa", "lastword", "blimp", folder=folder)
     assert list(loaded.tasks) == ["lastword"]
     assert loaded.skipped == dict.fromkeys(
-        ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached"
+        ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached (no route)"
     )
     assert hub_look_ups == ["hub"]
     refusal = r"evaluation\.suite .*lambada_openai, piqa, .*winogrande: it needs the hub"

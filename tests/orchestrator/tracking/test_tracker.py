@@ -322,7 +322,7 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
     workspace = open_workspace(tmp_path)
     database = tmp_path / "mlflow.db"
     with monkeypatch.context() as patch:
-        patch.setattr("orchestrator.tracking.store.MlflowClient", never)
+        patch.setattr(SqlAlchemyStore, "__init__", never)
         for make in (
             database.mkdir,
             lambda: database.write_text("no database"),
