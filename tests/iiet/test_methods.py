@@ -6,7 +6,7 @@ Orders of convergence are in `test_laws.py`, where stages lie in `test_plain_for
 import pytest
 import torch
 
-from iiet import METHODS, preset
+from iiet import METHODS, Decoder, preset
 from iiet.methods.base import LayerCall
 from iiet.methods.implicit_euler import fixed_point
 
@@ -27,6 +27,15 @@ def growth(layer, z):
     layer.field = lambda x, _context, _slot: x + z * x
     ones = torch.ones(1, 1, DIM, dtype=torch.float64)
     return float(layer(ones, layer.start(ones), LayerCall(0, None)).hidden[0, 0, 0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_norms_have_the_epsilon_of_the_model(method):
+    config = preset("tiny", method=method, rms_norm_eps=0.25, layer_norm_eps=0.125)
+    norms = [module for module in Decoder(config).modules() if hasattr(module, "eps")]
+    epsilons = {type(norm).__name__: norm.eps for norm in norms}
+    assert epsilons.pop("RMSNorm") == 0.25
+    assert set(epsilons.values()) <= {0.125}
 
 
 def test_the_gate_chooses_between_the_stages():

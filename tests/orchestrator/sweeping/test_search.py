@@ -161,7 +161,9 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_to
         view.update()
     assert progress.done == [1, 2, 3, 4], "what is not suggested yet is not done"
     assert not queue.is_over, "the last suggestion is left"
+    assert queue.num_all == len(family) + 1
     assert [trial for trial in (queue.take(), queue.take()) if trial] == search.suggested_trials()
+    assert queue.all_trials.trials == (*family, *search.suggested_trials())
     assert len(world.complete()) == len(FAMILY), "the teacher is one of them"
     assert not queue.is_over
 

@@ -494,6 +494,7 @@ def test_a_worker_holds_its_rows_of_a_sharded_teacher(teacher_job, dtype, monkey
     monkeypatch.setattr("orchestrator.training.devices.frozen_dtype", lambda *_: dtype)
     whole_teacher = load_teacher(teacher_job, World())
     assert whole_teacher is not None
+    assert not any(parameter.requires_grad for parameter in whole_teacher.parameters())
     num_shards = 4
     for rank in (0, num_shards - 1):
         with fake_workers(num_shards, rank=rank) as world:
