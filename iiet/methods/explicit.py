@@ -92,8 +92,8 @@ class ExplicitRK2(Layer):
     """Weights of the stages; they sum to one."""
 
     def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
-        # G(x), the same for all stages.
         order = self.facts.num_evaluations
+        # Of G(x), the same for all stages.
         stages = runge_kutta_stages(lambda _, x: evaluate(x) - x, hidden, order)
         return Advance(self.combine(hidden, stages), state)
 
@@ -107,7 +107,7 @@ class ExplicitRK2(Layer):
 class ExplicitRK4(ExplicitRK2):
     """Advance by the classical Runge-Kutta method of order 4.
 
-        h_l = h + (k1 + 2 k2 + 2 k3 + k4) / 6, stages as in `runge_kutta`
+        h_l = h + (k1 + 2 k2 + 2 k3 + k4) / 6, stages as in `runge_kutta_stages`
 
     Cost: 4 evaluations per layer; no parameters.
     Source: Li et al. 2022 (ODE Transformer), RK4-block.

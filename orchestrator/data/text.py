@@ -198,8 +198,9 @@ class HubDataset(TextSource):
 
     def documents(self, shard: Any) -> Iterator[Document]:
         number = 0
+        stream = self._stream
         try:
-            for record in self._stream.shard(num_shards=self._stream.num_shards, index=shard):
+            for record in stream.shard(num_shards=stream.num_shards, index=shard):
                 number += 1
                 text = record_text(record, self.settings.text_field)
                 for passage in self._passages(text):

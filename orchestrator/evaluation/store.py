@@ -283,7 +283,8 @@ def _date_now() -> str:
 
 
 class AnswerJournal:
-    """The answers of one task under one model; in memory only without a file.
+    """The answers of one task under one model: those that its file held are found again, and new
+    ones are added to the file. Without a file nothing is kept.
 
     A line holds the answers of a batch, or of some questions, under the hash of what was asked, and
     begins with a checksum: a line that a crash cut off, or that was damaged since, is as good as
@@ -297,7 +298,7 @@ class AnswerJournal:
         """Read the file.
 
         Args:
-            path: The file; None for answers in memory only.
+            path: The file, which need not exist; None to keep nothing.
             on_failure: Called once if the file cannot be written; then nothing more is written.
         """
         self._path = path
@@ -318,11 +319,11 @@ class AnswerJournal:
         return sum(len(value) if isinstance(value, list) else 1 for value in self._stored.values())
 
     def get(self, key: str) -> Any | None:
-        """Return the JSON value that was stored under a key, if any."""
+        """Return the JSON value that the file held under a key, if any."""
         return self._stored.get(key)
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Store JSON values by key."""
+        """Add JSON values by key to the file."""
         if self._path is None:
             return
         text = json.dumps(answers, separators=(",", ":"))

@@ -131,7 +131,7 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
     tensors = stored_tensors(folder) if reads_weights else {}
     try:
         return config_from_published(config, dict.fromkeys(tensors))
-    except (ValueError, TypeError) as error:  # For example scaled rotary angles or biases.
+    except (ValueError, TypeError) as error:  # For example, biases.
         raise NoDecoder(
             f"only transformers can run {folder}: `evaluate` takes it, and `benchmark` if it is a "
             "looped model of a known kind; everything else needs its import, which is refused: "

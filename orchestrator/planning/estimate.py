@@ -158,7 +158,7 @@ class Estimate:
 
     @property
     def sequences_per_worker(self) -> int:
-        """Sequences of one step.
+        """Sequences of each worker in one step.
 
         Raises:
             UserError: If the workers cannot share a step's sequences evenly.

@@ -368,13 +368,16 @@ class PickRule:
     """For `budget`: highest cost, in the unit of the front's cost axis."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.demanded_share <= 2.0:
+        if not 0 < self.demanded_share <= 2:
             raise UserError(
                 "--keep takes a share of the full model's quality, such as 0.99; got "
-                f"{self.demanded_share}"
+                f"{self.demanded_share:g}"
             )
-        if not 0.0 <= self.confidence < 1.0:
-            raise UserError(f"--confidence takes a share of draws below 1; got {self.confidence}")
+        if not 0 <= self.confidence < 1:
+            raise UserError(
+                "--confidence takes a share of the draws, from 0 to below 1; got "
+                f"{self.confidence:g}"
+            )
 
     @property
     def alias(self) -> str:
@@ -398,13 +401,11 @@ def pick_rule(
         other_rules: Values of the other rules' options; None or False where one is not given.
 
     Raises:
-        UserError: If several are given, a confidence with another rule than `keep`, or one of both
-            is no share.
+        UserError: If several are given, a confidence with another rule than `keep`, or a number is
+            no share.
     """
     if keep is not None and not 0 < keep <= 1:
         raise UserError(f"--keep is a share of the quality, above 0 and up to 1; got {keep:g}")
-    if not 0 <= confidence <= 1:
-        raise UserError(f"--confidence is a probability from 0 to 1; got {confidence:g}")
     values = {"keep": keep, **other_rules}
     rules = {
         name: value for name, value in values.items() if value is not None and value is not False
@@ -424,7 +425,7 @@ def _nothing_placed(front: Front) -> str:
     qualities = [
         option
         for option, name in QUALITIES.items()
-        if any(known(row, name) for row in front.unmeasured)
+        if any(known(row, name) is not None for row in front.unmeasured)
     ]
     measured = "nothing of it is measured yet"
     if qualities:

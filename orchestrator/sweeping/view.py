@@ -133,7 +133,8 @@ class SweepView:
             elif trial_status == "stopped early" and trial.key not in self._ended_before:
                 assert state.early_stop, "it says why"
                 self._progress.note(f"trial {trial.label} {state.early_stop.text}")
-        self._tracking.publish(*changed_runs)
+        if changed_runs:
+            self._tracking.publish(*changed_runs)
         notes = self._sweep.notes[self._num_notes :]
         for note in notes:
             self._progress.note(note)

@@ -200,6 +200,9 @@ def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with refused(UserError, "some/name", "data.source=files"):
         texts(hub("some/name"))
+    with pytest.raises(UserError, match=r"^the data set some/name needs the hub"):
+        # A process that did not list the shards.
+        next(text_source(hub("some/name")).documents(0))
     with refused(UserError, "data.hub_name"):
         texts(hub(""))
     with refused(UserError, "data.files"):

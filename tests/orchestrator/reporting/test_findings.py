@@ -74,7 +74,8 @@ def test_what_is_said_where_no_model_keeps_the_quality_or_none_has_a_place(sampl
         "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
     )
     assert findings(sample_front(results))[0].startswith(expected)
-    without_points = sample_front(sample_results, FrontAxes(quality="quality/other"))
+    nothing_right = [with_accuracy(r, 0.0) for r in sample_results]
+    without_points = sample_front(nothing_right, FrontAxes(quality="quality/other"))
     expected = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
     with pytest.raises(UserError, match=expected):
         pick_from_front(without_points, PickRule(name="knee"))
