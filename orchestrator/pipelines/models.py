@@ -364,7 +364,7 @@ def export_checkpoint(
             token that ends a document, a weight is too large for the type, or the source of the
             method cannot be copied.
     """
-    from iiet.exporting import export
+    from iiet import exporting  # Imports PyTorch.
     from orchestrator.models.load import STORED_DTYPES
 
     progress = progress or Progress()
@@ -390,7 +390,7 @@ def export_checkpoint(
         token_ids = {name: values.get(name) for name in names}
     try:
         with new_folder(folder) as temporary:
-            export(
+            exporting.export(
                 decoder,
                 temporary,
                 file if file.is_file() else None,
