@@ -361,7 +361,9 @@ def small_sweep(pytestconfig, request) -> Path:
     It is made once, and kept in pytest's cache until a source or a library changes; then for one
     day more, as another run may still read it. Its users are marked slow, and copy it.
     """
-    from orchestrator.cluster.task import run_local_jobs
+    from pretended_ray import train_here
+
+    from orchestrator.training.trainer import run_job
     from orchestrator.workspace.locks import lock_file
 
     options = settings_options(SMALL, "sweep")
@@ -382,8 +384,7 @@ def small_sweep(pytestconfig, request) -> Path:
             shutil.rmtree(workspace, ignore_errors=True)  # It was interrupted.
             request.getfixturevalue("ray_session")
             with pytest.MonkeyPatch.context() as patch:
-                runner = "orchestrator.pipelines.training.job_runner"
-                patch.setattr(runner, lambda **_: run_local_jobs)
+                train_here(patch, run_job)
                 printed.write_text(run_here("sweep", "toy", *options, workspace=workspace))
     return workspace
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from changed_trials import in_folder, with_job
 from commands import Started, wait_until
+from lm_eval_tasks import write_choices
 from pretended_cluster import environment_without_ray
 from pretended_ray import idle_ray
 from same_run import events
@@ -30,6 +31,7 @@ from orchestrator.cluster.tune import (
     run_trials,
 )
 from orchestrator.planning.machine import Node
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.states import (
@@ -38,6 +40,7 @@ from orchestrator.sweeping.states import (
     early_stops,
     trial_states,
 )
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.layout import find_checkpoints, step_of
 
@@ -160,36 +163,27 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(ray_session, tiny_p
     assert queue.num_of("to train") == 18
 
 
-def trains_only() -> TrialFunction:
-    """Return a function that trains a trial; it travels to workers, which cannot import tests."""
-
-    def train(trial: Trial, process: TuneProcess) -> Trial | None:
-        from orchestrator.sweeping import trial as module
-
-        module.measure_trial = lambda trial, *_: trial.with_numbers("quality", {"accuracy": 0.5})
-        return module.run_trial(trial, process)
-
-    return train
-
-
 def run_with_two(plan: SweepTrials, folder: Path, **options: Any) -> WatchedSweep:
     """Train trials on two workers each, and return how they ended."""
     queue = WatchedSweep(plan)
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
-    run_sweep(queue, trains_only(), folder, sweep, **options)
+    run_sweep(queue, run_trial, folder, sweep, **options)
     return queue
 
 
 @pytest.mark.long
 def test_a_trial_that_asha_ends_saves_its_state_frees_its_workers_and_can_go_on(
-    tiny_plan, ray_session, tmp_path
+    tiny_plan, tiny_tokens, ray_session, tmp_path
 ):
     import ray
 
+    tasks = write_choices(tmp_path / "tasks", "choices", ["a b"])
+    suite = Suite(tokens_folder=str(tiny_tokens), tasks=("choices",), include_folder=str(tasks))
+    student = tiny_plan.trials[1].model_copy(update={"suite": suite})
     good, bad = (
         in_folder(
             with_job(
-                tiny_plan.trials[1],
+                student,
                 {"num_steps": 400, "learning_rate": rate, "validate_every_steps": 20},
             ),
             tmp_path / name, key=name, label=name,

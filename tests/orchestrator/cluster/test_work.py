@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from pretended_cluster import pretended_cluster
 
-from orchestrator.cluster import work
-from orchestrator.cluster.work import command_place, sweep_place
-from orchestrator.planning.machine import Node, Resources
+from orchestrator.cluster.work import WorkPlace, command_place, sweep_place
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -177,11 +174,11 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
     assert _device_of(tmp_path, device="cpu", num_gpus=2) == "cpu"
     assert _device_of(tmp_path, device="cpu", address="10.0.0.1:6379") == "cpu"
 
-    one_gpu = Resources((Node(1, 1),))
-    monkeypatch.setattr(work, "ray_cluster", lambda *_, **__: nullcontext(one_gpu))
-    monkeypatch.setattr(work, "run_gpu_task", lambda *_: "a task")
-    assert _device_of(tmp_path, device="cuda", num_gpus=1) == "a task"
-    assert _device_of(tmp_path, device="cuda", address="10.0.0.1:6379") == "a task"
+    # A task, as above.
+    for elsewhere in ({"num_gpus": 1}, {"address": "10.0.0.1:6379"}):
+        cluster = ClusterSettings(device="cuda", **elsewhere)
+        place = WorkPlace(needs_gpu=True, cluster=cluster, folder=tmp_path)
+        assert command_place(cluster, tmp_path) == place
 
     for gpus, device, words in (
         (0, "cuda", "no GPU that PyTorch"),

@@ -11,8 +11,6 @@ import torch
 from tokenizers import Tokenizer
 
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation import lm_eval_model
-from orchestrator.evaluation.store import MeasuredTask
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 
@@ -23,15 +21,17 @@ def workspace(tmp_path) -> Workspace:
 
 @pytest.fixture
 def runs(monkeypatch) -> list[str]:
-    """Names of the tasks that were run, in order."""
+    """Names of the tasks that lm-eval has run, in order."""
+    from lm_eval import evaluator
+
     names: list[str] = []
-    real = lm_eval_model.run_task
+    evaluate = evaluator.evaluate
 
-    def recorded(name: str, *arguments: Any) -> MeasuredTask:
-        names.append(name)
-        return real(name, *arguments)
+    def recorded(*, task_dict: dict[str, Any], **options: Any) -> Any:
+        names.extend(task_dict["tasks"])
+        return evaluate(task_dict=task_dict, **options)
 
-    monkeypatch.setattr(lm_eval_model, "run_task", recorded)
+    monkeypatch.setattr(evaluator, "evaluate", recorded)
     return names
 
 

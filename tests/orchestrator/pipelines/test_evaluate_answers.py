@@ -16,7 +16,6 @@ from lm_eval_tasks import logged_responses
 from refusals import assert_names
 
 from orchestrator import cli
-from orchestrator.evaluation.lm_eval_model import DecoderModel
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.models.open import open_model
 
@@ -71,18 +70,13 @@ def llama(save_llama) -> Callable[..., Path]:
     return partial(save_llama, chat_template=TEMPLATE, max_position_embeddings=96)
 
 
-@pytest.fixture
-def prompts(monkeypatch) -> list[str]:
-    """The prompts that the generator got."""
-    texts: list[str] = []
-    real = DecoderModel.generate_until
-
-    def recorded(self: Any, requests: Any, **options: Any) -> list[str]:
-        texts.extend(request.args[0] for request in requests)
-        return real(self, requests, **options)
-
-    monkeypatch.setattr(DecoderModel, "generate_until", recorded)
-    return texts
+def first_prompts(workspace: Path) -> dict[str, str]:
+    """Return the first prompt of each stored evaluation, as lm-eval gave it to the model."""
+    prompts = {}
+    for samples in workspace.glob("evaluations/*/samples_*.jsonl"):
+        sample = json.loads(samples.read_text().splitlines()[0])
+        prompts[samples.parent.name] = sample["arguments"]["gen_args_0"]["arg_0"]
+    return prompts
 
 
 @pytest.fixture
@@ -103,7 +97,7 @@ def evaluate(tmp_path, tasks, capfd) -> Callable[..., tuple[int, str, list[Any]]
 
 
 @pytest.mark.slow
-def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
+def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, tmp_path):
     folder = llama()
     chat = ("--apply-chat-template", "--num-fewshot", 1)
     forms = [
@@ -116,12 +110,13 @@ def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
         ("--set", "evaluation.system_instruction=Answer."),
         ("--set", "evaluation.fewshot_as_multiturn=false"),  # Without a template nothing changes.
     ]
+    prompts: dict[str, str] = {}
     for form in forms:
         code, text, stored = evaluate(folder, *form)
         assert code == 0, text
+        prompts |= first_prompts(tmp_path / "space")  # A new one comes last.
     assert len(stored) == len(forms) - 1
-    first_prompts = prompts[::3]
-    assert first_prompts == [
+    assert list(prompts.values()) == [
         "Q: a and b? A:",
         "Q: g and h? A: g\n\nQ: a and b? A:",
         "<|user|>Q: a and b? A:\n<|assistant|>",
@@ -137,7 +132,7 @@ def test_all_that_shapes_a_prompt_is_in_the_key(llama, evaluate, prompts):
 
 
 def test_a_template_is_chosen_by_its_name_and_one_that_is_missing_measures_nothing(
-    llama, evaluate, prompts
+    llama, evaluate, tmp_path
 ):
     folder = llama()
     plain = llama("plain")
@@ -145,11 +140,11 @@ def test_a_template_is_chosen_by_its_name_and_one_that_is_missing_measures_nothi
     code, text, stored = evaluate(folder, plain, "--apply-chat-template")
     assert code == 2
     assert_names(text, "plain", "chat template")
-    assert (stored, prompts) == ([], [])
+    assert stored == []
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "short.jinja").write_text(SHORT)
     assert evaluate(folder, "--chat-template", "short")[0] == 0
-    assert prompts[0] == "Q: a and b? A:"
+    assert list(first_prompts(tmp_path / "space").values()) == ["Q: a and b? A:"]
     code, text, _ = evaluate(folder, "--chat-template", "long")
     assert code == 2
     assert_names(text, "long", "default, short")
@@ -170,7 +165,7 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama, evaluate):
 
 
 @pytest.mark.slow
-def test_the_task_of_the_documentation_runs(llama, tmp_path, prompts, monkeypatch, capfd):
+def test_the_task_of_the_documentation_runs(llama, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
     (text,) = re.findall(r"```yaml\n(task: .*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
@@ -185,4 +180,5 @@ def test_the_task_of_the_documentation_runs(llama, tmp_path, prompts, monkeypatc
     arguments = shlex.split(command.replace("tiny", str(llama())))
     assert cli.main([*arguments, "-w", "space"]) == 0
     assert "exact_match *" in capfd.readouterr().out
-    assert prompts[0].startswith("Q: What is the capital of Peru?\nA: Lima\n\n")
+    [prompt] = first_prompts(Path("space")).values()
+    assert prompt.startswith("Q: What is the capital of Peru?\nA: Lima\n\n")

@@ -15,11 +15,10 @@ import torch
 from kept_progress import KeptProgress
 from lm_eval_tasks import logged_responses, write_choices, write_task
 from one_evaluation import evaluate_model as evaluate
+from read_tokens import ReadTokens, noted_tokens
 from refusals import refused
 
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation import measuring
-from orchestrator.evaluation import tasks as loading
 from orchestrator.models.folder import load_config
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.evaluating import (
@@ -59,6 +58,11 @@ def scores(workspace: Workspace) -> list[list[list[float]]]:
     return different_scores
 
 
+def sequences_of(length: int, read: ReadTokens) -> int:
+    """Return how many sequences of a length were read; items of tasks are shorter."""
+    return sum(len(batch) for batch in read.others if batch.size(1) == length)
+
+
 def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     evaluate(checkpoint, settings.model_copy(update={"suite": "first"}), workspace)
     fresh = evaluate(checkpoint, settings, workspace)
@@ -88,7 +92,7 @@ def test_results_of_each_sequence_length_are_stored_apart(checkpoint, settings, 
 
 @pytest.mark.slow
 def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
-    checkpoint, settings, workspace, tiny_tokens, runs, tmp_path, monkeypatch
+    checkpoint, settings, workspace, tiny_tokens, runs, tmp_path
 ):
     settings = settings.model_copy(update={"precision": "bf16"})
     config = load_config(checkpoint)
@@ -119,20 +123,20 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
         in (folder / "README.md").read_text()
     )
     # Another suite measures what is new, and the loss over held-out tokens is known.
-    monkeypatch.setattr(measuring, "heldout_loss", pytest.fail)
     write_choices(tmp_path / "tasks", "third", ["k l"])
     wider = settings.model_copy(update={"suite": "first,second,third"})
     trial = checkpoint_trial("trial", "x", checkpoint, config, suite_of(wider), workspace)
-    result = run_trial(trial)
+    with noted_tokens() as read:
+        result = run_trial(trial)
     assert result
+    assert sequences_of(config.context_length, read) == 0
     assert result.value(loss := "quality/validation_loss") == measured[0].numbers[loss]
     assert runs == [*2 * ["first", "second"], "third"]
     fewer = wider.model_copy(update={"suite": "third", "limit": 1})
     trial = checkpoint_trial("trial", "x", checkpoint, config, suite_of(fewer), workspace)
-    monkeypatch.setattr(measuring, "heldout_loss", lambda *_, num_tokens, **__: float(num_tokens))
-    limited = run_trial(trial)
-    assert limited
-    assert limited.value(loss) == config.context_length, "one item, and one sequence"
+    with noted_tokens() as read:
+        assert run_trial(trial)
+    assert sequences_of(config.context_length, read) == 1, "one item, and one sequence"
 
 
 def test_a_change_of_model_items_or_precision_is_another_evaluation(
@@ -158,7 +162,7 @@ def test_a_change_of_model_items_or_precision_is_another_evaluation(
 
 
 def test_what_the_hub_does_not_give_is_said(checkpoint, settings, workspace, monkeypatch):
-    monkeypatch.setattr(loading, "hub_problem", lambda: "it is far away")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     lines = KeptProgress()
     with_piqa = settings.model_copy(update={"suite": "first,piqa"})
     evaluation = evaluate(checkpoint, with_piqa, workspace, progress=lines)

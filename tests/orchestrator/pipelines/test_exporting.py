@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run_without
+from installed_package import install, on_path
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
 from refusals import refused
@@ -22,7 +23,6 @@ from stored_texts import assert_as_stored
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.methods import METHODS
 from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import MANIFEST, weights_key, weights_precision
@@ -180,16 +180,16 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_method_without_code_for_transformers_is_refused(tmp_path, tiny_model, monkeypatch):
-    class Local(METHODS["iiet"]):  # type: ignore[misc]
-        pass
-
-    monkeypatch.setattr(METHODS, "own_classes", {**METHODS.own_classes, "local": Local})
-    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
-    card = ModelCard(name="local", config=decoder.config)
-    with refused(UserError, "'local'", "modeling_file"):
-        export_checkpoint(tmp_path / "none", tmp_path / "out", decoder=decoder, card=card)
-    assert list(tmp_path.iterdir()) == []
+def test_a_method_without_code_for_transformers_is_refused(tmp_path, tiny_model):
+    code = "from iiet.methods import METHODS\n\nclass Local(METHODS['iiet']):\n    pass\n"
+    site = tmp_path / "site"
+    install(site, {"methods_here": code}, {"iiet.methods": {"local": "methods_here:Local"}})
+    with on_path(site):
+        decoder = Decoder(ModelConfig.from_dict({**tiny_model, "method": "local"}))
+        card = ModelCard(name="local", config=decoder.config)
+        with refused(UserError, "'local'", "modeling_file"):
+            export_checkpoint(tmp_path / "none", tmp_path / "out", decoder=decoder, card=card)
+    assert list(tmp_path.iterdir()) == [site]
 
 
 # The type of the weights, and the schedule

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from read_tokens import noted_tokens
 from refusals import refused
 
 from iiet.influence import influence_table
@@ -52,19 +52,6 @@ def measured_or_stored(
     return run_influence(plan, context, place=CPU).table
 
 
-@pytest.fixture
-def measured(monkeypatch) -> list[str]:
-    """The metric of each measurement that was made, and not read."""
-    metrics: list[str] = []
-
-    def recorded(*arguments: Any, **options: Any) -> InfluenceTable:
-        metrics.append(options["metric"])
-        return influence_table(*arguments, **options)
-
-    monkeypatch.setattr("iiet.influence.influence_table", recorded)
-    return metrics
-
-
 def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tiny_tokens, context):
     checkpoint = make_checkpoint()
     table = measured_or_stored(checkpoint, context)
@@ -99,14 +86,20 @@ def test_sequences_are_as_long_as_those_that_the_model_was_trained_on(
     assert short != measured_or_stored(make_checkpoint(), context)
 
 
-def test_it_is_found_again_until_something_changes(make_checkpoint, tiny_tokens, context, measured):
+def test_it_is_found_again_until_something_changes(make_checkpoint, context):
     checkpoint = make_checkpoint()
+
+    def is_measured(settings: InfluenceSettings) -> bool:
+        with noted_tokens() as read:
+            measured_or_stored(checkpoint, context, settings)
+        return bool(read.others)
+
+    assert is_measured(SETTINGS)
     table = measured_or_stored(checkpoint, context)
+    assert not is_measured(SETTINGS)
     assert measured_or_stored(checkpoint, context) == table
-    assert measured == ["cosine"]
-    measured_or_stored(checkpoint, context, InfluenceSettings(num_tokens=256))
-    measured_or_stored(checkpoint, context, InfluenceSettings(metric="loss", num_tokens=64))
-    assert measured == ["cosine", "cosine", "loss"]
+    assert is_measured(InfluenceSettings(num_tokens=256))
+    assert is_measured(InfluenceSettings(metric="loss", num_tokens=64))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "loss"])

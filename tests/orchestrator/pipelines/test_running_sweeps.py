@@ -11,26 +11,37 @@ import pytest
 from fake_runs import end_trials, finished
 from fake_tracking import untracked
 from lm_eval_tasks import write_choices
-from small_size import SMALL
 
 from orchestrator.pipelines import sweep_stages, sweeps
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_stages import plan_sweep
-from orchestrator.settings import read_settings, resolve_settings
+from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, UserError
-from orchestrator.workspace.layout import open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
-def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(tmp_path):
-    plan = plan_sweep(read_settings("toy", SMALL, {}), workspace=tmp_path)
-    workspace = open_workspace(tmp_path)
+@pytest.fixture
+def workspace(tmp_path, tiny_tokens, trained_run) -> Workspace:
+    """A workspace with tokens and a teacher."""
+    workspace = open_workspace(tmp_path / "workspace")
+    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
+    shutil.copytree(trained_run, workspace.runs / "teacher")
+    return workspace
+
+
+def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(workspace):
+    plan = plan_sweep(resolve_settings({}), workspace=workspace, teacher="teacher")
     refusals: list[str] = []
+
+    class Refused(Progress):
+        def start(self, *_: object, **__: object) -> None:
+            pytest.fail("it runs twice at the same time")
 
     class CallsAgain(Progress):
         def start(self, *_: object, **__: object) -> None:
             with pytest.raises(UserError) as caught:
-                sweeps.run_sweep(plan, Context(workspace))
+                sweeps.run_sweep(plan, Context(workspace, Refused()))
             refusals.append(str(caught.value))
             raise Interrupted("the first call has ended")
 
@@ -43,16 +54,11 @@ def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(tmp_p
 
 
 @pytest.mark.slow
-def test_what_is_planned_is_not_planned_again_when_it_runs(
-    tmp_path, trained_run, tiny_tokens, monkeypatch
-):
-    workspace = open_workspace(tmp_path)
-    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
-    teacher = shutil.copytree(trained_run, workspace.runs / "teacher") / "step_00000002"
+def test_what_is_planned_is_not_planned_again_when_it_runs(workspace, tmp_path, monkeypatch):
     tasks = write_choices(tmp_path / "tasks", "choices", ["a b", "c d"])
     evaluation = ["evaluation.suite=choices", f"evaluation.include_path={tasks}"]
     settings = resolve_settings({}, ["influence.num_tokens=64", *evaluation])
-    plan_of = partial(plan_sweep, settings, workspace=workspace, teacher=teacher, name="s")
+    plan_of = partial(plan_sweep, settings, workspace=workspace, teacher="teacher", name="s")
     context = untracked(workspace)
     end_trials(monkeypatch, finished)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_runs import end_trials, finished
+from kept_progress import KeptProgress
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -175,11 +176,10 @@ def test_a_damaged_file_is_noted_and_the_others_are_published(tmp_path, monkeypa
     (workspace.tracked / "sweep" / "trial-broken.json").write_text("{")
     (workspace.tracked / "registered").mkdir()
     (workspace.tracked / "registered" / "toy@best.json").write_text("{")
-    notes: list[str] = []
-    context = Context(workspace)
-    monkeypatch.setattr(type(context.progress), "note", lambda _, text: notes.append(text))
-    sync(workspace=workspace)
-    assert [note.split(" is not published: ")[0] for note in notes] == ["trial-broken", "toy@best"]
+    progress = KeptProgress()
+    sync(workspace=workspace, progress=progress)
+    damaged = [note.split(" is not published: ")[0] for note in progress.notes]
+    assert damaged == ["trial-broken", "toy@best"]
     assert stored_runs(workspace.database).keys() == {("trial", "whole"), ("sweep", "sweep")}
 
 

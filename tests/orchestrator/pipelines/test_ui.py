@@ -123,10 +123,10 @@ def test_the_server_ends_with_its_command(workspace, number):
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_names_its_last_line_and_its_log(workspace, monkeypatch):
-    code = "print('no such host'); raise SystemExit(3)"
-    monkeypatch.setattr(
-        "orchestrator.pipelines.ui.server_arguments", lambda workspace, port: ["-c", code]
-    )
+def test_a_server_that_ends_names_its_last_line_and_its_log(workspace, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such host\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
     with refused(RunFailed, "(3)", "no such host", "log"):
         serve(workspace, port=free_port(), say=lambda line: None)

@@ -25,7 +25,7 @@ from orchestrator.reporting.claims import (
     claims_section,
     find_claims,
 )
-from orchestrator.reporting.front import with_confidence
+from orchestrator.reporting.front import busy_machine, with_confidence
 from orchestrator.reporting.sections import render_terminal
 
 HARDNESS = np.random.default_rng(0).permutation(2000) / 2000
@@ -272,6 +272,14 @@ def test_times_of_a_busy_machine_decide_nothing(spread, is_measured):
     [table] = claims_section([*claims.values()]).tables
     cells = [row.cells for row in table.rows if row.cells[0].endswith("at less ms")]
     assert is_measured or cells[0][1:] == ("not measured", "-55%", "the machine was busy")
+
+
+def test_of_models_that_are_timed_as_one_the_same_is_told_in_any_order():
+    times = {"cost/decode_ms_per_token": 1.0, "cost/decode_ms_spread": 0.5}
+    rows = [{"label": label, **times} for label in ("teacher", "2,2,2")]
+    sentence = busy_machine(rows)
+    assert sentence is not None
+    assert busy_machine(rows[::-1]) == sentence
 
 
 def test_seeds_of_a_student_are_compared_with_their_own_teachers():
