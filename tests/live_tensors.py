@@ -5,15 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import EllipsisType
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from iiet.weights import LazyTensor
 
 
 class _SeesOperations(TorchDispatchMode):
@@ -107,7 +105,7 @@ class LargestTensor(_SeesOperations):
 
 
 class Reads:
-    """Counts what lazy tensors have read: bytes that live now, those at the peak, and all."""
+    """Counts what was read from files: bytes that live now, those at the peak, and all."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -115,32 +113,67 @@ class Reads:
         self.total = 0
         self._live: dict[int, int] = {}
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def added(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor, and return it."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
-            return
-        self._live[key] = tensor.nbytes
+        if key not in self._live:
+            weakref.finalize(storage, self._remove, key)
+        self._live[key] = self._live.get(key, 0) + tensor.nbytes
         self.now += tensor.nbytes
         self.peak = max(self.peak, self.now)
         self.total += tensor.nbytes
-        weakref.finalize(storage, self._remove, key)
+        return tensor
 
     def _remove(self, key: int) -> None:
         self.now -= self._live.pop(key)
 
 
+class _CountedFile:
+    """An open file of safetensors, of which it is counted what is read."""
+
+    def __init__(self, file: Any, reads: Reads) -> None:
+        self._file = file
+        self._reads = reads
+
+    def __enter__(self) -> _CountedFile:
+        self._opened = self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._reads.added(self._opened.get_tensor(name))
+
+    def get_slice(self, name: str) -> _CountedSlice:
+        return _CountedSlice(self._opened.get_slice(name), self._reads)
+
+
+class _CountedSlice:
+    def __init__(self, tensor: Any, reads: Reads) -> None:
+        self._tensor = tensor
+        self._reads = reads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
+
+    def __getitem__(self, rows: Any) -> torch.Tensor:
+        return self._reads.added(self._tensor[rows])
+
+
 @contextmanager
 def counted_reads() -> Iterator[Reads]:
-    """Count what is read in a block."""
+    """Count what is read from files of safetensors in a block."""
     reads = Reads()
-    read = LazyTensor.__getitem__
+    safe_open = safetensors.safe_open
 
-    def counting(tensor: LazyTensor, rows: slice | EllipsisType) -> torch.Tensor:
-        values = read(tensor, rows)
-        reads.add(values)
-        return values
+    def counted(*arguments: Any, **options: Any) -> _CountedFile:
+        return _CountedFile(safe_open(*arguments, **options), reads)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LazyTensor, "__getitem__", counting)
+        patch.setattr(safetensors, "safe_open", counted)
         yield reads

@@ -20,7 +20,7 @@ from commands import CONTEXT, ONE_THREAD
 from gguf_files import tiny_llama, write_llama
 
 from benchmarks.__main__ import CPU_SECTIONS, GPU_SECTIONS, main
-from benchmarks.gpu import training
+from benchmarks.gpu.training import counted_waits
 from benchmarks.mix import StepSize, largest_difference
 from benchmarks.report import RATIO, Goal, Row, SectionResult, checked, to_dict, to_markdown
 from benchmarks.runner import Section, Setup, Skipped, run_in_process, run_section
@@ -170,15 +170,14 @@ def test_programs_that_differ_are_not_timed(monkeypatch):
 
 
 def test_a_gradient_that_differs_fails_the_section(toy, monkeypatch):
-    computed = training.model_outputs
+    backward = torch.autograd.backward
     calls = iter(range(100))
 
-    def spoiled(*arguments: object, **options: object) -> training.Outputs:
-        outputs = computed(*arguments, **options)
+    def spoiled(loss: torch.Tensor) -> None:
         is_bf16_of_vanilla = next(calls) == 2
-        return outputs._replace(gradient=-outputs.gradient) if is_bf16_of_vanilla else outputs
+        backward(-loss if is_bf16_of_vanilla else loss)
 
-    monkeypatch.setattr(training, "model_outputs", spoiled)
+    monkeypatch.setattr(torch.autograd, "backward", spoiled)
     result = run_section(GPU_SECTIONS["parity"], toy)
     assert result.status == "failed"
     assert result.problems == ["vanilla, bf16: wrong gradient"]
@@ -229,7 +228,7 @@ def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy)
 
 def test_waits_are_counted_by_step_and_place():
     text = "called a synchronizing CUDA operation"
-    with training.counted_waits() as (steps, end_step):
+    with counted_waits() as (steps, end_step):
         for number in (2, 0, 3):
             for _ in range(number):
                 warnings.warn(text, stacklevel=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from documented import ROOT
 from terminal import run_in_terminal
-from tokenizers import trainers
+from tokenizers import Tokenizer
 
 import iiet
 from orchestrator import cli
@@ -149,7 +149,7 @@ def test_exit_codes(error, code, tmp_path, capfd, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(trainers, "BpeTrainer", fail)  # Of the tokenizer, in the midst of the work.
+    monkeypatch.setattr(Tokenizer, "train_from_iterator", fail)  # In the midst of the work.
     open_workspace(tmp_path)  # A mistake would leave nothing of a new one.
     (tmp_path / "a.txt").write_text(FILES["a.txt"] * 9)
     data = f"data={{source: files, files: [{tmp_path / 'a.txt'}]}}"

@@ -22,7 +22,7 @@ from kept_progress import KeptProgress
 from pydantic import Field
 from refusals import assert_names, refused
 from sample_texts import lines_of, tokens_of
-from tokenizers import trainers
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data import text, tokenize
@@ -425,7 +425,7 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(several, tmp_path
     progress = KeptProgress()
     runner = WatchedThreads(1, on_begin=lambda: started.append(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers, "BpeTrainer", pytest.fail)  # Trained before the interruption.
+        patch.setattr(Tokenizer, "train_from_iterator", pytest.fail)  # It was trained before.
         folder = write_text(several, parent, "key", progress, open_runner=runner.opened)
     verify_data(folder, always=True)
     num_missing = len(text.text_source(several).shards()) - len(stored_shards)

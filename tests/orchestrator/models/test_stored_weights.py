@@ -47,10 +47,10 @@ def test_a_published_model_is_imported_and_exported_tensor_by_tensor(
     total = sum(tensor.nbytes for tensor in load_model(llama).state_dict().values())
     bound = 3 * largest(llama)  # As it is stored, and converted.
     assert 4 * bound < total
-    with counted_reads() as reads:
+    with LiveTensors(torch.nn.Module()) as live, counted_reads() as reads:
         checkpoint = import_model(llama, workspace=workspace)
-    assert reads.peak <= bound
-    assert reads.total >= total
+    assert max(live.peak, reads.peak) <= bound
+    assert reads.total >= total / 2, "bfloat16 takes half of float32"
 
     monkeypatch.setattr(models, "EXPORTED_FILE_BYTES", 40_000)
     with LiveTensors(torch.nn.Module()) as live, counted_reads() as reads:

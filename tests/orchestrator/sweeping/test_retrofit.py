@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from read_tokens import noted_tokens
 
 from iiet import ModelConfig
-from iiet.decoder import Decoder
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
@@ -106,18 +104,9 @@ def test_the_source_is_trained_on_until_its_flops_are_the_teachers(make, kl_weig
 
 def training_tokens(job: TrainingJob) -> torch.Tensor:
     """Train a job, and return the tokens that its model learned from, in their order."""
-    batches: list[torch.Tensor] = []
-
-    def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if isinstance(module, Decoder) and module.training and torch.is_grad_enabled():
-            batches.append(inputs[0])
-
-    hook = register_module_forward_pre_hook(read)
-    try:
+    with noted_tokens() as read:
         outcome_of(job)
-    finally:
-        hook.remove()
-    return torch.cat(batches)
+    return torch.cat(read.trained)
 
 
 def test_the_control_reads_the_same_data_in_the_same_order(make):

@@ -6,7 +6,7 @@ import io
 import math
 import sys
 import threading
-from types import SimpleNamespace
+import time
 from typing import Any
 
 from rich.console import Console
@@ -107,8 +107,7 @@ def test_a_pipe_gets_lines_also_while_a_task_is_silent(monkeypatch):
 def test_the_time_left_follows_from_units_that_were_counted_for_a_while(monkeypatch):
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     clock = [0.0]
-    stopped = SimpleNamespace(monotonic=lambda: clock[0])
-    monkeypatch.setattr("orchestrator.terminal.progress.time", stopped)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     lines = io.StringIO()
 
     def advance(seconds: float, done: float, **options: Any) -> str:
