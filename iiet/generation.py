@@ -76,33 +76,36 @@ def _plain_steps(
         strategy=options.kv_strategy,
     )
     end_tokens = request.end_tokens()
-    following = ended = None
-    for position in range(options.max_new_tokens):
+    with torch.inference_mode():
+        prompt_logits = decoder(
+            request.input_ids,
+            cache=cache,
+            attention_mask=request.attention_mask,
+            last_only=True,
+        )
+        logits = prompt_logits[:, -1]
+        if steps is not None:
+            steps.begin(options.max_new_tokens - 1)
+        tokens = request.sampler(logits, 0)
+        has_ended, state = _state(tokens, logits, end_tokens)
+    # A clone made outside of inference mode is an ordinary tensor.
+    yield tokens.clone(), state
+    for position in range(1, options.max_new_tokens):
         with torch.inference_mode():
-            if following is None or ended is None:
-                prompt_logits = decoder(
-                    request.input_ids,
-                    cache=cache,
-                    attention_mask=request.attention_mask,
-                    last_only=True,
-                )
-                logits = prompt_logits[:, -1]
-                if steps is not None:
-                    steps.begin(options.max_new_tokens - 1)
-                latest = request.sampler(logits, position)
-            else:
-                if steps is not None:
-                    logits = steps(following)
-                else:  # The cache remembers the padding of the prompts.
-                    logits = decoder(following.unsqueeze(1), cache=cache, last_only=True)[:, -1]
-                record.plain_steps += len(logits)
-                latest = torch.where(ended, following, request.sampler(logits, position))
-            following = latest
-            # `isin` would wait for a GPU.
-            ended = (following.unsqueeze(1) == end_tokens).any(1)
-            state = torch.stack([ended.all(), not_finite(logits)])
-        # A clone made outside of inference mode is an ordinary tensor.
-        yield following.clone(), state
+            if steps is not None:
+                logits = steps(tokens)
+            else:  # The cache remembers the padding of the prompts.
+                logits = decoder(tokens.unsqueeze(1), cache=cache, last_only=True)[:, -1]
+            record.plain_steps += len(logits)
+            tokens = torch.where(has_ended, tokens, request.sampler(logits, position))
+            has_ended, state = _state(tokens, logits, end_tokens)
+        yield tokens.clone(), state
+
+
+def _state(tokens: Tensor, logits: Tensor, end_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows have ended, (batch,), and the state that `_plain_steps` yields, (2,)."""
+    has_ended = (tokens.unsqueeze(1) == end_tokens).any(1)  # `isin` would wait for a GPU.
+    return has_ended, torch.stack([has_ended.all(), not_finite(logits)])
 
 
 def until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Iterator[Tensor]:

@@ -99,8 +99,10 @@ class Mix(KeepsFloat32):
         for start in range(1, len(estimates), TERMS_AT_ONCE):
             block = slice(start, min(start + TERMS_AT_ONCE, len(estimates)))
             totals = self.add_terms(totals, [row[block] for row in weights], estimates[block])
-        *points, hidden = map(PartialSum, totals, [row[-1] for row in weights])
-        return (points[0] if corrects else None), hidden
+        sums = [PartialSum(total, row[-1]) for total, row in zip(totals, weights, strict=True)]
+        points = sums[0] if corrects else None
+        hidden = sums[-1]
+        return points, hidden
 
     @staticmethod
     def add_terms(

@@ -351,11 +351,11 @@ def drafted_steps(
         if start == 0:
             candidates = [_Draft(name, model, decoder, cache) for name, model in drafts.items()]
         # The last token of a round is the model's own.
-        draft, num_drafted = _chosen_draft(candidates, request.options.draft_tokens, num_left - 1)
+        draft, num_drafted = _choose_draft(candidates, request.options.draft_tokens, num_left - 1)
         start = length - 1
 
 
-def _chosen_draft(
+def _choose_draft(
     candidates: list[_Draft], draft_tokens: int | Literal["auto"], most: int
 ) -> tuple[_Draft | None, int]:
     """Choose a draft and how many tokens it drafts, at most `most`.

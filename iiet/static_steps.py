@@ -106,7 +106,7 @@ class StaticSteps:
         cache.zero_unused()
         cache.window = self._buffers.window
         cache.window.move(self._length, cache.attention_mask)
-        self._may_capture = self._capture is not None and _has_no_hooks(self.decoder)
+        self._may_capture = self._capture is not None and _can_capture(self.decoder)
         if not self._may_capture or _addresses(self.decoder) != self._weights:
             self._buffers.steps.clear()
 
@@ -199,7 +199,7 @@ def _addresses(decoder: GenerativeModel) -> list[int]:
     return [parameter.data_ptr() for parameter in decoder.parameters()]
 
 
-def _has_no_hooks(decoder: GenerativeModel) -> bool:
+def _can_capture(decoder: GenerativeModel) -> bool:
     """Return whether a step is kernels only, and reads weights that stay where they are."""
     return (
         may_read_weights()

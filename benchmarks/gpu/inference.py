@@ -19,7 +19,7 @@ from benchmarks.shape import largest_regret
 from iiet.config import preset
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt, threads
+from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt, torch_threads
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.training import Precision
@@ -68,7 +68,7 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
     prompt, new, repetitions = (8, 8, 3) if setup.is_toy else (128, 128, 7)
     none = decoder.schedule.none(decoder.config.num_layers)
     decoders = {"r = 0": decoder.with_schedule(none), f"r = {CORRECTIONS}": decoder}
-    with threads(1):
+    with torch_threads(1):
         timings, timings_without_graphs = (
             decode_milliseconds(
                 decoders,

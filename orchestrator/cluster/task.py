@@ -188,7 +188,7 @@ def run_local_jobs(
         Interrupted: After Ctrl-C or SIGTERM; says at which step the state is saved.
         Exception: What a job raised, also after a signal; then it says what is saved, too.
     """
-    from orchestrator.evaluation.decode_timing import threads
+    from orchestrator.evaluation.decode_timing import torch_threads
     from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
     from orchestrator.training.trainer import run_job
     from orchestrator.training.watching import describe_saved_state, jobs_to_train
@@ -209,7 +209,7 @@ def run_local_jobs(
         for jobs_of_part in parts:
             saved = partial(describe_saved_state, {job.folder.name: job for job in jobs_of_part})
             cpus = local_resources(count_gpus=False).cpus
-            with stop_on_signals(second_ends=True), threads(cpus):
+            with stop_on_signals(second_ends=True), torch_threads(cpus):
                 try:
                     for job in jobs_of_part:
                         with out_of_memory_explained(job, world):

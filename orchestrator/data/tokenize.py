@@ -159,7 +159,7 @@ def write_text(
         plan = _make_plan(folder, settings, source, tokenizer, progress)
         writer = ShardWriter(folder, source)
         if open_runner is None or len(writer.shards) == 1:
-            open_runner = partial(threads, num_cpus())
+            open_runner = partial(thread_runner, num_cpus())
         with open_runner() as runner:
             shards = _tokenize_shards(writer, progress, runner)
             final = _join(folder, shards, plan, parent, runner)
@@ -275,7 +275,7 @@ def _place_in_split(text: str) -> float:
 
 
 @contextmanager
-def threads(number: int) -> Iterator[ShardRunner]:
+def thread_runner(number: int) -> Iterator[ShardRunner]:
     """Open the runner of this process, with this many threads."""
     pool = ThreadPoolExecutor(number)
     try:

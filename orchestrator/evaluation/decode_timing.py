@@ -156,7 +156,7 @@ def time_per_token(
     context_length = min(decoder.config.context_length for decoder in decoders.values())
     prompt_tokens = sweep_prompt_length(context_length)
     # One row is too little work for several threads: they would wait for each other.
-    with threads(1):
+    with torch_threads(1):
         timings = decode_milliseconds(
             decoders,
             prompt_tokens=prompt_tokens,
@@ -201,7 +201,7 @@ def random_prompt(decoder: Timed, batch_size: int, prompt_tokens: int) -> Tensor
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Set the number of PyTorch threads within the block."""
     count_before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -378,7 +378,7 @@ def measure_costs(
     for number, (batch_size, context) in enumerate(measured_conditions):
         # Times and memory.
         new_tokens = conditions.new_tokens
-        with threads(conditions.num_threads):
+        with torch_threads(conditions.num_threads):
             timings = decode_milliseconds(
                 decoders,
                 prompt_tokens=context,

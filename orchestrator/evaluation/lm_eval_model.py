@@ -203,10 +203,10 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         ordered.sort()  # By their options, the longest prompts first.
         rows = [BatchRow(options, 1, [number]) for options, _, number in ordered]
 
-        def answer(_: Any, numbers: list[int]) -> list[str]:
+        def answer_batch(_: Any, numbers: list[int]) -> list[str]:
             return self._generate([requests[number] for number in numbers], numbers)
 
-        return self._in_batches(prompts_and_options, rows, self._num_rows, answer)
+        return self._in_batches(prompts_and_options, rows, self._num_rows, answer_batch)
 
     def _generate(self, requests: list[Instance], seeds: list[int]) -> list[str]:
         """Answer requests with the same options in one batch."""
@@ -225,7 +225,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         questions: Sequence[Any],
         rows: list[BatchRow],
         max_size: int,
-        answer: Callable[[Any, list[int]], list[Any]],
+        answer_batch: Callable[[Any, list[int]], list[Any]],
     ) -> list[Any]:
         """Return the answers to requests; batches that the journal has are not run again.
 
@@ -234,7 +234,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             rows: Together they answer all requests. Those of a kind follow each other, the largest
                 first, to which a batch is padded.
             max_size: Most rows of a batch times the size of its largest; one row may be larger.
-            answer: Answers a batch, given its kind and the numbers of its requests.
+            answer_batch: Answers a batch, given its kind and the numbers of its requests.
 
         Raises:
             DeviceError: If the memory is too small for one row.
@@ -248,18 +248,19 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 numbers = [number for row in batch for number in row.requests]
                 key = content_key("answers", numbers, [questions[number] for number in numbers])
                 problem = ""
-                stored_answer = self.journal.get(key)
-                if stored_answer is None:
+                batch_answers = self.journal.get(key)
+                if batch_answers is None:
                     try:
-                        stored_answer = answer(batch_kind, numbers)
-                        self.journal.add({key: stored_answer})
+                        batch_answers = answer_batch(batch_kind, numbers)
+                        self.journal.add({key: batch_answers})
                     except torch.OutOfMemoryError as error:
                         problem = out_of_memory_text(error)
-                if problem:  # Not in the handler: there, the error still holds the batch's tensors.
+                if batch_answers is None:
+                    # Not in the handler: there, the error still holds the batch's tensors.
                     num_rows = smaller_batch(len(batch), problem, self.progress.note)
                     max_size = num_rows * waiting[0].size
                     continue
-                answers |= zip(numbers, stored_answer or (), strict=True)
+                answers |= zip(numbers, batch_answers, strict=True)
                 del waiting[: len(batch)]
                 # An item may have several questions.
                 num_done = self.num_items * len(answers) // len(questions)

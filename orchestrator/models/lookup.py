@@ -242,13 +242,15 @@ def find_pretraining(workspace: Workspace, name: Path) -> Path:
 
 def find_checkpoints_by_weights(workspace: Workspace, key: str) -> list[Path]:
     """Return the checkpoints of the workspace's runs with this weights key, by name."""
-    found = []
+    if not key:
+        return []
+    checkpoints = []
     for run in _run_folders(workspace):
         for checkpoint in find_checkpoints(run):
             with suppress(UserError):  # Skip checkpoints with a damaged provenance.
-                if key and weights_key(checkpoint) == key:
-                    found.append(checkpoint)
-    return found
+                if weights_key(checkpoint) == key:
+                    checkpoints.append(checkpoint)
+    return checkpoints
 
 
 def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:

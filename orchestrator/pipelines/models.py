@@ -130,7 +130,9 @@ def import_model(
     with TemporaryDirectory() as scratch:
         source = _read_source(path, Path(scratch), with_tokenizer=other_tokenizer is None)
         config = source.config
-        tokenizer_file = other_tokenizer or _tokenizer_in(source.texts)
+        tokenizer_file = other_tokenizer
+        if tokenizer_file is None and (source.texts / folders.TOKENIZER).is_file():
+            tokenizer_file = source.texts / folders.TOKENIZER
         if tokenizer_file is None:
             progress.note(
                 f"{source.texts} has no tokenizer.json: the model can be used with token ids only; "
@@ -188,16 +190,12 @@ def import_model(
 
 def _imported_key(run: Path) -> str | None:
     """Return the key of the import that made a run; None of any other run."""
-    for checkpoint in find_checkpoints(run)[-1:]:
-        imported = folders.load_provenance(checkpoint).get("imported", {})
-        key: str | None = imported.get("source")
-        return key
-    return None
-
-
-def _tokenizer_in(folder: Path) -> Path | None:
-    file = folder / folders.TOKENIZER
-    return file if file.is_file() else None
+    checkpoints = find_checkpoints(run)
+    if not checkpoints:
+        return None
+    imported = folders.load_provenance(checkpoints[-1]).get("imported", {})
+    key: str | None = imported.get("source")
+    return key
 
 
 class _Source(NamedTuple):
@@ -364,7 +362,7 @@ def export_checkpoint(
             token that ends a document, a weight is too large for the type, or the source of the
             method cannot be copied.
     """
-    from iiet.exporting import export
+    from iiet import exporting  # Imports PyTorch.
     from orchestrator.models.load import STORED_DTYPES
 
     progress = progress or Progress()
@@ -390,7 +388,7 @@ def export_checkpoint(
         token_ids = {name: values.get(name) for name in names}
     try:
         with new_folder(folder) as temporary:
-            export(
+            exporting.export(
                 decoder,
                 temporary,
                 file if file.is_file() else None,

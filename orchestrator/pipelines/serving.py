@@ -8,9 +8,8 @@ conditions, and reports take their `--cost served_ms` from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -287,20 +286,15 @@ def _measure(
     progress.start("serve", len(plan.opened) * requests_per_model)
     costs: list[ServedCost] = []
     for number, (name, model) in enumerate(plan.opened.items()):
-        show = partial(_show_answer, progress, name, count(number * requests_per_model))
-        show("its server starts")
+        num_answers = number * requests_per_model
         try:
-            costs += _costs_of(plan, name, model, device, precision, log, show)
+            costs += _costs_of(plan, name, model, device, precision, log, progress, num_answers)
         except RunFailed as error:
             raise RunFailed(f"{name}: {error}") from None
     costs.sort(key=lambda cost: requests.at_once.index(cost.at_once))
     on_gpu = torch.device(device).type == "cuda"
     device_name = torch.cuda.get_device_name(device) if on_gpu else device
     return costs, device_name, _dtype_name(precision)
-
-
-def _show_answer(progress: Progress, name: str, num_answers: Iterator[int], text: str) -> None:
-    progress.advance(next(num_answers), f"{name}, {text}")
 
 
 def _costs_of(
@@ -310,9 +304,17 @@ def _costs_of(
     device: str,
     precision: Precision,
     log: Path,
-    show: Callable[[str], None],
+    progress: Progress,
+    num_answers: int,
 ) -> list[ServedCost]:
-    """Serve one model and measure it."""
+    """Serve one model and measure it; the progress has come to `num_answers` already."""
+
+    def count_answer(at_once: int) -> None:
+        nonlocal num_answers
+        num_answers += 1
+        progress.advance(num_answers, f"{name}, {at_once} at a time")
+
+    progress.advance(num_answers, f"{name}, its server starts")
     with TemporaryDirectory() as scratch:
         folder = _served_folder(model, Path(scratch) / "model", precision)
         with transformers_server(
@@ -334,7 +336,7 @@ def _costs_of(
                 plan.conditions,
                 name=name,
                 kv_bytes_per_token=_kv_bytes_per_token(model, DTYPES[precision].itemsize),
-                on_answer=lambda at_once: show(f"{at_once} at a time"),
+                on_answer=count_answer,
             )
 
 

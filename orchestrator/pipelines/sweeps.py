@@ -155,7 +155,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                     trained = run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
                 except RunFailed as error:
                     # A control at a higher rate may diverge; its teacher has students even so.
-                    if plan.retrofit is None or not plan.retrofit.has_controls(stage.jobs):
+                    if plan.retrofit is None or not plan.retrofit.are_controls(stage.jobs):
                         raise
                     failed_controls = dict.fromkeys(stage.jobs, str(error))
                     progress.note(f"controls failed, the sweep goes on without them: {error}")

@@ -487,8 +487,9 @@ def plan_models(
     ]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
-    for job in jobs if tokens else ():
-        check_folder(job)
+    if tokens:
+        for job in jobs:
+            check_folder(job)
     plan = TrainingPlan(
         kind="pretrain",
         models=dict(models),

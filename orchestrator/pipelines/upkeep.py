@@ -545,7 +545,9 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Iterator[Cand
         except UserError as error:
             note(f"the checkpoints in {folder} are kept: {error}")
             continue
-        for checkpoint in checkpoints if kept else ():
+        if not kept:  # The training is not finished.
+            continue
+        for checkpoint in checkpoints:
             is_measured = any(checkpoint.glob(INFLUENCE_PATTERN))
             if checkpoint not in kept | needed and not is_measured:
                 reason = "intermediate checkpoint of a finished training"
@@ -577,7 +579,9 @@ def _damaged(workspace: Workspace, _: Note) -> Iterator[Candidate]:
     from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 
     for folder in training_folders(workspace):
-        for checkpoint in find_checkpoints(folder) if not is_in_use(folder) else ():
+        if is_in_use(folder):
+            continue
+        for checkpoint in find_checkpoints(folder):
             try:
                 check_checkpoint(checkpoint)
             except UserError as error:

@@ -86,7 +86,9 @@ def trials_by_folder(
     """Return folder -> the sweeps that plan a trial there, with the trial."""
     trials: dict[Path, list[tuple[str, Trial]]] = {}
     for name, plan in plans.items():
-        for trial in plan.trials if plan else ():
+        if plan is None:
+            continue
+        for trial in plan.trials:
             trials.setdefault(Path(trial.folder), []).append((name, trial))
     return trials
 

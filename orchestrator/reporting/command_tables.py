@@ -162,7 +162,9 @@ def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
         return cells
 
     heads = ["measured", f"by {PREDICTION}", f"{PREDICTION} off", "by NFE", "NFE off"]
-    for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
+    # The share of one model alone would be 100 percent.
+    phases = (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ()
+    for phase in phases:
         title = f"Share of the full model's time, {phase}, in percent"
         tables[title] = (heads, partial(relative_time_cells, phase=phase))
     shown_tables = []
@@ -184,7 +186,9 @@ def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
 
     sizes = dict.fromkeys(_mebibytes(cost.weight_bytes) for cost in costs)
     sentences = [f"weights: {', '.join(sizes)} MiB, part of each peak"]
-    for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
+    if len({cost.model for cost in costs}) < 2:
+        return sentences
+    for phase in (DECODING, FIRST_TOKEN):
         errors = {
             prediction: max(abs(cost.shares[phase].residual(prediction)) for cost in costs)
             for prediction in (PREDICTION, SIMPLEST)

@@ -233,8 +233,10 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             "models could be compared with; leave the first out"
         )
     for names, kinds in _READ_BY_KINDS.items():
+        if kind in kinds:
+            continue
         advice = f"only a sweep of kind {' or '.join(kinds)} reads the first; leave it out"
-        for name in names.split(", ") if kind not in kinds else ():
+        for name in names.split(", "):
             if getattr(sweep, name):
                 yield f"sweep.{name}, sweep.kind: {advice}"
     num_gpus = settings.cluster.num_gpus

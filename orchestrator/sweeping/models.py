@@ -124,11 +124,13 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
     """Yield the models of an iterations sweep: each method with each iteration count, at each of
     its numbers of layers and learning rates, under each seed."""
     for method in settings.sweep.methods:
-        for count in settings.sweep.iterations if has_counts(method) else (None,):
+        counts = settings.sweep.iterations if has_counts(method) else (None,)
+        for count in counts:
             variant = ModelVariant(method=method, corrections=count)
             for model in _at_each_num_layers(settings, variant):
                 rates = learning_rates(settings, model)
-                for rate in rates if len(rates) > 1 else (None,):
+                own_rates = rates if len(rates) > 1 else (None,)
+                for rate in own_rates:
                     for seed in settings.sweep.seeds or (None,):
                         yield replace(model, learning_rate=rate, seed=seed)
 
@@ -423,7 +425,8 @@ def check_models(settings: Settings, source: Source | None = None) -> None:
     # Every model is built once. Baselines are built as their teacher, so that one is enough.
     problems = []
     configs = []
-    for variant in models if is_scratch else teachers_by_label(settings).values():
+    variants = models if is_scratch else list(teachers_by_label(settings).values())
+    for variant in variants:
         model = settings_of(settings, variant).model
         try:
             length = sequence_length(data)

@@ -213,7 +213,7 @@ class Retrofit:
             trainings[SOURCE_CONTINUED] = (*self.candidates, SOURCE_CONTINUED)
         return trainings
 
-    def has_controls(self, labels: Iterable[str]) -> bool:
+    def are_controls(self, labels: Iterable[str]) -> bool:
         """Return whether these are the labels of trainings of controls."""
         control_labels = {
             label for labels in self.trainings_by_control.values() for label in labels

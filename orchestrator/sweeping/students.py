@@ -383,7 +383,8 @@ class Students:
         if is_elastic and self.influence:
             trials += self._elastic_trials()
         if not is_elastic:
-            for seed in self.seeds if is_trained else (self.seed,):
+            seeds = self.seeds if is_trained else (self.seed,)
+            for seed in seeds:
                 trials += [self.student(member, seed) for member in self.members]
         for label, checkpoint in self.baselines.items():
             trials.append(self._checkpoint_trial(role_beside(label), label, checkpoint))

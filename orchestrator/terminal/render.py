@@ -101,7 +101,8 @@ def print_line(console: Console, line: str | Text) -> None:
     A word that is too long for the terminal, such as a path, stays whole, so that it can be copied.
     """
     line = line if isinstance(line, Text) else Text(line)
-    for part in _folded(line, console.width) if console.is_terminal else [line]:
+    parts = _folded(line, console.width) if console.is_terminal else [line]
+    for part in parts:
         console.print(part, highlight=False, soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -137,10 +137,11 @@ def save_checkpoint(
         write_folder(temporary, config, weights)
         write_beside_weights(
             temporary,
+            step,
             config,
             training_state=training_state,
             tokenizer_path=tokenizer_path,
-            provenance={**provenance, "step": step},
+            provenance=provenance,
             text_files=text_files,
         )
     return folder
@@ -148,6 +149,7 @@ def save_checkpoint(
 
 def write_beside_weights(
     folder: Path,
+    step: int,
     config: ModelConfig,
     *,
     training_state: Mapping[str, Any],
@@ -168,7 +170,7 @@ def write_beside_weights(
     torch.save(dict(training_state), folder / TRAINING_STATE)
     all_checksums = checksums_of(folder, known=checksums)
     key = all_checksums[WEIGHTS][:KEY_LENGTH]
-    record = {**provenance, "weights": key, "checksums": all_checksums}
+    record = {**provenance, "step": step, "weights": key, "checksums": all_checksums}
     if package := METHODS.package(config.method):
         record[METHOD_PACKAGE] = package
     text = json.dumps(record, indent=2) + "\n"
@@ -310,7 +312,6 @@ class CheckpointWriter:
             state["random"] = {"cpu": torch.get_rng_state()}
             if world.is_gpu:
                 state["random"]["cuda"] = torch.cuda.get_rng_state(world.device)
-        position = replace(position)  # A copy: training counts on while the thread writes.
         if self._shards:
             names = parameter_names(optimizer, decoder)
             moments: dict[str, Tensor] = {}
@@ -320,7 +321,7 @@ class CheckpointWriter:
                 moments |= {f"{names[number]}.{moment}": values[moment] for moment in MOMENTS}
             state["optimizer"] = {**optimizer_state, "state": steps}
             folder = self._job.folder / checkpoint_name(position.step)
-            complete = partial(self._complete_shards, position, state, started)
+            complete = partial(self._complete_shards, position.step, state, started)
             self._writing = self._shards.start(folder, weights, moments, complete)
         else:
             copied = self._buffers.copy({"weights": weights, "optimizer": optimizer_state})
@@ -330,7 +331,7 @@ class CheckpointWriter:
             state["optimizer"] = copied["optimizer"]
             waited = time.perf_counter() - started
             self._writing = self._pool.submit(
-                self._write, position, copied["weights"], state, is_copied, waited
+                self._write, position.step, copied["weights"], state, is_copied, waited
             )
 
     def finish(self) -> None:
@@ -386,7 +387,7 @@ class CheckpointWriter:
 
     def _write(
         self,
-        position: Position,
+        step: int,
         weights: dict[str, Tensor],
         training_state: dict[str, Any],
         is_copied: torch.cuda.Event | None,
@@ -398,19 +399,19 @@ class CheckpointWriter:
             is_copied.synchronize()
         save_checkpoint(
             self._job.folder,
-            position.step,
+            step,
             config=self._job.model,
             weights=weights,
             training_state=training_state,
             tokenizer_path=self._data.tokenizer_path,
-            provenance=self._provenance(position.step),
+            provenance=self._provenance(step),
             text_files=self._text_files,
         )
-        self._after_writing(position.step, started, waited_seconds)
+        self._after_writing(step, started, waited_seconds)
 
     def _complete_shards(
         self,
-        position: Position,
+        step: int,
         training_state: dict[str, Any],
         started: float,
         unfinished: UnfinishedFolder,
@@ -424,15 +425,16 @@ class CheckpointWriter:
         write_config(unfinished.path, config_to_json(self._job.model))
         write_beside_weights(
             unfinished.path,
+            step,
             self._job.model,
             training_state=training_state,
             tokenizer_path=self._data.tokenizer_path,
-            provenance={**self._provenance(position.step), "step": position.step},
+            provenance=self._provenance(step),
             text_files=self._text_files,
             checksums=checksums,
         )
         unfinished.finish()
-        self._after_writing(position.step, copied_at, copied_at - started)
+        self._after_writing(step, copied_at, copied_at - started)
 
     def _provenance(self, step: int) -> dict[str, Any]:
         """Return what the provenance says of this run's checkpoint, beside its files."""

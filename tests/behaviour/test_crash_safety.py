@@ -201,6 +201,7 @@ def shards_of_one_worker(step: int, value: float) -> Callable[[Path], None]:
         write_config(unfinished.path, config_to_json(CONFIG))
         write_beside_weights(
             unfinished.path,
+            step,
             CONFIG,
             training_state={"value": value},
             tokenizer_path=None,

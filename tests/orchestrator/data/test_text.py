@@ -25,7 +25,7 @@ from orchestrator.data.text import (
     split_text_file,
     text_source,
 )
-from orchestrator.data.tokenize import threads, write_text
+from orchestrator.data.tokenize import thread_runner, write_text
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -169,7 +169,7 @@ def test_a_data_set_is_opened_once_however_many_shards_it_has(tmp_path, monkeypa
 
     monkeypatch.setattr(datasets, "load_dataset", counting)
     settings = hub(tmp_path / "set", vocab_size=300, validation_fraction=0.3)
-    in_threads = {"open_runner": partial(threads, 3)}
+    in_threads = {"open_runner": partial(thread_runner, 3)}
     folder = write_text(settings, tmp_path / "tokens", "key", Progress(), **in_threads)
     of_files = settings.model_copy(
         update={"source": "files", "files": (str(tmp_path / "set"),), "hub_name": ""}

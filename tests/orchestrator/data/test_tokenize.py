@@ -38,7 +38,7 @@ from orchestrator.data.tokenize import (
     ShardRunner,
     first_occurrences,
     is_validation,
-    threads,
+    thread_runner,
     write_text,
 )
 from orchestrator.models.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ class WatchedThreads:
 
     @contextmanager
     def opened(self) -> Iterator[ShardRunner]:
-        with threads(self.num_at_once) as self.runner:
+        with thread_runner(self.num_at_once) as self.runner:
             yield self
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
@@ -235,7 +235,7 @@ def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
     for number in (1, 3):
         parent = tmp_path / f"by {number}"
         folder = write_text(
-            several, parent, "key", Progress(), open_runner=partial(threads, number)
+            several, parent, "key", Progress(), open_runner=partial(thread_runner, number)
         )
         assert folder.name == one_shard.name
         assert open_tokens(folder).train[:].tolist() == open_tokens(one_shard).train[:].tolist()
@@ -244,7 +244,9 @@ def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
         assert [path.name for path in parent.iterdir()] == [folder.name]
     (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
     with refused(UserError, "2.jsonl, line 51", "'text'"):
-        write_text(several, tmp_path / "bad", "key", Progress(), open_runner=partial(threads, 3))
+        write_text(
+            several, tmp_path / "bad", "key", Progress(), open_runner=partial(thread_runner, 3)
+        )
 
 
 def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
@@ -431,6 +433,6 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(several, tmp_path
     assert_names(progress.notes[0], "000001", "train.bin")
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     uninterrupted = write_text(
-        several, tmp_path / "whole", "key", Progress(), open_runner=partial(threads, 1)
+        several, tmp_path / "whole", "key", Progress(), open_runner=partial(thread_runner, 1)
     )
     assert contents(folder) == contents(uninterrupted)
