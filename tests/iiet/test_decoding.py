@@ -160,7 +160,8 @@ def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
     expected = decoder.generate(PROMPT, seed=1, **settings)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.equal(decoder.generate(PROMPT, seed=1, **settings), expected)
+    for same_seed in (1, [1]):
+        assert torch.equal(decoder.generate(PROMPT, seed=same_seed, **settings), expected)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(decoder.generate(PROMPT, seed=2, **settings), expected)
     together = decoder.generate(PROMPT, seed=[7, 8], **settings)

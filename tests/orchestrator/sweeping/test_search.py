@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,19 @@ def accuracy(schedule: IterationSchedule) -> float:
 
 
 class World:
-    """Trials in a folder; `finish` does as if they were trained."""
+    """Trials in a folder; `finish` does as if they were trained. The first schedule of the family
+    is the full one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: Sequence[IterationSchedule] = FAMILY) -> None:
         self.workspace = open_workspace(folder)
         self.folder = folder
         self.num_made = 0
-        self.full = FULL
+        self.full = family[0]
         self.accuracy = accuracy
-        teacher = self.trial(FULL).model_copy(update={"role": "teacher", "key": "teacher"})
+        teacher = self.trial(self.full).model_copy(update={"role": "teacher", "key": "teacher"})
         self.family = SweepTrials(
             key="family", name="family", kind="threshold", tokens_folder="", teacher="",
-            num_requested=3, trials=(teacher, *map(self.trial, FAMILY)),
+            num_requested=len(family), trials=(teacher, *map(self.trial, family)),
         )  # fmt: skip
 
     def trial(self, schedule: IterationSchedule) -> Trial:
@@ -140,6 +142,12 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(tmp_path, sample
     assert [trial.label for trial in world.search(sampler=sampler).suggested_trials()] == suggested
     assert len(world.run(sampler=sampler, num_trials=num_trials + 1)) == 1, "a longer one goes on"
     assert world.num_made == num_made + 1
+
+
+def test_a_search_for_all_schedules_suggests_each_once(tmp_path):
+    full, none = IterationSchedule((1, 0, 0, 1, 0, 1)), IterationSchedule((0,) * 6)
+    suggested = World(tmp_path, [full, none]).run(num_trials=99)
+    assert len(suggested) == len(set(suggested)) == 2**3 - 2, "the family has two"
 
 
 def test_a_search_follows_the_family_and_learns_from_all_of_it(tmp_path, tiny_tokens):
