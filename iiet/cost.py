@@ -13,7 +13,7 @@ decoder without values, which loads torch when the first cost is asked for. Sour
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -305,13 +305,9 @@ def _field_flops(config: ModelConfig, tokens_seen: float) -> float:
 
 def _body_flops(config: ModelConfig, tokens_seen: Sequence[float]) -> float:
     """Count all but the head, for one token; `tokens_seen` in each layer."""
-    num_terms = sum(counts.num_terms for counts in _all_layers(config))
+    num_terms = sum(layer_counts(config, layer).num_terms for layer in range(config.num_layers))
     fields_flops = sum(
         count * _field_flops(config, seen)
         for count, seen in zip(config.evaluations_per_layer(), tokens_seen, strict=True)
     )
     return fields_flops + 2 * config.dim * num_terms
-
-
-def _all_layers(config: ModelConfig) -> Iterator[LayerCounts]:
-    return (layer_counts(config, layer) for layer in range(config.num_layers))

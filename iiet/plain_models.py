@@ -156,7 +156,8 @@ def config_from_plain(config: Mapping[str, Any]) -> ModelConfig:
     problems = _unsupported(values, model_type)
     theta, scaling = _rope(values, model_type)
     rotary_layers = _rotary_layers(values, num_layers)
-    windows = _windows(values, model_type, rotary_layers, problems)
+    windows, problems_of_windows = _windows(values, model_type, rotary_layers)
+    problems += problems_of_windows
     if problems:
         raise ValueError(f"a decoder does not support, of {name}: {'; '.join(problems)}")
     has_bias = bool(values.get("attention_bias"))
@@ -218,18 +219,15 @@ def _rotary_layers(values: Mapping[str, Any], num_layers: int) -> tuple[bool, ..
 
 
 def _windows(
-    values: Mapping[str, Any],
-    model_type: ModelType,
-    rotary_layers: tuple[bool, ...] | None,
-    problems: list[str],
-) -> tuple[int | None, ...] | None:
-    """Return the window of each layer; adds to the problems."""
+    values: Mapping[str, Any], model_type: ModelType, rotary_layers: tuple[bool, ...] | None
+) -> tuple[tuple[int | None, ...] | None, list[str]]:
+    """Return the window of each layer, and what of it is not supported."""
     window: int | None = values.get("sliding_window")
     num_layers: int = values["num_hidden_layers"]
     if model_type.windows == "none":
-        return None
+        return None, []
     if model_type.windows == "all":
-        return (window,) * num_layers
+        return (window,) * num_layers, []
     if not values["use_sliding_window"]:
         window = None
     layer_types = values["layer_types"]
@@ -239,12 +237,14 @@ def _windows(
         else:
             slides = [not rotates for rotates in rotary_layers or ()]
         layer_types = [_SLIDING if slide and window else _FULL for slide in slides]
+    problems: list[str] = []
     unknown = sorted({repr(name) for name in layer_types} - {repr(_FULL), repr(_SLIDING)})
     if unknown:
         problems.append(f"layer_types {', '.join(unknown)}")
     if window is None and _SLIDING in layer_types:
         problems.append(f"layer_types {_SLIDING!r} without use_sliding_window and sliding_window")
-    return tuple(window if name == _SLIDING else None for name in layer_types)
+    windows = tuple(window if name == _SLIDING else None for name in layer_types)
+    return windows, problems
 
 
 # Write

@@ -116,10 +116,6 @@ class InfluenceTable:
             for row in self.residual_rows
         )
 
-    def rows(self) -> Rows:
-        """Return the values, as `iiet.pruning` takes them."""
-        return self.value_rows
-
     def worths(self) -> Rows:
         """Return what each correction adds if those before it are kept; may be summed.
 
@@ -347,7 +343,7 @@ def spread_over_cost(
 
 def influence_rows(influence: Influence) -> Rows:
     """Return the table as tuples of floats, all finite."""
-    table = influence.rows() if isinstance(influence, InfluenceTable) else influence
+    table = influence.value_rows if isinstance(influence, InfluenceTable) else influence
     rows = tuple(tuple(map(float, row)) for row in table)
     if not rows or not all(math.isfinite(value) for row in rows for value in row):
         raise ValueError(f"an influence table has a row of finite numbers per layer, got {rows}")

@@ -256,8 +256,10 @@ class PredictorCorrectorRK2(MixedLayer):
         shared: Any,
         **_: Any,
     ) -> Advance:
-        level = num_corrections if self.facts.has_corrections else 2
-        point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=level > 0)
+        # A method without levels takes the full step, and corrects it.
+        is_full = not self.facts.has_corrections or num_corrections == self.facts.full_level
+        corrects = is_full or num_corrections > 0
+        point_sum, hidden_sum = self.mix.sums(state.estimates, corrects=corrects)
         stages: list[Tensor] = []
 
         def predict(stages: list[Tensor]) -> Tensor:
@@ -282,7 +284,7 @@ class PredictorCorrectorRK2(MixedLayer):
             stages.append(value)
             return value
 
-        runge_kutta_stages(stage, hidden, self.order if level == 2 else 1)
+        runge_kutta_stages(stage, hidden, self.order if is_full else 1)
         estimate = prediction = predict(stages)
         if point_sum is not None:
             estimate = evaluate(

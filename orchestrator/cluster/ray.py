@@ -448,22 +448,7 @@ def problem_of_node(probe: Path | None, driver_versions: dict[str, str]) -> str:
         probe: A file that the driver's machine holds locked in the workspace, if that is checked.
         driver_versions: The `versions` of the driver's machine.
     """
-    problem = ""
-    deadline = time.monotonic() + SEEN_SECONDS
-    while probe and not (is_seen := probe.is_file()) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    if probe and not is_seen:
-        problem = "does not see what this machine writes"
-    elif probe:
-        try:
-            with probe.open("r+") as file:
-                lock_descriptor(file.fileno())
-            problem = "gets locks that this machine holds"
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            problem = f"cannot write or lock files ({error.strerror})"
-    if probe and problem:
+    if probe and (problem := _problem_of_folder(probe)):
         return (
             f"{problem} in {probe.parent}; the workspace must be one folder on a file system that "
             "all nodes share, under the same path and with locks (NFS 4, Lustre with -o flock); "
@@ -475,6 +460,23 @@ def problem_of_node(probe: Path | None, driver_versions: dict[str, str]) -> str:
         if version != driver_version:
             return f"has {name}: {version}, and this machine {driver_version}; {INSTALL_THE_SAME}"
     return ""
+
+
+def _problem_of_folder(probe: Path) -> str:
+    """Return why this node cannot work in the folder of a file that another one holds locked."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not probe.is_file():
+        if time.monotonic() >= deadline:
+            return "does not see what this machine writes"
+        time.sleep(POLL_SECONDS)
+    try:
+        with probe.open("r+") as file:
+            lock_descriptor(file.fileno())
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return f"cannot write or lock files ({error.strerror})"
+    return "gets locks that this machine holds"
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from orchestrator.data.depth import (
@@ -30,6 +31,7 @@ from orchestrator.data.store import (
     TOKENIZER_NAME,
     TokenStore,
     is_complete,
+    token_dtype,
     verify_data,
 )
 from orchestrator.data.text import find_files, source_state, text_source
@@ -370,7 +372,7 @@ def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:
 def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
     text_bytes = text_source(settings).num_bytes()
     num_tokens = text_bytes // ASSUMED_TEXT_BYTES_PER_TOKEN
-    token_bytes = 2 if vocab_size <= 1 << 16 else 4
+    token_bytes = np.dtype(token_dtype(vocab_size)).itemsize
     held_out_bytes = int(text_bytes * settings.validation_fraction)  # Stored as text, too.
     # Twice: a shard with copies of earlier documents is written again, and deleted at the end.
     return 2 * (num_tokens * token_bytes + held_out_bytes)

@@ -233,8 +233,9 @@ class EvaluationStore:
                     # What is said of each task is merged; of all else, the last task's is taken.
                     is_by_task = isinstance(value, dict)
                     merged[part] = merged.get(part, {}) | value if is_by_task else value
-                source = path.name.replace("results_", f"samples_{name}_") + "l"
-                shutil.copyfile(folder / source, target / f"samples_{name}_{date}.jsonl")
+                results_name = path.with_suffix(".jsonl").name
+                samples_name = results_name.replace("results_", f"samples_{name}_")
+                shutil.copyfile(folder / samples_name, target / f"samples_{name}_{date}.jsonl")
             merged["config"]["model_args"]["pretrained"] = pretrained
             merged["group_subtasks"] = {name: list(tasks) for name, tasks in keys.groups.items()}
             merged["model_name"] = target.name

@@ -248,7 +248,7 @@ def run_influence(
         title = "Influence of each correction"
         try:
             if table.schedule.num_corrections:
-                chart = influence_chart(table.rows(), metric=table.metric, title=title)
+                chart = influence_chart(table.value_rows, metric=table.metric, title=title)
                 save_chart(chart, plan.path.with_suffix(""), formats=["png"])
             StoredInfluence(key=plan.key, table=table).write(plan.path)
         except OSError as error:
@@ -303,7 +303,7 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
 def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:
     """Return what MLflow shows of a table: name, value, and the correction or the layer as step."""
     points = []
-    for name, rows in (("influence", table.rows()), ("residual", table.residual_rows)):
+    for name, rows in (("influence", table.value_rows), ("residual", table.residual_rows)):
         for layer, row in enumerate(rows, start=1):
             for correction, value in enumerate(row, start=1):
                 points.append((f"{name}/layer_{layer:02d}", value, correction))
@@ -324,7 +324,7 @@ def summary(table: InfluenceTable) -> str:
             f"no corrections; {len(layers)} whole layers, from {max(layers):.2g} down to "
             f"{min(layers):.2g}, over {table.num_tokens:,} tokens"
         )
-    values = [value for row in table.rows() for value in row]
+    values = [value for row in table.value_rows for value in row]
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)
     text = (

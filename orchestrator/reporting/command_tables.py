@@ -51,16 +51,21 @@ def evaluation_table(
     }
 
     def row(
-        task: str, metric: str, by_model: Sequence[Mapping[str, float]], items: int
+        task: str,
+        metric: str,
+        by_model: Sequence[Mapping[str, float]],
+        items: int,
+        *,
+        is_averaged: bool,
     ) -> TableRow:
-        metric_name = metric.removesuffix(" *")
         cells = []
         for name, numbers in zip(names, by_model, strict=True):
-            cells.append(_value_and_error(numbers, metric_name))
+            cells.append(_value_and_error(numbers, metric))
             if intervals and name != names[0]:
-                interval = intervals.get((name, task, metric_name))
+                interval = intervals.get((name, task, metric))
                 cells.append("" if interval is None else _signed_interval(interval))
-        return TableRow((task, metric, *cells, f"{items:,}"), is_first=task == AVERAGE)
+        shown_metric = f"{metric} *" if is_averaged else metric
+        return TableRow((task, shown_metric, *cells, f"{items:,}"), is_first=task == AVERAGE)
 
     rows = []
     for task in dict.fromkeys(name for model in models for name in model.results):
@@ -69,12 +74,14 @@ def evaluation_table(
         first_result = next(result for result in results if result)
         for metric in dict.fromkeys(name for numbers in by_model for name in numbers):
             if not metric.endswith(STDERR_SUFFIX):
-                mark = " *" if metric == first_result.accuracy_metric else ""
-                rows.append(row(task, metric + mark, by_model, first_result.num_items))
+                is_averaged = metric == first_result.accuracy_metric
+                rows.append(
+                    row(task, metric, by_model, first_result.num_items, is_averaged=is_averaged)
+                )
     averages = [model.quality() for model in models]
     if any("accuracy" in average for average in averages):
         most = max(model.num_accuracy_items for model in models)
-        rows.append(row(AVERAGE, "accuracy *", averages, most))
+        rows.append(row(AVERAGE, "accuracy", averages, most, is_averaged=True))
     heads = []
     for name in names:
         heads.append(name if len(names) > 1 else "value ± error")
@@ -272,7 +279,7 @@ def schedules_table(family: Sequence[FamilyMember]) -> Table:
 
 def influence_table(influence: InfluenceTable) -> Table:
     """Return the influence and contraction factors, a row for each layer, for files."""
-    values = [[f"{value:.3g}" for value in row] for row in influence.rows()]
+    values = [[f"{value:.3g}" for value in row] for row in influence.value_rows]
     return _by_layer("", values, _contractions(influence, ".3g") | _whole_layers(influence))
 
 

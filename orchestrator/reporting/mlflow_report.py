@@ -51,7 +51,7 @@ from orchestrator.terminal.metrics import (
     CONFIDENCE_ON_FRONT,
     DECODE_MS,
     KV_BYTES,
-    OVERHEADS,
+    OVERHEAD_METRICS,
     RELATIVE_FLOPS,
     RELATIVE_NFE,
     STDERR_SUFFIX,
@@ -126,7 +126,7 @@ def mlflow_runs_of_results(sweep: StoredSweep, front: Front) -> list[TrackedRun]
 
     Each seed of a model gets the numbers of the mean over its seeds.
     """
-    names = (*SUMMARY_METRICS, *sum(OVERHEADS.values(), ()))
+    names = (*SUMMARY_METRICS, *OVERHEAD_METRICS)
     numbers_of_seed: dict[str, dict[str, float]] = {}
     for row in front.rows:
         numbers = {name: known(row, name) for name in names}

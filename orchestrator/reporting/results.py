@@ -26,6 +26,7 @@ from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.metrics import (
     COST,
     NFE,
+    OVERHEAD_METRICS,
     OVERHEADS,
     QUALITY,
     SERVED_MS,
@@ -278,7 +279,7 @@ def with_overhead(table: DataFrame) -> DataFrame:
     keys = table["key"]
     vanilla = keys.map(vanilla_of(table))
     teacher = keys.map(teachers_of(table))
-    table = table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore")
+    table = table.drop(columns=[*OVERHEAD_METRICS], errors="ignore")
     for cost, (overhead, overhead_share) in OVERHEADS.items():
         if cost not in table:
             continue

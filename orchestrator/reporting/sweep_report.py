@@ -204,7 +204,7 @@ class ReportResult(Result):
         if tables := task_tables(front):
             note = [TASK_TABLES_NOTE]
             folded.append(Section(title="Task by task", tables=tables, explanations=note))
-        if self.influence is not None and any(self.influence.rows()):
+        if self.influence is not None and any(self.influence.value_rows):
             folded.append(self._influence_section(self.influence))
         for title, curves in self.curves.items():
             folded.append(Section(title=title, chart=curves_chart(title, curves)))
@@ -214,7 +214,7 @@ class ReportResult(Result):
     def _influence_section(self, influence: InfluenceTable) -> Section:
         knee = self.front.picks.get("knee")
         chart = influence_chart(
-            influence.rows(),
+            influence.value_rows,
             metric=influence.metric,
             title="Influence of each correction",
             marked_schedule=knee["trial"].schedule if knee else None,

@@ -234,6 +234,7 @@ OVERHEADS = {
 }
 """Cost -> what a model costs beyond vanilla of its shape, and a student as a share of its
 teacher's."""
+OVERHEAD_METRICS = tuple(name for names in OVERHEADS.values() for name in names)
 
 _ENDS_OF_SHARES = ("accuracy", "/acc", "/acc_norm")
 _ENDS_OF_LOSSES = ("loss", "bits_per_byte", "perplexity", "ppl", "error")

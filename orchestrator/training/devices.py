@@ -496,8 +496,9 @@ def compile_layers(
     # Each worker of a node starts so many processes that compile, by default one per CPU of it.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(torch.get_num_threads()))
     warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
-    for name in filter(partial(hasattr, config), _COMPILED_GRAPHS):  # An older PyTorch lacks some.
-        setattr(config, name, _COMPILED_GRAPHS[name])
+    for name, value in _COMPILED_GRAPHS.items():
+        if hasattr(config, name):  # An older PyTorch lacks some.
+            setattr(config, name, value)
     compilation = Compilation()
 
     def compiled(plain: Callable[..., ResultT]) -> Callable[..., ResultT]:

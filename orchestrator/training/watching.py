@@ -41,7 +41,7 @@ from orchestrator.records.training import (
 from orchestrator.records.training_state import Training
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.terminal.metrics import PERPLEXITY, VALIDATION_LOSS
+from orchestrator.terminal.metrics import PERPLEXITY, QUALITY, VALIDATION_LOSS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
@@ -406,7 +406,7 @@ def trial_model(trial: Trial) -> TrackedModel | None:
         datasets[name] = None
         if name in (VALIDATION_LOSS, PERPLEXITY):
             datasets[name] = data
-        elif name.startswith("quality/"):
+        elif name.startswith(QUALITY):
             datasets[name] = tasks
     seed = trial.job.recipe.seed if trial.job else trial.seed
     model = tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)

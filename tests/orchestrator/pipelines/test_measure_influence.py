@@ -64,7 +64,7 @@ def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tin
     assert next(iter(result.shown())) == f"model: {checkpoint}"
     frame = result.to_pandas()
     assert list(zip(frame["layer"], frame["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
-    assert frame["influence"].tolist() == [value for row in table.rows() for value in row]
+    assert frame["influence"].tolist() == [value for row in table.value_rows for value in row]
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())["table"]
     assert InfluenceTable.from_dict(stored) == table
     assert stored["residuals"] == [list(row) for row in table.residual_rows]

@@ -67,7 +67,7 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
         history = client.get_metric_history(run.info.run_id, name)
         return {point.step: point.value for point in history}
 
-    assert curve("influence/layer_01") == dict(enumerate(table.rows()[0], start=1))
+    assert curve("influence/layer_01") == dict(enumerate(table.value_rows[0], start=1))
     assert curve("residual/layer_01") == dict(enumerate(table.residual_rows[0], start=1))
     assert curve("block_influence") == dict(enumerate(table.layer_values, start=1))
     assert curve("contraction") == {1: table.contractions[0]}
