@@ -95,7 +95,7 @@ def write_files(folder: Path) -> None:
     (folder / "my-texts" / "all.jsonl").write_text(rows, encoding="utf-8")
     (folder / "corpus" / "all.jsonl").write_text(rows, encoding="utf-8")
     docs = ROOT / "docs"
-    (mixture,) = [b for b in blocks(docs / "data.md", "yaml") if "source: mixture" in b]
+    (mixture,) = [b for b in blocks(docs / "data.md", "yaml") if "phop_6: 0.3" in b]
     (capitals,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "task: capitals" in b]
     (depths,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "kind: depth" in b]
     (folder / "mixture.yaml").write_text(mixture)

@@ -58,6 +58,7 @@ def make_job(tiny_job) -> MakeJob:
 def test_finished_jobs_start_nothing(make_job, monkeypatch):
     outcome = run_job(make_job("done"))
     monkeypatch.setattr("ray.init", pytest.fail)
+    monkeypatch.setattr("ray.nodes", pytest.fail)  # Asked where a Ray runs already.
     assert run_train_jobs([make_job("done")]) == [outcome]
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 import torch
 from pretended_cluster import pretended_cluster
+from pretended_ray import idle_ray
 
 from orchestrator.cluster.work import WorkPlace, command_place, sweep_place
+from orchestrator.planning.machine import Node
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -174,7 +180,6 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
     assert _device_of(tmp_path, device="cpu", num_gpus=2) == "cpu"
     assert _device_of(tmp_path, device="cpu", address="10.0.0.1:6379") == "cpu"
 
-    # A task, as above.
     for elsewhere in ({"num_gpus": 1}, {"address": "10.0.0.1:6379"}):
         cluster = ClusterSettings(device="cuda", **elsewhere)
         place = WorkPlace(needs_gpu=True, cluster=cluster, folder=tmp_path)
@@ -187,3 +192,34 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         with pytest.raises(UserError, match=words):
             _device_of(tmp_path, device=device)
+
+
+def test_work_that_needs_a_gpu_of_ray_is_a_task_with_one(tmp_path, monkeypatch):
+    asked: list[dict[str, Any]] = []
+
+    def remote(**options: Any) -> Any:
+        def start(_: object) -> Iterator[tuple[str]]:
+            asked.append(options)
+            return iter([("what the task returned",)])
+
+        return lambda _: SimpleNamespace(remote=start)
+
+    idle_ray(monkeypatch, Node(1, gpus=1))
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "wait", lambda events, **_: (events, []))
+    monkeypatch.setattr(ray, "get", lambda event: event)
+    here: list[str] = []
+
+    def work(device: str, _: Progress) -> str:
+        here.append(device)
+        return "it is done here"
+
+    settings = resolve_settings({}, ["cluster.num_gpus=1"])
+    for place in (
+        command_place(ClusterSettings(device="cuda", num_gpus=1), tmp_path),
+        sweep_place(settings, tmp_path),
+        WorkPlace(needs_gpu=True),  # Within a trial, whose process is part of a Ray.
+    ):
+        assert place.run(work, Progress()) == "what the task returned"
+    assert [options["num_gpus"] for options in asked] == [1, 1, 1]
+    assert not here
