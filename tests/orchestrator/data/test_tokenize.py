@@ -400,7 +400,7 @@ class Killed(Progress):
         if done == 3 and "tokens" in text and reports > 20:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 settings = DataSettings.model_validate_json(sys.argv[2])
-one_thread = partial(tokenize.threads, 1)
+one_thread = partial(tokenize.thread_runner, 1)
 tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), open_runner=one_thread)
 """
 
