@@ -132,7 +132,7 @@ def places_table(
     paper = "`iiet-orch sweep claims`, `iiet-orch sweep toy`"
     shipped = "`iiet-orch sweep retrofit`"
     studied = "`python research/retrofit_study.py`"
-    piloted = "[a pilot](research/retrofit.md)"
+    piloted = "a pilot (`research/retrofit.md`)"
     *depth_readings, text_readings = all_readings(_stored_study(study))
     rows = [
         (

@@ -63,7 +63,11 @@ with ray_cluster():
 cluster.shutdown()
 print(json.dumps(placements))
 """
-DOCUMENTED = {int(number) for number in re.findall(r"--gpus (\d+)", TEXT)}
+NUM_GPUS = 32
+"""Those of the pretended cluster; a page may speak of more."""
+DOCUMENTED = {
+    int(number) for number in re.findall(r"--gpus (\d+)", TEXT) if int(number) <= NUM_GPUS
+}
 TABLE = {
     float(gpus): (int(num_nodes), int(at_once))
     for gpus, num_nodes, at_once in re.findall(

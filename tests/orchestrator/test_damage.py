@@ -206,7 +206,7 @@ SAID = {
     "trials/*/done.json": ("stopped at 1/1",),
     "trials/*/result-*.json": ("to measure",),
     "sweeps/s/plan.json": ("without a plan",),
-    "sweeps/s/results.json": ("'has_report': False", "has no finished sweep"),
+    "sweeps/s/results.json": ("'has_report': False", "has no report"),
     "runs/full/step_00000002/influence-cosine.json": ("influence is not",),
     "sweeps/s/times.json": ("time per token",),
     "runs/*/stopped-early.json": ("'state': 'empty'", "'state': 'to train'"),
