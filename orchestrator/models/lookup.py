@@ -8,7 +8,7 @@ error. `models.open` makes a model of what is found here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -275,3 +275,21 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
     if table := tables.get(metric or InfluenceSettings().metric):
         return table
     return next(iter(tables.values())) if len(tables) == 1 else None
+
+
+def find_influence_table(
+    checkpoints: Iterable[Path], metric: str | None = None
+) -> InfluenceTable | None:
+    """Return the first table of a metric beside one of several checkpoints; without one, the first
+    that `load_influence_table` returns.
+
+    Raises:
+        DamagedFile: If one of the tables is damaged.
+    """
+    wanted_metric = metric or InfluenceSettings().metric
+    tables = [load_influence_table(checkpoint, wanted_metric) for checkpoint in checkpoints]
+    known_tables = [table for table in tables if table is not None]
+    for table in known_tables:
+        if table.metric == wanted_metric:
+            return table
+    return known_tables[0] if known_tables else None

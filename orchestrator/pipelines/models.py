@@ -44,7 +44,7 @@ from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.retention import Loss, loss_text
-from orchestrator.settings import InfluenceSettings, Settings
+from orchestrator.settings import Settings
 from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
@@ -494,11 +494,7 @@ def model_card(
     )
     full = folders.load_config(teachers[0] if teachers else checkpoint)
     if influence is None:
-        wanted = metric or InfluenceSettings().metric
-        tables = (lookup.load_influence_table(teacher, wanted) for teacher in teachers)
-        influence = min(
-            filter(None, tables), key=lambda table: table.metric != wanted, default=None
-        )
+        influence = lookup.find_influence_table(teachers, metric)
     prompt = ModelCard.prompt
     file = checkpoint / folders.TOKENIZER
     if file.is_file():
