@@ -36,7 +36,7 @@ test: $(INSTALLED) ## Install, then run all tests but those of test-long and tes
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
 
-test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (half an hour)
+test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (up to an hour)
 	IIET_LAW_EXAMPLES=20 $(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "(long or law) and not installs" $(TESTS)
 
 test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)

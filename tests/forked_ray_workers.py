@@ -92,12 +92,12 @@ def serve(listener: socket.socket, modules: Iterable[str]) -> None:
         with connection:
             _, files, *_ = socket.recv_fds(connection, 1, 3)
             with connection.makefile() as text:
-                asked = text.read()
-        if not asked.endswith("]"):  # Whoever asked was killed meanwhile.
+                request_text = text.read()
+        if not request_text.endswith("]"):  # Whoever asked was killed meanwhile.
             for file in files:
                 os.close(file)
             continue
-        words, environment, folder, blocked_signals = json.loads(asked)
+        words, environment, folder, blocked_signals = json.loads(request_text)
         if os.fork() == 0:
             listener.close()
             _be_worker(words, environment, folder, files, blocked_signals)

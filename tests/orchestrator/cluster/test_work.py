@@ -195,11 +195,11 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
 
 
 def test_work_that_needs_a_gpu_of_ray_is_a_task_with_one(tmp_path, monkeypatch):
-    asked: list[dict[str, Any]] = []
+    task_options: list[dict[str, Any]] = []
 
     def remote(**options: Any) -> Any:
         def start(_: object) -> Iterator[tuple[str]]:
-            asked.append(options)
+            task_options.append(options)
             return iter([("what the task returned",)])
 
         return lambda _: SimpleNamespace(remote=start)
@@ -221,5 +221,5 @@ def test_work_that_needs_a_gpu_of_ray_is_a_task_with_one(tmp_path, monkeypatch):
         WorkPlace(needs_gpu=True),  # Within a trial, whose process is part of a Ray.
     ):
         assert place.run(work, Progress()) == "what the task returned"
-    assert [options["num_gpus"] for options in asked] == [1, 1, 1]
+    assert [options["num_gpus"] for options in task_options] == [1, 1, 1]
     assert not here

@@ -104,6 +104,12 @@ trainer.make_objective = spoil
 """
 """The loss of the second worker is NaN at one step, and so is that of one who trains alone."""
 PATCHES = {"masked": MASKED, "bad": BAD}
+LATE = """
+from orchestrator.training import trainer
+trainer.NUM_RECORDED_POINTS = 1
+trainer.RECORD_EVERY_SECONDS = 0.0 if rank == "1" else 1000.0
+"""
+"""By the clock of the second worker alone, each step is to be recorded."""
 
 
 class Row(NamedTuple):
@@ -254,15 +260,8 @@ def test_several_workers_train_what_one_trains(make_job, name, monkeypatch):
 @pytest.mark.slow
 def test_workers_record_the_same_steps_though_only_the_clock_of_one_says_so(make_job):
     """Each tells the others about its GPU then, and would wait for ever for one that does not."""
-    late = "\n".join(
-        [
-            "from orchestrator.training import trainer",
-            "trainer.NUM_RECORDED_POINTS = 1",
-            "trainer.RECORD_EVERY_SECONDS = 0.0 if rank == '1' else 1000.0",
-        ]
-    )
     job = in_folder(make_job("plain", num_steps=4), "late")
-    workers(2, before=late)(job)
+    workers(2, before=LATE)(job)
     assert list(curve(job)) == [1, 2, 3, 4]
 
 

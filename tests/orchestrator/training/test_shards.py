@@ -282,6 +282,7 @@ KILLS = {
 MORE_KILLS = {
     ("step", "^3$"): 2,
     ("os.mkdir", WRITTEN): 2,
+    # Written under other names, they are opened to compute checksums.
     ("open", f"{WRITTEN}/rows-00001-of"): 2,
     ("open", f"{WRITTEN}/moments-00003-of"): 2,
     ("open", f"{WRITTEN}/model.safetensors w"): 2,
