@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -162,8 +163,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    temporary: pytest.TempPathFactory = item.config._tmp_path_factory
-    copy_databases(temporary.getbasetemp() / "mlflow-template.db")
+    copy_databases(_first_database(item.config))
+
+
+@cache
+def _first_database(config: pytest.Config) -> Path:
+    # Where MLflow's first database is kept: in pytest's cache, so that later runs find it.
+    kept: Any = getattr(config, "cache", None)  # It can be switched off.
+    if kept is None:
+        temporary: pytest.TempPathFactory = config._tmp_path_factory
+        folder = temporary.getbasetemp()
+    else:
+        folder = kept.mkdir("mlflow-databases")
+    versions = [metadata.version(library) for library in ("mlflow", "sqlalchemy", "alembic")]
+    return folder / f"{'-'.join(versions)}.db"
 
 
 @pytest.fixture(scope="module", autouse=True)

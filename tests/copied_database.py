@@ -1,4 +1,4 @@
-"""MLflow databases of tests, copied from the first one that the process has made.
+"""MLflow databases of tests, copied from the first one that a test has made.
 
 MLflow makes a database by all migrations of its history, which takes a second of CPU and dozens of
 waits for the disk. One database is made like this; the others get its tables.
@@ -6,6 +6,7 @@ waits for the disk. One database is made like this; the others get its tables.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from contextlib import closing
@@ -31,7 +32,10 @@ def copy_databases(template: Path) -> None:
             _copy(template, Path(engine.url.database))
         else:
             migrate(engine)
-            _copy(Path(engine.url.database), template)
+            # Another process may do the same.
+            unfinished = template.with_name(f"{template.name}.{os.getpid()}")
+            _copy(Path(engine.url.database), unfinished)
+            unfinished.replace(template)
 
     copy_or_migrate.migrate = migrate
     utils._initialize_tables = copy_or_migrate

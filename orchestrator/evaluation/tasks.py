@@ -16,6 +16,7 @@ import difflib
 import io
 import json
 import logging
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -548,12 +549,18 @@ def _builtin_folders() -> dict[str, set[Path]]:
     assert spec, "this program depends on it"
     root = Path(str(spec.origin)).parent / "tasks"
     folders: defaultdict[str, set[Path]] = defaultdict(set)
-    for file in root.rglob("*.yaml"):
-        text = file.read_bytes()
-        for keyword, name in _NAMED.findall(text):
-            family = root / file.relative_to(root).parts[0]
-            folders[name.decode()].add(family if keyword == b"group" else file.parent)
-        for block in _TAG_LIST.findall(text):
-            for name in _ITEM.findall(block):
-                folders[name.decode()].add(file.parent)
+    # A folder at a time, as a path for each of 14,000 files takes longer than to read them.
+    for folder_name, _, file_names in os.walk(root):
+        folder = Path(folder_name)
+        family = root.joinpath(*folder.relative_to(root).parts[:1])
+        for file_name in file_names:
+            if not file_name.endswith(".yaml"):
+                continue
+            with open(f"{folder_name}/{file_name}", "rb") as file:  # noqa: PTH123
+                text = file.read()
+            for keyword, name in _NAMED.findall(text):
+                folders[name.decode()].add(family if keyword == b"group" else folder)
+            for block in _TAG_LIST.findall(text):
+                for name in _ITEM.findall(block):
+                    folders[name.decode()].add(folder)
     return dict(folders)
