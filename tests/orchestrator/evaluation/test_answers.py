@@ -60,7 +60,7 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
     assert len(contexts[-1]) > decoder.config.context_length
     seeds = range(len(contexts))
     different_answers = set[str]()
-    greedy = Sampling(max_new_tokens=12)
+    greedy = Sampling(max_new_tokens=8)
     unstopped = [plain_answer(decoder, tokenizer, context, greedy) for context in contexts]
     # The middle of each answer: from within one token into others.
     across = tuple(text[len(text) // 2 : len(text) // 2 + 5] for text in unstopped)
@@ -69,8 +69,8 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
     for settings in (
         greedy,
         stopped,
-        Sampling(max_new_tokens=6, temperature=1.0),
-        Sampling(max_new_tokens=6, temperature=1.3, top_k=20, top_p=0.8),
+        Sampling(max_new_tokens=4, temperature=1.0),
+        Sampling(max_new_tokens=4, temperature=1.3, top_k=20, top_p=0.8),
     ):
         answers = generate_answers(decoder, tokenizer, contexts, settings, seeds)
         alone = zip(contexts, seeds, strict=True)

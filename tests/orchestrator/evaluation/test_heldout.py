@@ -101,7 +101,7 @@ class HandMade(LM):
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
     draw = random.Random(0)
-    texts = [story(draw) for _ in range(150)]
+    texts = [story(draw) for _ in range(90)]
     folder = tmp_path_factory.mktemp("tokens")
     return tokens_of(texts, folder, vocab_size=400, validation_fraction=0.3)
 
@@ -152,7 +152,7 @@ def test_other_items_of_the_same_data_are_another_version(suite):
     # If this fails, TEXT_VERSION must be raised: results of other items are found under its key.
     assert heldout.TEXT_VERSION == 2
     first_words = [row["word"] for row in rows(suite, "lastword")[:4]]
-    assert first_words == ["turtle", "glass", "sand", "monkey"]
+    assert first_words == ["sand", "monkey", "wool", "about"]
 
 
 def test_the_size_of_the_held_out_text_is_in_bytes(tmp_path, monkeypatch):
