@@ -13,7 +13,13 @@ from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
 from mlflow.entities import Run
 
-from orchestrator.records.tracked_run import NOTE_TAG, REASON_TAG, VIEW_TAG
+from orchestrator.records.tracked_run import (
+    NOTE_TAG,
+    PRETRAIN_OF_SWEEP,
+    REASON_TAG,
+    VIEW_TAG,
+    TrackedRun,
+)
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
@@ -22,8 +28,9 @@ from orchestrator.sweeping.states import RunningSweep, Status, TrialState, trial
 from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, TRAINING_SHARE, SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import open_tracking
+from orchestrator.workspace.files import read_json, write_json
 from orchestrator.workspace.journal import Journal, recorded_times
-from orchestrator.workspace.layout import open_workspace
+from orchestrator.workspace.layout import JOB_NAME, open_workspace
 
 # Runs in MLflow
 
@@ -88,8 +95,9 @@ class Shown:
         settings = resolve_settings({})
         self.run = RunningSweep(plan, trial_states(plan, settings.sweep))
         self.progress = KeptProgress()
+        self.tracking = FakeTracking()
         self.view = SweepView(
-            self.run, settings, open_workspace(folder), FakeTracking(), self.progress
+            self.run, settings, open_workspace(folder), self.tracking, self.progress
         )
 
 
@@ -98,6 +106,38 @@ def write_steps(trial: Trial, share: float) -> None:
     journal = Journal(trial.job.folder)
     journal.metrics(round(share * trial.job.recipe.num_steps), {"train/loss": 1.0})
     journal.close()
+
+
+def test_at_the_end_a_trial_that_still_runs_is_cut_off_and_others_stay_as_they_are(
+    tiny_plan, tmp_path
+):
+    shown = Shown(tiny_plan, tmp_path)
+    first, second, third = [trial for trial in tiny_plan.trials if trial.job][:3]
+    shown.run.on_start(first.key)
+    shown.run.on_start(second.key)
+    shown.view.update()
+    shown.run.on_end(first.key, finished(first, 0.5), "")
+    shown.view.end_trials()
+    statuses = {run.key: run.status for run in shown.tracking.published}  # The last ones.
+    assert (statuses[first.key], statuses[second.key]) == ("FINISHED", "KILLED")
+    assert third.key not in statuses, "it has not begun"
+
+
+@pytest.mark.slow
+def test_a_teachers_run_replaces_the_one_that_showed_its_training(tiny_plan, tmp_path):
+    shown = Shown(tiny_plan, tmp_path)
+    teacher = tiny_plan.trials[0]
+    student = next(trial for trial in tiny_plan.trials if trial.job)
+    job_files = [Path(teacher.checkpoint).parent / JOB_NAME, student.job.folder / JOB_NAME]
+    for number, file in enumerate(job_files):
+        write_json(file, {**(read_json(file) or {}), "key": f"training {number}"})
+        run = TrackedRun(kind=PRETRAIN_OF_SWEEP, key=f"training {number}", name="a training")
+        shown.tracking.publish(run)
+    for trial in (teacher, student):
+        shown.run.on_end(trial.key, finished(trial, 0.5), "")
+    shown.view.update()
+    assert shown.tracking.stored(PRETRAIN_OF_SWEEP, "training 0") is None
+    assert shown.tracking.stored(PRETRAIN_OF_SWEEP, "training 1"), "of another one"
 
 
 def test_an_update_looks_into_a_few_journals_and_comes_to_all(tiny_plan, tmp_path, monkeypatch):

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from read_tokens import noted_tokens
+from refusals import refused
 
 from iiet import ModelConfig
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.settings.evaluation import DEFAULT_RETENTION
 from orchestrator.sweeping.retrofit import (
     EQUAL_TOKENS,
     SCRATCH,
@@ -26,6 +28,7 @@ from orchestrator.sweeping.retrofit import (
     Retrofit,
     retrofit_of,
     training_flops,
+    with_retention,
 )
 from orchestrator.training.source import find_source
 from orchestrator.training.trainer import run_job
@@ -149,6 +152,19 @@ def test_its_rate_is_the_better_of_two(make):
             outcome = outcome_of(job).model_copy(update={"validation_loss": loss})
             outcome.write(job.folder / DONE_NAME)
         assert continued_job(replace(retrofit)).recipe.learning_rate == rate
+
+
+def test_models_may_lose_so_much_only_where_the_source_is_measured_beside_them(make):
+    usual = make()
+    assert with_retention(usual.settings, usual).evaluation.retention == DEFAULT_RETENTION
+    assert with_retention(usual.settings, None).evaluation.retention == {}
+    for controls in ("[]", "[source_continued]"):
+        without_source = make(f"sweep.source_controls={controls}")
+        settings = with_retention(without_source.settings, without_source)
+        assert settings.evaluation.retention == {}
+        bounded = make(f"sweep.source_controls={controls}", "evaluation.retention={lastword: 1.0}")
+        with refused(UserError, "evaluation.retention", "sweep.source_controls"):
+            with_retention(bounded.settings, bounded)
 
 
 def test_controls_stand_beside_the_front_as_far_as_they_are_trained(make):

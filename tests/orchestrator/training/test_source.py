@@ -150,6 +150,18 @@ def test_a_source_of_the_same_method_gives_all_its_weights(save_tiny, workspace,
         assert torch.equal(trained.state_dict()[name], weight), name
 
 
+def test_options_of_the_source_are_those_of_its_method_alone(save_tiny, workspace, settings):
+    save_tiny(workspace.runs / "identity", method_options={"start": "identity"})
+    of_method = {}
+    for method in ("iiet", "pcformer"):
+        plan = plan_pretrain(
+            settings(f"model.method={method}"), workspace=workspace, source="identity", local=True
+        )
+        of_method[method] = job_from(plan).model.method_options
+    assert of_method["iiet"].start == "identity"
+    assert of_method["pcformer"] in (None, facts_of("pcformer").Options())
+
+
 def test_norms_and_mix_of_another_method_are_not_copied(save_tiny, workspace, settings):
     source = save_tiny(workspace.runs / "pcformer", method="pcformer", schedule=None, seed=3)
     decoder = load_model(source)
