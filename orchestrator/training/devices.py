@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from iiet.config import ModelConfig
 from iiet.context import make_context
 from iiet.decoder import Decoder
 from iiet.distillation import Model
@@ -352,16 +353,22 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
             weights = {name: tensor for name, tensor in weights.items() if name not in added}
     with torch.device("meta"):
         decoder = Decoder(config)
-        pattern = Decoder(config)
     part = trained_part(config.corrections, job.recipe.trained_layers)
     freeze(decoder.model, part, decoder.lm_head)
     if world.is_sharded:
         shard(decoder, world, precision=job.recipe.precision)
     decoder.to_empty(device=world.device)
 
-    random_weights = initial_weights(pattern, config.initializer_std)
-    _fill(decoder, chain(weights.items(), random_weights))
+    _fill(decoder, chain(weights.items(), _random_weights(config)))
     return decoder.train()
+
+
+def _random_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the initial weights of a model by name. Nothing is made until the first is asked for: a
+    run that resumes needs none."""
+    with torch.device("meta"):
+        pattern = Decoder(config)
+    yield from initial_weights(pattern, config.initializer_std)
 
 
 @torch.no_grad()

@@ -33,11 +33,11 @@ from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
 MakeJob = Callable[..., TrainingJob]
 
 STAGED = {
-    "num_steps": 8, "num_tokens_per_step": 32, "learning_rate": 1e-2, "warmup_steps": 1,
-    "validate_every_steps": 2, "checkpoint_every_steps": 100, "iterate_from_fraction": 0.75,
+    "num_steps": 4, "num_tokens_per_step": 32, "learning_rate": 1e-2, "warmup_steps": 1,
+    "validate_every_steps": 2, "checkpoint_every_steps": 100, "iterate_from_fraction": 0.5,
     "num_checkpoints_kept": 1,
 }  # fmt: skip
-SWITCH = 6
+SWITCH = 2
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(staged, sc
     job = staged(schedule).model_copy(update={"first_stages": None})
     continued = same_run(job, after_stage(staged((2, 1), "first")))
     assert starts(continued) == [SWITCH]
-    assert set(curve(continued, "validation/loss")) == {2, 4, 6, 8}
+    assert set(curve(continued, "validation/loss")) == {2, 4}
     flops_per_token = training_flops_per_token(job.model, IterationSchedule((0, 0)))
     assert run_job(continued).shared_flops == pytest.approx(SWITCH * 32 * flops_per_token)
     assert run_job(in_folder(job, "run-alone")).shared_flops == 0.0
@@ -91,7 +91,7 @@ def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(staged, sc
 def test_only_a_run_before_the_end_of_the_stage_continues_it(staged):
     job = staged((1, 1)).model_copy(update={"first_stages": None})
     train_stage = after_stage(staged((2, 1), "first"))
-    assert starts(same_run(job, stop(2), train_stage)) == [0, SWITCH]
+    assert starts(same_run(job, stop(1), train_stage)) == [0, SWITCH]
     assert starts(same_run(job, stop(SWITCH + 1), train_stage)) == [0, SWITCH + 1]
 
 
@@ -125,7 +125,7 @@ def test_only_models_with_the_same_first_stage_share_it(staged):
         staged((2, 1), "3", learning_rate=2e-2),
         staged((2, 1), "4", seed=1),
         staged((2, 1), "5", num_validation_tokens=32),
-        staged((2, 1), "6", iterate_from_fraction=0.5),
+        staged((2, 1), "6", iterate_from_fraction=0.25),
         staged((1, 1), "7", iterate_from_fraction=0.0),
         vanilla.model_copy(update={"model": replace(vanilla.model, method="vanilla")}),
     ]
@@ -197,16 +197,16 @@ def test_a_continued_run_equals_one_longer_training(make, recipe, start):
 
 
 def test_a_constant_run_can_get_a_decay_and_be_continued_again(make):
-    short = make("short", decay="constant", iterate_from_fraction=0.0)
+    short = make("short", decay="constant", iterate_from_fraction=0.0, num_steps=8)
     run_job(short)
-    assert steps_of(short) == [20]
-    job = continue_job(short, longer(short, make, decay="wsd", num_steps=32), print)
-    assert job.continued_from == str(short.folder / "step_00000020")
+    assert steps_of(short) == [8]
+    job = continue_job(short, longer(short, make, decay="wsd", num_steps=12), print)
+    assert job.continued_from == str(short.folder / "step_00000008")
     run_job(job)
-    assert steps_of(job) == [24, 32], "the checkpoint before the decay is kept"
-    third_job = make("again", decay="wsd", num_steps=40, iterate_from_fraction=0.0)
+    assert steps_of(job) == [9, 12], "the checkpoint before the decay is kept"
+    third_job = make("again", decay="wsd", num_steps=16, iterate_from_fraction=0.0)
     third_job = continue_job(job, third_job, print)
-    assert third_job.continued_from == str(job.folder / "step_00000024")
+    assert third_job.continued_from == str(job.folder / "step_00000009")
     rates = [learning_rate_at(step, make("run").recipe) for step in range(20)]
     assert rates[3:16] == [rates[3]] * 13
     assert rates[16] < rates[15]
@@ -215,27 +215,27 @@ def test_a_constant_run_can_get_a_decay_and_be_continued_again(make):
 def test_a_run_is_continued_with_other_corrections_from_the_end_of_its_first_stage(staged):
     short = staged((2, 1), "short", decay="constant")
     run_job(short)
-    longer = {"decay": "constant", "num_steps": 12, "iterate_from_fraction": 0.5}
+    longer = {"decay": "constant", "num_steps": 8, "iterate_from_fraction": 0.25}
     job = staged((1, 0), **longer).model_copy(update={"first_stages": None})
     continued = same_run(job, lambda alone: continue_job(short, alone, print))
     assert starts(continued) == [SWITCH]
 
 
 def test_what_cannot_be_continued_exactly_is_refused(make):
-    short = make("short")
-    cosine = make("cosine", decay="cosine")
-    with refused(UserError, "--steps", "20"):
-        longer(short, make, num_steps=20)
+    short = make("short", num_steps=8)
+    cosine = make("cosine", decay="cosine", num_steps=4)
+    with refused(UserError, "--steps", "8"):
+        longer(short, make, num_steps=8)
     for job in (short, cosine):
         run_job(job)
     continue_printing = partial(continue_job, note=print)
     with refused(UserError, "recipe.learning_rate", "0.01", "0.5"):
         continue_printing(short, longer(short, make, learning_rate=0.5))
-    with refused(UserError, "step 3", "15, 20"):
+    with refused(UserError, "step 3", "6, 8"):
         continue_printing(short, longer(short, make, iterate_from_fraction=0.05))
-    with refused(UserError, "20 steps", "training.decay=wsd"):
+    with refused(UserError, "4 steps", "training.decay=wsd"):
         continue_printing(cosine, longer(cosine, make))
     for checkpoint in find_checkpoints(short.folder):
         (checkpoint / TRAINING_STATE).write_bytes(b"")
-    with refused(UserError, "step_00000015", TRAINING_STATE):
+    with refused(UserError, "step_00000006", TRAINING_STATE):
         continue_printing(short, longer(short, make))

@@ -44,15 +44,15 @@ def make_job(tiny_job) -> MakeJob:
 
 
 def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_job, monkeypatch):
-    job = make_job(num_steps=25, learning_rate=2e-2, iterate_from_fraction=0.0)
+    job = make_job(num_steps=12, learning_rate=2e-2, iterate_from_fraction=0.0)
     reported: list[int] = []
     outcome = run_job(job, report=lambda step, numbers: reported.append(step))
-    assert (outcome.finished, outcome.step, outcome.num_tokens) == (True, 25, 25 * 64)
+    assert (outcome.finished, outcome.step, outcome.num_tokens) == (True, 12, 12 * 64)
     losses = curve(job)
-    assert list(losses) == list(range(1, 26))
+    assert list(losses) == list(range(1, 13))
     assert set(reported) == set(losses)
-    assert sum(list(losses.values())[-5:]) < sum(list(losses.values())[:5]) - 1.0
-    assert curve(job, "validation/loss")[25] == outcome.validation_loss
+    assert sum(list(losses.values())[-3:]) < sum(list(losses.values())[:3]) - 1.0
+    assert curve(job, "validation/loss")[12] == outcome.validation_loss
     names = [r["name"] for r in read_journal(job.folder)[0] if r["kind"] == "event"]
     assert (names[0], names[-1]) == ("started", "finished")
     assert gc.isenabled()
@@ -65,19 +65,19 @@ def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_
 
 
 def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkeypatch):
-    recipe = {"num_steps": 16, "validate_every_steps": 100, "checkpoint_every_steps": 100}
+    recipe = {"num_steps": 6, "validate_every_steps": 100, "checkpoint_every_steps": 100}
     each_step = make_job("each step", **recipe)
     run_job(each_step)
-    monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 4)
-    every_four = make_job("every four", **recipe)
-    assert not run_job(every_four, should_stop=stop_at(6)).finished
-    run_job(every_four)  # Resumes in the middle of the steps from 5 to 8.
+    monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 2)
+    every_three = make_job("every three", **recipe)
+    assert not run_job(every_three, should_stop=stop_at(5)).finished
+    run_job(every_three)  # Resumes in the middle of the steps from 4 to 6.
     for name in ("train/loss", "train/gradient_norm"):
         expected = list(curve(each_step, name).values())
-        recorded = curve(every_four, name)
-        assert list(recorded) == [4, 8, 12, 16]
+        recorded = curve(every_three, name)
+        assert list(recorded) == [3, 6]
         for step, value in recorded.items():
-            assert value == pytest.approx(sum(expected[step - 4 : step]) / 4, rel=1e-6), step
+            assert value == pytest.approx(sum(expected[step - 3 : step]) / 3, rel=1e-6), step
 
     monkeypatch.setattr(trainer_module, "RECORD_EVERY_SECONDS", 0.0)
     slow = make_job("slow steps", **recipe)
@@ -86,14 +86,14 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
 
 
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(make_job):
-    job = make_job(sequence_length=8, seed=3)
+    job = make_job(sequence_length=8, seed=3, num_steps=3)
     with noted_tokens() as read:
         outcome = run_job(job)
     tokens = open_tokens(job.tokens_folder).train
-    starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(9 * 64 // 8))
+    starts = WindowOrder(len(tokens), 8, seed=3).starts(np.arange(3 * 64 // 8))
     assert torch.equal(torch.cat(read.trained), gather(tokens, starts, 8))
     assert {batch.size(1) for batch in read.others} == {8}
-    assert outcome.num_tokens == 9 * 64
+    assert outcome.num_tokens == 3 * 64
 
 
 def test_a_validation_makes_the_corrections_that_its_step_trains(make_job):
@@ -213,15 +213,15 @@ def test_too_many_bad_steps_end_a_run_that_a_higher_limit_resumes(make_job, monk
 def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 16)  # Four steps are enough to start.
     spoil(monkeypatch, 6, name="spike")
-    assert run_job(make_job("blind")).finished
+    assert run_job(make_job("blind", num_steps=7)).finished
     # The run resumes from step 4 with the saved norms, and skips the spike.
     spike = diverging(r"spiked .* times the usual norm\) at step 7: loss", skip_bad_steps=0)
-    job = same_run(make_job("watched", spike_factor=20.0, skip_bad_steps=1), spike)
+    job = same_run(make_job("watched", num_steps=8, spike_factor=20.0, skip_bad_steps=1), spike)
     assert [event["step"] for event in events(job, "skipped")] == [7]
 
 
 def test_a_spike_is_measured_by_the_latest_norms(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 4)
-    job = make_job(spike_factor=1e9)
+    job = make_job(num_steps=6, spike_factor=1e9)
     state = load_training_state(Path(run_job(job).checkpoint or ""))
     assert state["position"]["recent_norms"] == [*curve(job, "train/gradient_norm").values()][-4:]
