@@ -76,9 +76,11 @@ def test_flops_equal_what_pytorch_counts(method):
 
     assert counted(time) == 2 * time * (cost.forward_flops_per_token + unseen - sums)
     # The head runs for one token, in PyTorch's count and, spread over the prompt, in this one.
-    expected = 2 * time * (cost.prefill_flops_per_token + unseen - sums)
-    assert counted(time, last_only=True) == pytest.approx(expected, rel=1e-12)
-    counted(time - 1, cache=cache)
+    num_prompt = time - 1
+    prompt = inference_cost(config, context_length=num_prompt)
+    unseen = prompt.evaluations_per_token * 4 * 8 * (num_prompt - (num_prompt + 1) / 2)
+    expected = 2 * num_prompt * (prompt.prefill_flops_per_token + unseen - sums)
+    assert counted(num_prompt, cache=cache, last_only=True) == pytest.approx(expected, rel=1e-12)
     assert counted(1, cache=cache) == 2 * (cost.decode_flops_per_token - sums)
     training = training_flops_per_token(config, context_length=time)
     assert training == 3 * cost.forward_flops_per_token
@@ -184,16 +186,8 @@ def test_a_truncated_backward_pass_costs_less_training():
     assert inference_cost(truncated) == inference_cost(full)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "trained"),
-    [
-        ((0, 2, 1), "corrected"),
-        ((0, 2, 1), "added"),
-        ((1, 0, 2), "corrected"),
-        ((2, 1, 1), "added"),
-    ],
-)
-def test_frozen_parts_save_what_pytorch_does_not_count(schedule, trained):
+@pytest.mark.parametrize("schedule", [(0, 2, 1), (1, 0, 2)])
+def test_frozen_parts_save_what_pytorch_does_not_count(schedule):
     options = METHODS["iiet"].facts.Options(start="identity")
     config = small("iiet", schedule, method_options=options)
     time = 7
@@ -210,16 +204,19 @@ def test_frozen_parts_save_what_pytorch_does_not_count(schedule, trained):
             decoder(ids).float().square().sum().backward()
         return counter.get_total_flops()
 
-    part = trained_part(config.corrections, trained)
-    frozen = range(part.first_layer)
-    # Sums of the mix, which PyTorch does not count; and attention to later tokens, which it does.
-    sums = sum(layer_counts(config, layer).num_terms for layer in frozen) * 2 * 2 * 8
-    unseen = 2 * 4 * 8 * (time - (time + 1) / 2)
-    num_unseen = sum(1 + config.corrections[layer] for layer in frozen) + (trained == "added")
+    counted_whole = counted("all")
     whole = training_flops_per_token(config, context_length=time)
-    saved = whole - training_flops_per_token(config, context_length=time, trained=trained)
-    expected = 2 * time * (saved - sums + num_unseen * unseen)
-    assert counted("all") - counted(trained) == expected
+    for trained in ("corrected", "added"):
+        part = trained_part(config.corrections, trained)
+        frozen = range(part.first_layer)
+        # Sums of the mix, which PyTorch does not count; and attention to later tokens, which it
+        # does.
+        sums = sum(layer_counts(config, layer).num_terms for layer in frozen) * 2 * 2 * 8
+        unseen = 2 * 4 * 8 * (time - (time + 1) / 2)
+        num_unseen = sum(1 + config.corrections[layer] for layer in frozen) + (trained == "added")
+        saved = whole - training_flops_per_token(config, context_length=time, trained=trained)
+        expected = 2 * time * (saved - sums + num_unseen * unseen)
+        assert counted_whole - counted(trained) == expected
 
 
 def test_trained_parameters_are_those_that_are_not_frozen():

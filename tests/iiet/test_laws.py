@@ -4,7 +4,6 @@ A new method is tested as soon as it is registered. Equal results agree closely,
 are small. That an exported model equals the core is in `test_modeling.py`.
 """
 
-import copy
 import math
 from functools import partial
 from itertools import accumulate, pairwise
@@ -92,7 +91,7 @@ def test_fast_forms_equal_the_plain_formulas_and_inference_equals_training(decod
 @of_every_method()
 def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
     expected = gradients(decoder)
-    assert_same(gradients(copy.deepcopy(decoder)), expected)
+    assert_same(gradients(decoder), expected)
     decoder.activation_checkpointing = True
     assert_same(gradients(decoder), expected)
 
@@ -122,7 +121,7 @@ def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, dra
         schedule = str(min(full_level, int(schedule)))
     draft_options = {"draft": schedule if decoder.method.facts.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
-        options = {"max_new_tokens": 8, "attention_mask": mask, **sampling}
+        options = {"max_new_tokens": 6, "attention_mask": mask, **sampling}
         expected = decoder.generate(tokens(2, TIME), **options)
         generated = decoder.generate(
             tokens(2, TIME), draft_tokens=draft_tokens, **draft_options, **options
@@ -206,8 +205,11 @@ def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter
     for name in gradient_by_name.keys() - used.keys():
         assert decoder.method.facts.has_corrections, name
         assert any(part in name for part in of_corrections), name
-    torch.manual_seed(2)
-    direction = {name: torch.randn_like(gradient) for name, gradient in used.items()}
+    generator = torch.Generator().manual_seed(2)
+    direction = {
+        name: torch.randn(gradient.shape, dtype=gradient.dtype, generator=generator)
+        for name, gradient in used.items()
+    }
     slope = sum(float((used[name] * direction[name]).sum()) for name in used)
     losses = []
     for step in (1e-6, -2e-6):

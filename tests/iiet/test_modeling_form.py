@@ -1,6 +1,7 @@
 """The code of an export has the form that tools for transformers' models expect."""
 
 import ast
+import copy
 import re
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def folders(tmp_path_factory):
 
 def loaded(folder, kind=AutoModelForCausalLM, **options):
     return kind.from_pretrained(folder, **REMOTE, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    """Method -> the model of its folder; who changes one copies it."""
+    return {method: loaded(folder) for method, folder in folders.items()}
 
 
 # Batching servers
@@ -126,10 +133,10 @@ def served_as_vllm(model, instances, ids, start):
 
 @pytest.mark.parametrize("method", FAMILIES)
 @torch.no_grad()
-def test_the_contract_of_vllm_holds(method, folders, vllm_attention):
+def test_the_contract_of_vllm_holds(method, folders, models, vllm_attention):
     """Imitates `vllm/model_executor/models/transformers/`: `base.py` of vLLM's commit 03bf3c92, and
     `vllm_attention_forward` in `__init__.py` of 055e47c2 (both of 2026)."""
-    whole = loaded(folders[method])
+    whole = models[method]
     config = AutoConfig.from_pretrained(folders[method], **REMOTE)
     assert type(whole).is_backend_compatible()
     assert config.architectures == [type(whole).__name__]
@@ -190,8 +197,8 @@ def test_a_window_is_a_layer_type_of_each_evaluation():
 
 @pytest.mark.parametrize("method", FAMILIES)
 @torch.no_grad()
-def test_auto_classes_load_the_base_model_and_a_classifier(method, folders, tmp_path):
-    whole = loaded(folders[method])
+def test_auto_classes_load_the_base_model_and_a_classifier(method, folders, models, tmp_path):
+    whole = models[method]
     ids = tokens(2, 9)
     base = loaded(folders[method], AutoModel)
     hidden = base(ids).last_hidden_state
@@ -209,8 +216,8 @@ def test_auto_classes_load_the_base_model_and_a_classifier(method, folders, tmp_
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks it.
 @pytest.mark.parametrize("method", FAMILIES)
-def test_lora_trains_its_own_weights_alone(method, folders):
-    model = loaded(folders[method])
+def test_lora_trains_its_own_weights_alone(method, models):
+    model = copy.deepcopy(models[method])
     ids = tokens(2, 9)
     logits_before = model(ids).logits
     # PEFT knows the projections of a `model_type` of transformers.
