@@ -65,16 +65,16 @@ def measured_bytes(
 @pytest.mark.parametrize(
     ("schedule", "trained", "checkpoint"),
     [
-        ("0*3,2*2,0", "corrected", False),
-        ("0*3,2*2,0", "added", True),
-        ("1*6", "corrected", True),
-        ("1*6", "added", False),
+        ("0,2,2,0", "corrected", False),
+        ("0,2,2,0", "added", True),
+        ("1*4", "corrected", True),
+        ("1*4", "added", False),
     ],
 )
 def test_frozen_layers_take_no_gradients_moments_or_activations(schedule, trained, checkpoint):
     config = preset(
-        "tiny", vocab_size=500, context_length=64, schedule=schedule,
-        method_options={"start": "identity"},
+        "tiny", vocab_size=250, dim=64, ffn_dim=176, num_layers=4, context_length=64,
+        schedule=schedule, method_options={"start": "identity"},
     )  # fmt: skip
     options: dict[str, Any] = {"num_sequences": 4, "activation_checkpointing": checkpoint}
     all_trained = training_memory(config, TrainingStep(**options))
@@ -120,7 +120,7 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
 SHAPES: dict[str, dict[str, Any]] = {
     "shared heads": {"vocab_size": 64, "dim": 64, "ffn_dim": 176, "num_layers": 4,
                      "num_kv_heads": 1},
-    "wide": {"vocab_size": 512, "dim": 256, "ffn_dim": 700, "num_layers": 2},
+    "wide": {"vocab_size": 256, "dim": 128, "ffn_dim": 350, "num_layers": 2, "context_length": 32},
     "wide vocabulary": {"vocab_size": 4096, "dim": 64, "ffn_dim": 176, "num_layers": 3},
 }  # fmt: skip
 
@@ -308,8 +308,8 @@ def test_the_plan_for_gpus_counts_what_compiled_evaluations_keep(model_for_gpus)
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_hidden_states_of_a_teacher_count(checkpoint):
-    sizes = {"num_layers": 6, "num_heads": 4, "context_length": 64, "dim": 64, "ffn_dim": 176}
-    config = preset("tiny", vocab_size=64, schedule=2, **sizes)
+    sizes = {"num_layers": 5, "num_heads": 4, "context_length": 64, "dim": 64, "ffn_dim": 176}
+    config = preset("tiny", vocab_size=64, schedule=1, **sizes)
     decoder = Decoder(config)
     decoder.activation_checkpointing = checkpoint
     teacher = frozen_teacher(decoder)
@@ -334,7 +334,7 @@ def test_the_hidden_states_of_a_teacher_count(checkpoint):
         )["activations"]
 
     added = estimate(compares_hidden=True) - estimate(compares_hidden=False)
-    assert added == 4 * 64 * 64 * 4 * 6  # Bytes of float32 states of 6 layers.
+    assert added == 4 * 64 * 64 * 4 * 5  # Bytes of float32 states of 5 layers.
     with_hidden = measured(1.0)
     assert 0.5 * added < with_hidden - measured(0.0) < 1.01 * added
     assert with_hidden / FACTOR < estimate(compares_hidden=True) < with_hidden * FACTOR

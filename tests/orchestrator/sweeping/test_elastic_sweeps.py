@@ -20,7 +20,7 @@ from orchestrator.sweeping.trial import run_trial
 
 SMALL = [
     "sweep.elastic=true",
-    "distillation.training.num_steps=3",
+    "distillation.training.num_steps=1",
     "distillation.training.num_tokens_per_step=64",
     "distillation.training.num_validation_tokens=64",
 ]

@@ -234,11 +234,11 @@ VANILLA = {"method": "vanilla", "schedule": None}
 
 @pytest.fixture
 def pretrain(space, tiny_tokens, tiny_model) -> Any:
-    """A function that trains a run of two steps and returns its checkpoint: the run's name, changes
+    """A function that trains a run of one step and returns its checkpoint: the run's name, changes
     of the model, and those of the recipe."""
 
     def make(name: str, model: dict[str, Any], tokens: Path = tiny_tokens, **recipe: Any) -> Path:
-        usual = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+        usual = {"num_steps": 1, "num_tokens_per_step": 64, "num_validation_tokens": 64}
         job = TrainingJob(
             run_folder=str(space.runs / name),
             tokens_folder=str(tokens),

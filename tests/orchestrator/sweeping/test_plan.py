@@ -136,18 +136,20 @@ def test_the_price_by_hand(tiny_plan, tmp_path):
 
 def test_only_what_is_left_has_a_price(tiny_plan, tmp_path):
     chosen = settings()
-    student = tiny_plan.trials[1]
-    spent = begin(student, 15)
-    states = trial_states(tiny_plan, chosen.sweep)
-    assert [state.steps_done for state in states] == [0, 15, 0, 0, 0]
-    price = price_left(tiny_plan, chosen, tmp_path)
-    assert price.num_tokens == (3 * 20 + 5) * STEP
-    assert spent == 15 * STEP * (114_816 + TEACHER)
-    assert spent + price.flops == 20 * STEP * (ALL_FOUR + 4 * TEACHER)
-    assert "2,1 <=0.1 5 100% 640 B from step 15" in rows(tiny_plan, chosen)
-    assert_names(sentences_of(tiny_plan, chosen)[1], "0 of 5 trials", "1 partly trained")
-    begin(student, 20)
-    assert trial_states(tiny_plan, chosen.sweep)[1].status == "to measure"
+    teacher, *students = tiny_plan.trials
+    students = [with_job(student, {"num_steps": 4}) for student in students]
+    plan = tiny_plan.model_copy(update={"trials": (teacher, *students)})
+    spent = begin(students[0], 3)
+    states = trial_states(plan, chosen.sweep)
+    assert [state.steps_done for state in states] == [0, 3, 0, 0, 0]
+    price = price_left(plan, chosen, tmp_path)
+    assert price.num_tokens == (3 * 4 + 1) * STEP
+    assert spent == 3 * STEP * (114_816 + TEACHER)
+    assert spent + price.flops == 4 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert "2,1 <=0.1 5 100% 640 B from step 3" in rows(plan, chosen)
+    assert_names(sentences_of(plan, chosen)[1], "0 of 5 trials", "1 partly trained")
+    begin(students[0], 4)
+    assert trial_states(plan, chosen.sweep)[1].status == "to measure"
 
 
 def test_what_is_finished_or_was_stopped_costs_nothing(tiny_plan, tmp_path):
@@ -183,7 +185,10 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
         models: list[dict[str, Any]], *, seeds: tuple[int, ...] = (), rates: tuple[float, ...] = (),
         **recipe: Any,
     ) -> SweepTrials:  # fmt: skip
-        usual_recipe = settings("training.num_steps=10", "training.num_tokens_per_step=64").training
+        usual_recipe = settings(
+            "training.num_steps=10", "training.num_tokens_per_step=64",
+            "training.num_validation_tokens=64",
+        ).training  # fmt: skip
         jobs = {}
         for number, model in enumerate(models):
             for seed in seeds or (None,):

@@ -50,7 +50,7 @@ def make(space, save_tiny, tiny_tokens, tiny_model) -> Callable[..., Retrofit]:
 
     def retrofit(*assignments: str, **recipe: Any) -> Retrofit:
         source = find_source(space, "plain")
-        usual = {"num_steps": 4, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+        usual = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
         teacher = TrainingJob(
             run_folder=str(space.runs / "teacher"),
             tokens_folder=str(tiny_tokens),
@@ -116,7 +116,7 @@ def test_the_control_reads_the_same_data_in_the_same_order(make):
     retrofit = with_trained_candidates(make(seed=3, sequence_length=8))
     of_teacher = training_tokens(retrofit.teacher)
     of_control = training_tokens(continued_job(retrofit))
-    assert of_teacher.shape == (4 * 8, 8)
+    assert of_teacher.shape == (2 * 8, 8)
     assert len(of_control) > len(of_teacher)
     assert torch.equal(of_control[: len(of_teacher)], of_teacher)
 

@@ -39,10 +39,11 @@ from orchestrator.workspace.locks import lock_file
 
 @pytest.fixture
 def plan(tiny_plan, tmp_path) -> SweepTrials:
-    """A teacher that is measured as it is, and its students; one item measures each of them."""
+    """A teacher that is measured as it is, and its students of 8 steps; one item measures each."""
     folder = write_choices(tmp_path / "tasks", "animals", ["hen"])
     changes = {"include_folder": str(folder), "limit": 1}
-    trials = tuple(with_suite(trial, changes) for trial in tiny_plan.trials)
+    teacher, *students = (with_suite(trial, changes) for trial in tiny_plan.trials)
+    trials = (teacher, *(with_job(student, {"num_steps": 8}) for student in students))
     return tiny_plan.model_copy(update={"trials": trials})
 
 
@@ -133,7 +134,7 @@ def test_where_no_loss_can_be_measured_it_is_missing(trials, tmp_path):
 
 
 def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(plan, trials, tmp_path):
-    looks = {"validate_every_steps": 5}
+    looks = {"validate_every_steps": 2}
     low, high, alone = (
         in_folder(
             with_job(trials[1], {**looks, "learning_rate": rate}), tmp_path / name, key=name,
@@ -141,7 +142,7 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(plan, tria
         )
         for name, rate in (("low", 1e-5), ("high", 1e-2), ("alone", 1e-2))
     )  # fmt: skip
-    alone = with_job(alone, {"num_steps": 7})
+    alone = with_job(alone, {"num_steps": 3})
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
     plan = plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
     assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
@@ -174,12 +175,12 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(plan, tria
     assert run(alone) is not None, "nobody competes with it"
     stop = early_stops(plan, sweep)[low.key]
     assert sweep_run.stopped == {low.label: stop}
-    assert stop.step == 5
-    assert "step 5 of 20" in stop.text
+    assert stop.step == 2
+    assert "step 2 of 8" in stop.text
     assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
     assert low.result() is None, "what was not trained to its end is not finished"
     records = read_journal(Path(low.folder))[0]
-    assert max(r["step"] for r in records if r["kind"] == "metrics") == 5, "no step more"
+    assert max(r["step"] for r in records if r["kind"] == "metrics") == 2, "no step more"
     other_rule = resolve_settings({}, ["sweep.asha=true", "sweep.asha_first_rung=0.5"]).sweep
     without_rival = plan.model_copy(update={"trials": (low, with_label(high, "other"))})
     assert early_stops(plan, other_rule) == early_stops(without_rival, sweep) == {}

@@ -39,10 +39,11 @@ def make_job(tiny_job) -> MakeJob:
 
 
 def test_training_continues_while_a_checkpoint_is_written(make_job, monkeypatch):
-    run_job(make_job("plain"))
+    plain = make_job("plain", num_steps=6)
+    run_job(plain)
     save = torch.save  # Writes a part of each checkpoint.
     may_write = threading.Event()
-    job = make_job("slow")
+    job = make_job("slow", num_steps=6)
     steps = list[int]()
 
     def slow(*arguments: Any, **named: Any) -> None:
@@ -59,13 +60,11 @@ def test_training_continues_while_a_checkpoint_is_written(make_job, monkeypatch)
 
     monkeypatch.setattr(torch, "save", slow)
     outcome = run_job(job, report=report)
-    assert steps == list(range(1, 9))
+    assert steps == list(range(1, 7))
     for path in find_checkpoints(job.folder):
         check_checkpoint(path, with_training_state=True)
         delayed = outcome.model_copy(update={"checkpoint": str(path)})
-        undelayed = delayed.model_copy(
-            update={"checkpoint": str(make_job("plain").folder / path.name)}
-        )
+        undelayed = delayed.model_copy(update={"checkpoint": str(plain.folder / path.name)})
         assert state_of(delayed) == state_of(undelayed), (
             "a checkpoint holds the state of its own step"
         )
@@ -112,7 +111,7 @@ def store_of(job: TrainingJob) -> Path:
 
 def test_another_machine_resumes_from_whole_copies(make_job, tmp_path):
     storage = tmp_path / "store"
-    plain = make_job(num_checkpoints_kept=2)
+    plain = make_job(num_steps=6, num_checkpoints_kept=2)
     lost, new, third = (on_machine(plain, name, storage) for name in ("lost", "new", "third"))
     run_job(lost, should_stop=stop_at(4))
     assert [path.name[-1] for path in find_checkpoints(store_of(lost))] == ["2", "4"]
@@ -120,20 +119,21 @@ def test_another_machine_resumes_from_whole_copies(make_job, tmp_path):
     assert [event["step"] for event in events(new, "resumed")] == [4]
     assert state_of(outcome) == state_of(run_job(plain))
     copies = find_checkpoints(store_of(new))
-    assert [path.name[-1] for path in copies] == ["6", "8"], "those of pruned ones are deleted"
+    assert [path.name[-1] for path in copies] == ["4", "6"], "those of pruned ones are deleted"
 
     (copies[1] / "model.safetensors").write_bytes(b"spoilt")
     half = copies[1].with_name("step_00000009")
     shutil.copytree(copies[0], half)
     (half / PROVENANCE).unlink()
     run_job(third)
-    assert [event["step"] for event in events(third, "resumed")] == [6]
+    assert [event["step"] for event in events(third, "resumed")] == [4]
     assert "earlier copy" in events(third, "damaged")[0]["text"]
 
 
 def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_job, tmp_path):
     storage = tmp_path / "store"
-    of_seed_0, of_seed_1 = (on_machine(make_job(seed=n), f"seed {n}", storage) for n in (0, 1))
+    jobs = [make_job(seed=n, num_steps=2) for n in (0, 1)]
+    of_seed_0, of_seed_1 = (on_machine(jobs[n], f"seed {n}", storage) for n in (0, 1))
     run_job(of_seed_0)
     before = sorted(storage.rglob("*"))
     run_job(of_seed_1)
@@ -141,7 +141,7 @@ def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_jo
     assert set(before) <= set(storage.rglob("*")), "nothing of the other is deleted"
     shutil.rmtree(store_of(of_seed_1))
     store_of(of_seed_0).rename(store_of(of_seed_1))  # A person may do so by hand.
-    of_new_machine = on_machine(make_job(seed=1), "new", storage)
+    of_new_machine = on_machine(jobs[1], "new", storage)
     run_job(of_new_machine)
     assert not events(of_new_machine, "resumed")
     assert "another training" in events(of_new_machine, "damaged")[0]["text"]
@@ -297,7 +297,7 @@ def test_an_upload_that_is_killed_is_finished_by_the_next_run(make_job, tmp_path
 
 
 def test_a_storage_that_refuses_does_not_stop_training(make_job, tmp_path):
-    job = on_machine(make_job(), "one", tmp_path / "store")
+    job = on_machine(make_job(num_steps=4), "one", tmp_path / "store")
     store = store_of(job)
     store.parent.mkdir()
     store.write_text("a file where the folder would be")
