@@ -135,9 +135,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def _pytest_cache(config: pytest.Config) -> Any:
+    # What pytest keeps from one run to the next; None if that is switched off.
+    return getattr(config, "cache", None)
+
+
 def _stored_seconds(config: pytest.Config) -> dict[str, float]:
-    cache: Any = getattr(config, "cache", None)  # It can be switched off.
-    seconds: dict[str, float] = cache.get(SECONDS_KEY, {}) if cache else {}
+    pytest_cache = _pytest_cache(config)
+    seconds: dict[str, float] = pytest_cache.get(SECONDS_KEY, {}) if pytest_cache else {}
     return seconds
 
 
@@ -149,9 +154,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Store the seconds of each file for the order of the next run."""
     config = session.config
-    cache: Any = getattr(config, "cache", None)
-    if cache and not hasattr(config, "workerinput"):
-        cache.set(SECONDS_KEY, {**_stored_seconds(config), **SECONDS_TAKEN})
+    pytest_cache = _pytest_cache(config)
+    if pytest_cache and not hasattr(config, "workerinput"):
+        pytest_cache.set(SECONDS_KEY, {**_stored_seconds(config), **SECONDS_TAKEN})
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -169,12 +174,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @cache
 def _first_database(config: pytest.Config) -> Path:
     # Where MLflow's first database is kept: in pytest's cache, so that later runs find it.
-    kept: Any = getattr(config, "cache", None)  # It can be switched off.
-    if kept is None:
+    pytest_cache = _pytest_cache(config)
+    if pytest_cache is None:
         temporary: pytest.TempPathFactory = config._tmp_path_factory
         folder = temporary.getbasetemp()
     else:
-        folder = kept.mkdir("mlflow-databases")
+        folder = pytest_cache.mkdir("mlflow-databases")
     versions = [metadata.version(library) for library in ("mlflow", "sqlalchemy", "alembic")]
     return folder / f"{'-'.join(versions)}.db"
 

@@ -104,7 +104,6 @@ def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 @cache
-@cache
 def imports() -> dict[str, set[str]]:
     """Return name of a module -> the modules that it imports."""
     return {name: _imported(_statements(tree)) for name, tree in trees().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +38,7 @@ def test_permutations_depend_on_the_key_and_mix():
 @given(st.integers(10, 60), st.integers(2, 10), st.integers(0, 5), st.integers(1, 6))
 def test_an_epoch_visits_each_window_once(tokens, context, seed, batch):
     order = WindowOrder(tokens, context, seed)
-    steps = range(-(-3 * order.num_windows // batch))
+    steps = range(math.ceil(3 * order.num_windows / batch))
     starts = np.concatenate(
         [order.starts(positions_of_step(step, global_batch=batch)) for step in steps]
     )
