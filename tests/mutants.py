@@ -36,7 +36,7 @@ COPIED_FILES = ("pyproject.toml", "README.md", "Makefile")
 LIBRARIES = (
     "torch._dynamo", "torch.profiler", "transformers.generation", "ray.train.torch",
     "ray.tune.search.optuna", "mlflow.pytorch", "mlflow.pyfunc", "lm_eval.evaluator",
-    "lm_eval.tasks", "datasets", "moocore", "optuna", "tokenizers",
+    "lm_eval.tasks", "datasets", "optuna", "tokenizers",
     "safetensors.torch", "typer", "rich.table", "pydantic", "pandas", "sqlalchemy", "pytest",
     "pytest_timeout", "xdist.plugin", "anyio.pytest_plugin", "hypothesis",
     "_hypothesis_pytestplugin",

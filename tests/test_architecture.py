@@ -30,7 +30,6 @@ ADAPTERS = {
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
     "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
     "jinja2": ("orchestrator.reporting.sections",),
-    "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.models.gguf",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", *MODELING),

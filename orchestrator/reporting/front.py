@@ -2,9 +2,9 @@
 
 A front is the table of results with columns that place each model on two axes. Beside a teacher,
 baselines are placed but do not compete: the front tells which schedule to take, and
-`members_beaten_by` whether that was worth it. Without a teacher all models compete. Non-domination
-and hypervolume are moocore's. Costs are exact, so only quality is uncertain: `with_confidence`
-draws the items again and adds columns that say how sure each place is.
+`members_beaten_by` whether that was worth it. Without a teacher all models compete. Costs are
+exact, so only quality is uncertain: `with_confidence` draws the items again and adds columns that
+say how sure each place is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import moocore
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
@@ -37,7 +36,7 @@ from orchestrator.reporting.statistics import (
     NUM_RESAMPLES,
     Interval,
     PairedScores,
-    confidences_on_front,
+    on_front,
     pair_scores,
 )
 from orchestrator.terminal.metrics import (
@@ -274,37 +273,6 @@ class Front:
         """The sweeps of the models; empty if all are from one."""
         return list(dict.fromkeys(self.table["sweep"])) if "sweep" in self.table else []
 
-    @cached_property
-    def hypervolume_box(self) -> dict[str, Any] | None:
-        """The box that the hypervolume is a share of; None without a full model.
-
-        It has the full model's `cost`, and two ends of `quality`: 0 for an accuracy, or the worst
-        measured for a loss, and the full model's.
-        """
-        full = self.full
-        if full is None:
-            return None
-        worst = 0.0 if self.axes.higher_is_better else max(row["quality"] for row in self.rows)
-        return {"cost": full["cost"], "quality": [worst, full["quality"]]}
-
-    @cached_property
-    def hypervolume(self) -> float | None:
-        """Share of the box that the front dominates; over 1 if it beats the full model.
-
-        None if the box is empty, or no candidate is placed.
-        """
-        box = self.hypervolume_box
-        if not self.members or box is None:
-            return None
-        cost = box["cost"]
-        worst, full = box["quality"]
-        if cost <= 0 or full == worst:
-            return None
-        sign = -1.0 if self.axes.higher_is_better else 1.0
-        points = np.array([[row["cost"], sign * row["quality"]] for row in self.members])
-        area = float(moocore.hypervolume(points, ref=[cost, sign * worst]))
-        return area / float(cost * abs(full - worst))
-
     def share_of_full(self, row: Row) -> float | None:
         """Return a model's quality as a share of the full model's, 1.0 for all of it.
 
@@ -465,10 +433,10 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
         on_front=False,
     )
     if is_candidate.any():
-        values = table.loc[is_candidate, ["cost", "quality"]].to_numpy()
-        maximise = [False, axes.higher_is_better]
-        on_front = moocore.is_nondominated(values, maximise=maximise, keep_weakly=True)
-        table.loc[is_candidate, "on_front"] = on_front
+        candidates = table[is_candidate]
+        goodness = candidates["goodness"].to_numpy()
+        [is_member] = on_front(candidates["cost"].to_numpy(), goodness[None])
+        table.loc[is_candidate, "on_front"] = is_member
     placed = table[is_placed].sort_values(["cost", "goodness", "key"])
     return Front(axes, pandas.concat([placed, table[~is_placed]]))
 
@@ -558,7 +526,7 @@ def with_confidence(
     if scores is not None and costs and costs.keys() <= runs.keys():
         goodness = scores.drawn[:, [number_of[key] for key in costs]]
         goodness = goodness if axes.higher_is_better else -goodness
-        confidences = confidences_on_front(np.array(list(costs.values())), goodness)
+        confidences = on_front(np.array(list(costs.values())), goodness).mean(axis=0)
         for key, confidence in zip(costs, confidences, strict=True):
             columns[key][CONFIDENCE_ON_FRONT] = float(confidence)
     basis = ConfidenceBasis(

@@ -99,16 +99,11 @@ def mlflow_run_of_sweep(stored: TrackedRun | None, name: str, key: str, folder: 
 
 
 def front_metrics(front: Front) -> dict[str, float]:
-    """Return the metrics of a sweep's run: hypervolume with its box, sizes, the picks."""
+    """Return the metrics of a sweep's run: sizes and the picks."""
     values: dict[str, float | None] = {
-        "front/hypervolume": front.hypervolume,
         "front/size": len(front.members),
         "front/num_results": len(front.table),
     }
-    box = front.hypervolume_box
-    if box is not None:
-        values["front/reference_cost"] = box["cost"]
-        values["front/reference_quality"] = box["quality"][0]
     named_models = dict(front.picks)
     if cheapest_keeping := front.cheapest_keeping(DEMANDED_SHARE):
         named_models["keeping_99"] = cheapest_keeping

@@ -337,20 +337,22 @@ def draw_seed_weights(
     return weights
 
 
-def confidences_on_front(costs: Floats, goodness: Floats) -> Floats:
-    """Return the confidence that each model is on the front: the share of the draws in which it is.
+def on_front(costs: Floats, goodness: Floats) -> NDArray[np.bool_]:
+    """Return which models are on the front in each draw, (resamples, models).
+
+    A model is on the front if it is better than all cheaper ones, and as good as any that costs as
+    much; equal models all are.
 
     Args:
         costs: (models,), exact.
         goodness: (resamples, models), higher is better.
     """
-    confidences = np.zeros(len(costs))
+    is_member = np.zeros(goodness.shape, dtype=bool)
     best_of_cheaper = np.full(len(goodness), -np.inf)
     for cost in np.unique(costs):
         models = np.flatnonzero(costs == cost)
         best = goodness[:, models].max(axis=1)
-        beats_cheaper = best > best_of_cheaper
-        for model in models:
-            confidences[model] = (beats_cheaper & (goodness[:, model] == best)).mean()
+        is_best = goodness[:, models] == best[:, None]
+        is_member[:, models] = is_best & (best > best_of_cheaper)[:, None]
         best_of_cheaper = np.maximum(best, best_of_cheaper)
-    return confidences
+    return is_member

@@ -130,8 +130,6 @@ class ReportResult(Result):
                 every metric by its name, `key`, `checkpoint`, `run_id`, `details`
             front: keys of the models on the front, from the cheapest
             picks: `best`, `knee` and `cheapest`, each the key of a model
-            hypervolume: of the front, or `null`
-            hypervolume_box: the box that it is relative to
             confidence_basis: what the confidences were computed from, or `null`
             retention: key of a model to what it has lost of each task against the teacher's source:
                 `task`, `unit`, `lost` with `low` and `high`, `bound`, `kept`; empty without bounds

@@ -287,7 +287,7 @@ def interval_rows(front: Front) -> list[dict[str, str | float]]:
 
 
 def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
-    """Return axes, picks, hypervolume with its box, and every result, as values of strict JSON.
+    """Return axes, picks and every result, as values of strict JSON.
 
     Paths are absolute; for files in a `folder`, paths in its workspace are relative.
     """
@@ -299,8 +299,6 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
     picks = {name: front.picks.get(name) for name in ("best", "knee", "cheapest")}
     return {
         "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
-        "hypervolume": front.hypervolume,
-        "hypervolume_box": front.hypervolume_box,
         "picks": {name: row and row["key"] for name, row in picks.items()},
         "front": [row["key"] for row in front.members],
         "confidence_basis": front.basis and asdict(front.basis),

@@ -69,7 +69,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         client = MlflowClient(workspace.tracking_uri)
         [run] = client.search_runs(["1"], f"tags.`iiet.key` = '{plan.key}'")
         assert run.info.status == "FINISHED"
-        assert "front/hypervolume" in run.data.metrics
+        assert "front/size" in run.data.metrics
         assert "mlflow.note.content" in run.data.tags
         trials = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
         assert len(trials) == len(plan.trials)

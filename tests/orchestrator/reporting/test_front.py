@@ -125,24 +125,8 @@ def test_picks():
     assert places(front) == [(6, 0.5)]
 
 
-def test_hypervolume_is_the_kept_share_averaged_over_budgets():
-    # Half of the accuracy from a quarter of the cost on, all of it from three quarters on.
-    front = front_of((6, 0.25), (18, 0.5), teacher=(24, 0.5))
-    box = front.hypervolume_box
-    volume = front.hypervolume
-    assert volume == pytest.approx(0.5 * 0.5 + 1.0 * 0.25)
-    assert box == {"cost": 24, "quality": [0.0, 0.5]}
-    better = front_of((6, 0.25), (12, 0.4), (18, 0.5), teacher=(24, 0.5)).hypervolume
-    assert (better or 0) > (volume or 1)
-    assert front_of().hypervolume is None
-    # A baseline is placed, and no model that competes.
-    lacking = sample_trial(key="x", role="teacher", cost={"evaluations": 24})
-    assert sample_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
-    # The hypervolume of a loss counts from the worst loss, and the share of a loss is inverted.
+def test_the_share_of_a_loss_is_inverted():
     front = sample_front([result(6, 0.3), result(12, 0.5), result(24, 0.5, "teacher")], LOSS)
-    assert front.hypervolume_box
-    assert front.hypervolume_box["quality"][0] == pytest.approx(0.7)
-    assert front.hypervolume == pytest.approx(0.5)
     assert front.share_of_full(front.members[0]) == pytest.approx(0.5 / 0.7)
 
 

@@ -305,7 +305,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     assert sorted({point.step for point in losses}) == [10, 20]
 
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics["front/hypervolume"] == pytest.approx(0.7388, abs=1e-4)
+    assert parent.data.metrics["front/best_quality"] == pytest.approx(0.447, abs=1e-4)
     note = parent.data.tags["mlflow.note.content"]
     assert f"front/front.svg&run_uuid={run_id}" in note
     assert "**0,1,1,1,1,1**" in note

@@ -11,11 +11,11 @@ from orchestrator.reporting.statistics import (
     Floats,
     ItemValues,
     Scores,
-    confidences_on_front,
     draw_item_counts,
     draw_seed_weights,
     interval_of,
     mean_scores,
+    on_front,
     resample,
 )
 
@@ -130,7 +130,7 @@ def test_the_mean_of_tasks_is_taken_of_what_was_measured_and_of_each_draw():
     assert mean.interval(0).value == pytest.approx(0.3)
 
 
-def test_front_shares_follow_the_definition_of_a_front():
+def test_the_fronts_of_draws_follow_the_definition_of_a_front():
     rng = np.random.default_rng(9)
     costs = np.array([2.0, 1.0, 2.0, 3.0, 1.0])
     goodness = rng.integers(0, 4, size=(300, 5)).astype(float)
@@ -141,8 +141,8 @@ def test_front_shares_follow_the_definition_of_a_front():
             for i in range(5)
         )
 
-    expected = [np.mean([is_member(row, j) for row in goodness]) for j in range(5)]
-    assert confidences_on_front(costs, goodness) == pytest.approx(expected)
+    expected = [[is_member(row, j) for j in range(5)] for row in goodness]
+    np.testing.assert_array_equal(on_front(costs, goodness), expected)
 
 
 def test_an_interval_contains_its_share_of_the_draws():
