@@ -28,7 +28,6 @@ from orchestrator.pipelines import (
     evaluating,
     influence,
     inspecting,
-    loops,
     models,
     reports,
     serving,
@@ -55,12 +54,7 @@ TYPES = {
 }
 SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweep_plan.SweepPlan}
 RESULTS: dict[str, dict[str, type[Result]]] = {
-    **dict.fromkeys(("quickstart", "sweep-threshold", "sweep-iterations"), SWEEPS),
-    "sweep": {
-        **SWEEPS,
-        "FILE (kind: depth)": ReportResult,
-        "FILE (kind: depth) --dry-run": loops.DepthPlan,
-    },
+    **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "doctor": {"": doctor.Findings},
     "pretrain": {"": training.PretrainResult, "--dry-run": training.TrainingPlan},
     "distill": {"": training.StudentsResult},
@@ -68,8 +62,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "influence": {
         "": influence.InfluenceResult,
         "--dry-run": influence.InfluencePlan,
-        "LOOPED_MODEL": loops.LoopInfluence,
-        "LOOPED_MODEL --dry-run": loops.LoopInfluencePlan,
     },
     "evaluate": {
         "": evaluating.ModelEvaluations,

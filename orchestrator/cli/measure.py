@@ -106,34 +106,13 @@ def inspect(
 def influence(
     call: Call,
     model: TeacherArgument = None,
-    schedule: SchedulesOption = None,
-    trust_remote_code: TrustOption = False,
 ) -> Result:
-    """Measure how much each correction of each layer matters, and each whole layer; or each loop
-    of a looped model.
+    """Measure how much each correction of each layer matters, and each whole layer.
 
     Example: iiet-orch influence my-run --metric loss
-
-    Args:
-        schedule: Depth of a looped model of another project, such as 4.
     """
     from orchestrator.pipelines.influence import plan_influence, run_influence
 
-    if schedule or trust_remote_code:
-        from orchestrator.pipelines.loops import plan_loop_influence, run_loop_influence
-
-        if model is None:
-            raise UserError("these options are for a looped model; name the model")
-        decides = "all that is measured of a looped model's loops is shown at once"
-        call.refuse_unread({"influence.metric": decides})
-        loops = plan_loop_influence(
-            call.settings,
-            workspace=call.session.workspace,
-            model=model,
-            schedule=one_schedule(schedule),
-            trust_remote_code=trust_remote_code,
-        )
-        return call.finish(loops, run_loop_influence)
     plan = plan_influence(call.settings, model=call.imported(model), **call.common)
     return call.finish(plan, run_influence)
 

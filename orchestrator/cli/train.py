@@ -10,7 +10,6 @@ import typer
 
 from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
-    ONLY_BOUNDED_LOSSES,
     ONLY_MEASUREMENTS,
     ONLY_SWEEPS,
     ONLY_TRAININGS,
@@ -19,7 +18,6 @@ from orchestrator.cli.options import (
     NameOption,
     SchedulesOption,
     TeacherArgument,
-    TrustOption,
     complete_models,
     complete_trial_sweeps,
     one_schedule,
@@ -54,20 +52,6 @@ UNREAD_BY_KIND: dict[str, dict[str, str]] = {
     "threshold": ONLY_SEARCHES | ONLY_MEASUREMENTS,
     "search": ONLY_MEASUREMENTS,
     "iterations": FROM_SCRATCH | ONLY_SEARCHES | ONLY_MEASUREMENTS,
-    "depth": ONLY_TRAININGS
-    | ONLY_BOUNDED_LOSSES
-    | dict.fromkeys(
-        (
-            "data",
-            "model",
-            "training",
-            "source_training",
-            "distillation",
-            "influence",
-            "search",
-        ),
-        "a sweep of kind depth measures models that exist",
-    ),
 }
 """Kind of a sweep -> sections and settings that it does not read, and what decides instead."""
 AFTER_QUICKSTART = (
@@ -306,7 +290,6 @@ def sweep_file(
     call: Call,
     file: Annotated[str, typer.Argument(metavar="FILE")],
     baselines: BaselinesOption = None,
-    trust_remote_code: TrustOption = False,
 ) -> Result:
     """Run a whole sweep from its file, pretraining included.
 
@@ -318,11 +301,6 @@ def sweep_file(
     call.config = file
     call.set("sweep.baseline_runs", baselines)
     call.refuse_unread(UNREAD_BY_KIND[call.settings.sweep.kind])
-    if call.settings.sweep.kind == "depth":
-        from orchestrator.pipelines.loops import plan_depths, run_depths
-
-        options = {"trust_remote_code": trust_remote_code, **call.common}
-        return call.finish(plan_depths(call.settings, **options), run_depths)
     return _sweep(call)
 
 

@@ -149,7 +149,7 @@ def load_side_by_side(
 
 
 def time_per_token(
-    decoders: Mapping[str, Timed], progress: Progress
+    decoders: Mapping[str, Decoder], progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Return how long the models of a sweep take to decode one row, by tracked name."""
     progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)

@@ -33,30 +33,27 @@ SEED = 0
 
 
 @contextmanager
-def watch_loops(
+def _watch_loops(
     model: nn.Module, loops: LoopedModel
-) -> Iterator[tuple[list[nn.Module], list[Tensor]]]:
-    """Yield lists that fill while a model runs: the layers that ran, the states after each loop.
+) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
+    """Yield lists that fill while a model runs: the layers that ran, and what ended each loop.
 
     Raises:
         UserError: If the model has no module of a path that its class names.
     """
     ran: list[nn.Module] = []
-    states: list[Tensor] = []
+    ended: list[nn.Module] = []
     hooks: list[Any] = []
-
-    def add_state(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
     try:
         stacks = [model.get_submodule(path) for path in loops.layers]
         for layer in (layer for stack in stacks for layer in stack.children()):
             hooks.append(layer.register_forward_hook(lambda layer, *_: ran.append(layer)))
-        hooks.append(model.get_submodule(loops.loop_end()).register_forward_hook(add_state))
+        loop_end = model.get_submodule(loops.loop_end())
+        hooks.append(loop_end.register_forward_hook(lambda module, *_: ended.append(module)))
     except AttributeError as error:
         raise UserError(f"it is not built as {type(loops).__name__} says: {error}") from None
     try:
-        yield ran, states
+        yield ran, ended
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,14 +67,14 @@ def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
             numbers in the cache differs; says both.
     """
     tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device=model.device)
-    with torch.no_grad(), watch_loops(model, loops) as (ran, states):
+    with torch.no_grad(), _watch_loops(model, loops) as (ran, ended):
         output = model(tokens, use_cache=True)
     distinct_weights = {next(layer.parameters()).data_ptr() for layer in ran}
     # What is counted -> what the class says, and what ran.
     counts = {
         "layer runs of a token": (loops.layer_runs(depth), len(ran)),
         "layers with weights of their own": (loops.num_layers, len(distinct_weights)),
-        "loops": (depth[0], len(states)),
+        "loops": (depth[0], len(ended)),
     }
     if slots := getattr(_cache_of(output), "layers", None):
         num_cached = sum(slot.keys.numel() + slot.values.numel() for slot in slots)

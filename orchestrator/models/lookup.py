@@ -153,7 +153,7 @@ def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, tuple[int, ...]
     for folder in (workspace.trials / path, workspace.root / path):
         if folder.parent == workspace.trials and folder.is_dir():
             results = [Trial.read(file) for file in sorted(folder.glob("result-*.json"))]
-            trials = [trial for trial in results if trial and trial.checkpoint and trial.config]
+            trials = [trial for trial in results if trial and trial.checkpoint]
             break
     if not trials:
         return None

@@ -101,7 +101,7 @@ class LoopedModel:
         return False
 
     def loop_end(self) -> str:
-        """Return the path of the module whose output, at each call, is the state after a loop."""
+        """Return the path of the module whose calls end the loops."""
         return f"{self.layers[0]}.{self.num_layers - 1}"
 
 

@@ -127,6 +127,13 @@ class OpenedModel:
         label = f"depth={','.join(map(str, depth))}"
         return replace(self, depth=depth, schedule_label=label)
 
+    @property
+    def num_evaluations(self) -> int | None:
+        """Layer runs of a token (NFE); None if only transformers knows the model."""
+        if self.config is not None:
+            return sum(self.config.evaluations_per_layer())
+        return self.loops.layer_runs(self.depth) if self.loops and self.depth else None
+
     def looped(self) -> tuple[LoopedModel, Depth]:
         """Return `loops` and `depth` of a model that has them."""
         assert self.loops is not None, "only a looped model is asked for its loops"

@@ -30,11 +30,7 @@ from orchestrator.models.load import best_device
 from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, in_one_call
-from orchestrator.records.evaluation import (
-    EvaluationKeys,
-    EvaluationResult,
-    Suite,
-)
+from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
@@ -59,19 +55,21 @@ class ModelEvaluations(Result):
 
     evaluations: dict[str, EvaluationResult] = Field(exclude=True)
     """Name of the model, with its schedule where that was asked for, to what was measured."""
-    keys: dict[str, EvaluationKeys] = Field(default_factory=dict, exclude=True)
-    """Name of the model to where the results of its tasks are stored."""
+    num_evaluations: dict[str, int | None] = Field(exclude=True)
+    """Name of the model to its NFE, the layer runs of a token; None if it is not known."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def models(self) -> list[dict[str, Any]]:
-        """One entry per model and schedule: `name`; `quality` (`accuracy`, `bits_per_byte`, their
-        errors as `NAME_stderr`, and `TASK/METRIC`); `tasks`, each with `version`, `num_items`,
+        """One entry per model and schedule: `name`; `evaluations`, its NFE, or `null` where only
+        transformers knows the model; `quality` (`accuracy`, `bits_per_byte`, their errors as
+        `NAME_stderr`, and `TASK/METRIC`); `tasks`, each with `version`, `num_items`,
         `num_fewshot`, `metrics`; `skipped`, task to reason."""
         facts_of_task = {"version", "num_items", "num_fewshot", "metrics"}
         return [
             {
                 "name": name,
+                "evaluations": self.num_evaluations[name],
                 "quality": evaluation.quality(),
                 "tasks": {
                     task: result.model_dump(mode="json", include=facts_of_task)
@@ -132,7 +130,9 @@ class ModelEvaluations(Result):
         return rows
 
     def shown(self) -> Iterable[RenderableType]:
-        yield command_tables.evaluation_table(self.evaluations, self._differences)
+        yield command_tables.evaluation_table(
+            self.evaluations, self._differences, self.num_evaluations
+        )
         notes = command_tables.difference_notes(self._differences)
         notes += command_tables.average_notes(self.evaluations)
         yield from (f"  {sentence}" for sentence in notes)
@@ -255,19 +255,17 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
         for model in plan.opened.values():
             check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
     evaluations: dict[str, EvaluationResult] = {}
-    keys: dict[str, EvaluationKeys] = {}
     shown_notes: set[str] = set()
     for label, model in plan.opened.items():
         output = folder and folder / label.replace("/", "__")
-        measured = _evaluate_model(model, plan, context, output, shown_notes)
-        evaluations[label] = measured.evaluation
-        keys[label] = measured.keys
+        evaluations[label] = _evaluate_model(model, plan, context, output, shown_notes)
     if tasks := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(tasks)} had other items for some of the models, "
             "which were trained on different tokens"
         )
-    return ModelEvaluations(evaluations=evaluations, keys=keys)
+    num_evaluations = {label: model.num_evaluations for label, model in plan.opened.items()}
+    return ModelEvaluations(evaluations=evaluations, num_evaluations=num_evaluations)
 
 
 evaluate = in_one_call(plan_evaluate, run_evaluate)
@@ -279,7 +277,7 @@ def _evaluate_model(
     context: Context,
     output: Path | None,
     shown_notes: set[str],
-) -> MeasuredSuite:
+) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     Args:
@@ -343,7 +341,7 @@ def _evaluate_model(
     if output is not None:
         store.copy(measured.keys, output, pretrained=str(model.path))
         progress.note(f"samples in lm-eval's files: {output}")
-    return measured
+    return evaluation
 
 
 def _measure(

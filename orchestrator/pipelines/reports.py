@@ -71,7 +71,7 @@ def report(
 
 def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep:
     """Return a sweep with times per token that are measured now, where its trials ran."""
-    from orchestrator.sweeping.costs import TIMES_NAME, with_costs  # Imports PyTorch.
+    from orchestrator.sweeping.costs import with_costs  # Imports PyTorch.
 
     space = context.workspace
     if len(sweeps) > 1:
@@ -81,11 +81,8 @@ def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep
         raise UserError(f"--time-again: {space.root} cannot be written, so no time could be stored")
     folder = sweep.folder(space)
     plan = SweepTrials.read(folder / PLAN_FILE)
-    if plan is None:  # Sweeps of kind `depth` have none.
-        raise UserError(
-            f"--time-again: {sweep.name} has no {PLAN_FILE}; delete {folder / TIMES_NAME}, and "
-            "type the sweep's command again, which then measures the times alone"
-        )
+    if plan is None:
+        raise UserError(f"--time-again: {sweep.name} has lost its {PLAN_FILE}; repeat the sweep")
     settings = read_settings(folder / SETTINGS_NAME)
     results = with_costs(sweep.results, plan, folder, settings, context.progress, again=True)
     return sweep.model_copy(update={"results": tuple(results)})

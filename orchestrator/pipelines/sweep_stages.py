@@ -91,8 +91,6 @@ def plan_sweep(
             result.
     """
     kind = settings.sweep.kind
-    if kind == "depth":
-        raise UserError("sweep.kind=depth trains nothing; `loops.plan_depths` plans such a sweep")
     if kind == "iterations" and teacher is not None:
         raise UserError(
             f"sweep.kind=iterations trains every model from scratch, and a teacher was given "

@@ -14,11 +14,9 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
-    ConfigDict,
     Field,
 )
 
-from iiet.config import ModelConfig
 from iiet.facts import facts_of
 from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys, Suite
 from orchestrator.records.record import Config, Record, WorkspacePath
@@ -50,21 +48,8 @@ Threshold = Annotated[float | None, AfterValidator(_finite_or_none)]
 """A bound of a range of thresholds. Strict JSON has no infinity, so no bound is None."""
 
 
-class OtherModel(Record):
-    """What is known of a looped model that transformers runs."""
-
-    method: str
-    """The `model_type` of the model's configuration."""
-    num_layers: int
-    """Layers with weights of their own."""
-    depth: str
-    """How often its loops run: `4`, or `2,3` of two kinds."""
-
-
 class Trial(Record):
     """One model of a sweep: what is trained and measured, and what was measured."""
-
-    model_config = ConfigDict(serialize_by_alias=True)
 
     key: str
     """Hash of all that determines the result; the same trial in another sweep has the same key."""
@@ -74,10 +59,8 @@ class Trial(Record):
     `baseline` (a model of another kind)."""
     label: str = ""
     """Name in tables and figures."""
-    config: Config | None = Field(default=None, alias="model")
-    """The model, with the schedule that is measured; None if transformers runs it."""
-    architecture: OtherModel | None = None
-    """The model, if transformers runs it."""
+    model: Config
+    """The model, with the schedule that is measured."""
     folder: WorkspacePath
     """Folder of its training and its result."""
     job: TrainingJob | None = None
@@ -114,25 +97,14 @@ class Trial(Record):
     """MLflow run of the trial."""
 
     @property
-    def model(self) -> ModelConfig:
-        """The model, where a decoder runs it, as all models that a sweep trains."""
-        assert self.config is not None, "transformers runs it"
-        return self.config
-
-    @property
-    def facts(self) -> ModelConfig | OtherModel:
-        """The model, whatever runs it."""
-        return self.architecture or self.model
-
-    @property
     def method(self) -> str:
-        """Registry key of the method (iiet, vanilla, pcformer), or transformers' `model_type`."""
-        return self.facts.method
+        """Registry key of the method (iiet, vanilla, pcformer)."""
+        return self.model.method
 
     @property
     def schedule(self) -> tuple[int, ...] | None:
         """Corrections per layer; None if the method has none."""
-        has_corrections = self.config is not None and facts_of(self.method).has_corrections
+        has_corrections = facts_of(self.method).has_corrections
         return tuple(self.model.corrections) if has_corrections else None
 
     @property
@@ -213,10 +185,7 @@ class Trial(Record):
         trained = self.job or job
         params = {"role": self.role, **(job_parameters(trained) if trained else {})}
         # Elastic weights are trained under another schedule than they are measured under.
-        if self.architecture:
-            params |= {name: str(value) for name, value in self.architecture}
-        else:
-            params |= model_parameters(self.model)
+        params |= model_parameters(self.model)
         if self.threshold_text:
             up_to = self.threshold_up_to
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"

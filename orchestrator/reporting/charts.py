@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from orchestrator.reporting.colors import (
     RED,
     SERIES_COLORS,
 )
-from orchestrator.reporting.front import Front, FrontAxes, Row, known
+from orchestrator.reporting.front import Front, Row, known
 from orchestrator.reporting.results import Curve, vanilla_of
 from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.terminal.metrics import (
@@ -726,64 +726,3 @@ def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
     }
     chart = marks("line", encoding, values=points, strokeWidth=1.8, tooltip=True)
     return chart_spec({**chart, "width": WIDTH, "height": LOW_HEIGHT})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthPoint:
-    """A model at a depth."""
-
-    model: str
-    """Name of the model, which other points have, too."""
-    depth: str
-    """Iteration schedule, or how often its loops run."""
-    cost: float
-    quality: float
-    error: float
-    """Standard error of the quality; 0 if it is not known."""
-
-
-def depth_chart(points: Sequence[DepthPoint], axes: FrontAxes) -> Spec:
-    """Return the chart of quality against cost, a line for each model through its depths."""
-    is_percent = axes.quality_metric.is_percent
-    scale = 100 if is_percent else 1
-    unit = " (%)" if is_percent else ""
-    values = [
-        {
-            "model": point.model,
-            "depth": point.depth,
-            "cost": point.cost,
-            "value": scale * point.quality,
-            "low": scale * (point.quality - point.error),
-            "high": scale * (point.quality + point.error),
-        }
-        for point in points
-    ]
-    names = list(dict.fromkeys(point.model for point in points))
-    colors = list(islice(cycle(SERIES_COLORS), len(names)))
-    legend = {**BELOW, "columns": COLUMNS, "labelLimit": 200}
-    color = word("model", scale={"domain": names, "range": colors}, legend=legend)
-    shapes = list(islice(cycle(TRIAL_SHAPES), len(names)))
-    shape = word("model", scale={"domain": names, "range": shapes}, legend=legend)
-    axis = {"grid": False, "tickMinStep": 1}
-    wide = {"zero": False, "padding": PADDING_X / 2}
-    x = number("cost", title=axes.cost_metric.title, axis=axis, scale=wide)
-    y = number("value", title=axes.quality_metric.title + unit, scale={"zero": False})
-    bar = {"x": x, "y": number("low"), "y2": {"field": "high"}, "color": color}
-    text = {"x": x, "y": y, "text": word("depth"), "color": color}
-    place = {"x": x, "y": y, "color": color}
-    layers = [
-        marks("line", place, strokeWidth=1.8),
-        marks("rule", bar, clip=False),
-        marks(
-            "point",
-            place | {"shape": shape},
-            clip=False,
-            tooltip=True,
-            filled=True,
-            size=70,
-            opacity=1,
-        ),
-        marks("text", text, clip=False, align="left", dx=7, dy=-9),
-    ]
-    chart = {"data": {"values": values}, "layer": layers, "width": WIDTH, "height": LOW_HEIGHT}
-    return chart_spec(chart)

@@ -183,8 +183,8 @@ class _Evidence:
         """Key of a student -> key of its teacher."""
         self._rows: list[Row] = [*front.rows, *front.unmeasured]
         iiets = self._trained(DEFAULT_METHOD)
-        shape = shape_of(iiets[-1]["trial"].facts) if iiets else None
-        self._rows = [row for row in self._rows if shape_of(row["trial"].facts) == shape]
+        shape = shape_of(iiets[-1]["trial"].model) if iiets else None
+        self._rows = [row for row in self._rows if shape_of(row["trial"].model) == shape]
 
     def _trained(self, method: str) -> list[Row]:
         """Return the models of a method that were trained from scratch, the costliest last."""

@@ -36,12 +36,15 @@ if TYPE_CHECKING:
 
 
 def evaluation_table(
-    evaluations: Mapping[str, EvaluationResult], differences: Sequence[Difference] = ()
+    evaluations: Mapping[str, EvaluationResult],
+    differences: Sequence[Difference] = (),
+    num_evaluations: Mapping[str, int | None] | None = None,
 ) -> Table:
     """Return a row for each task's metrics, with a column for each model, by its name.
 
     The tasks of the models may differ; their average is over the metrics marked with a star. Beside
-    a model stands its difference to the first one, if there are `differences`.
+    a model stands its difference to the first one, if there are `differences`. The last row says
+    what the models cost, if any of `num_evaluations` is known.
     """
     names = [*evaluations]
     models = [*evaluations.values()]
@@ -82,6 +85,14 @@ def evaluation_table(
     if any("accuracy" in average for average in averages):
         most = max(model.num_accuracy_items for model in models)
         rows.append(row(AVERAGE, "accuracy", averages, most, is_averaged=True))
+    if num_evaluations and any(num_evaluations.values()):
+        costs = []
+        for name in names:
+            known = num_evaluations[name]
+            costs.append("" if known is None else f"{known:,}")
+            if intervals and name != names[0]:
+                costs.append("")
+        rows.append(TableRow(("cost", "NFE", *costs, ""), is_first=True))
     heads = []
     for name in names:
         heads.append(name if len(names) > 1 else "value ± error")

@@ -402,7 +402,7 @@ def plain_rivals(rows: Iterable[Row], teacher: Row) -> list[Row]:
     for row in rows:
         if row["role"] != "baseline" or known(row, OVERHEAD_NFE) != 0:
             continue
-        if shape_of(row["trial"].facts) != shape_of(teacher["trial"].facts):
+        if shape_of(row["trial"].model) != shape_of(teacher["trial"].model):
             continue
         tokens = known(row, TRAINING_TOKENS)
         if teacher_tokens is None or tokens is None or tokens <= teacher_tokens:

@@ -21,7 +21,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.served import ServedTimes
 from orchestrator.records.status import unfinished_trials
-from orchestrator.records.trial import SOURCE_CONTINUED, OtherModel, SweepTrials, Trial
+from orchestrator.records.trial import SOURCE_CONTINUED, SweepTrials, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.metrics import (
     COST,
@@ -97,11 +97,6 @@ class StoredSweep(Record):
             text = controls[SOURCE_CONTINUED] if is_measured else missing
             notes.append(f"{SOURCE_CONTINUED}: {text}.")
         return notes
-
-    @property
-    def is_of_depths(self) -> bool:
-        """Whether it is of kind `depth`."""
-        return self.facts.get(PROVENANCE_TITLE, {}).get("kind") == "depth"
 
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""
@@ -190,7 +185,7 @@ def with_served_times(trials: Iterable[Trial], served: ServedTimes | None) -> li
         return list(trials)
     timed = []
     for trial in trials:
-        time = None if trial.config is None else served.ms_per_token(trial.config)
+        time = served.ms_per_token(trial.model)
         timed.append(trial.with_numbers("cost", {SERVED_MS.removeprefix(COST): time}))
     return timed
 
@@ -255,7 +250,7 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
                 "label": trial.name,
                 "role": trial.role,
                 "method": trial.method,
-                "num_layers": trial.facts.num_layers,
+                "num_layers": trial.model.num_layers,
                 "schedule": trial.schedule_text,
                 "threshold": trial.threshold_text,
                 "key": trial.key,
@@ -294,17 +289,15 @@ def with_overhead(table: DataFrame) -> DataFrame:
     return table
 
 
-def shape_of(model: ModelConfig | OtherModel) -> ModelConfig | OtherModel:
-    """Return the vanilla model of the same shape; one that transformers runs has none."""
-    if isinstance(model, OtherModel):
-        return model
+def shape_of(model: ModelConfig) -> ModelConfig:
+    """Return the vanilla model of the same shape."""
     return replace(model, method=BASELINE_METHOD, method_options=None, schedule=None)
 
 
 def vanilla_of(table: DataFrame) -> dict[str, str]:
     """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
-    vanilla_of_shape: dict[ModelConfig | OtherModel, str] = {}
-    shapes = {str(key): shape_of(trial.facts) for key, trial in table["trial"].items()}
+    vanilla_of_shape: dict[ModelConfig, str] = {}
+    shapes = {str(key): shape_of(trial.model) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
         if trial.method == BASELINE_METHOD:
             vanilla_of_shape[shapes[key]] = str(key)

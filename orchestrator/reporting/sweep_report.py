@@ -29,7 +29,6 @@ from orchestrator.reporting.claims import (
     claims_section,
 )
 from orchestrator.reporting.command_tables import influence_table
-from orchestrator.reporting.depths import depth_section
 from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.result import Result
@@ -81,7 +80,7 @@ class ReportResult(Result):
     workspace: Path = Field(exclude=True)
     """Folder of the workspace."""
     sweeps: tuple[StoredSweep, ...] = Field(exclude=True)
-    """The stored results of each sweep; one sweep also has influence and depths to show."""
+    """The stored results of each sweep; one sweep also has influence to show."""
     front: InstanceOf[Front] = Field(exclude=True)
     """Every model with its place."""
     curves: Mapping[str, Sequence[Curve]] = Field(default={}, exclude=True)
@@ -185,9 +184,6 @@ class ReportResult(Result):
             )
         else:
             sections.append(Section(notes=other_sentences))
-        is_of_depths = len(self.sweeps) == 1 and self.sweeps[0].is_of_depths
-        if is_of_depths and (depths := depth_section(front)):
-            sections.append(depths)
         if self.claims:
             sections.append(claims_section(self.claims))
         sections.append(

@@ -34,7 +34,6 @@ from orchestrator.settings.training import (
 from orchestrator.workspace.errors import quoted
 
 _READ_BY_KINDS = {
-    "models, depths": ("depth",),
     "asha": ("iterations",),
     "teachers, elastic": ("threshold",),
     "seeds": ("threshold", "iterations"),

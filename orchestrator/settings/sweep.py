@@ -82,15 +82,9 @@ _Different = AfterValidator(_refuse_duplicates)
 class SweepSettings(Section):
     """Trials of a sweep."""
 
-    kind: Literal["threshold", "iterations", "search", "depth"] = "threshold"
+    kind: Literal["threshold", "iterations", "search"] = "threshold"
     """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
-    the students of a threshold sweep, then students with free schedules; `depth`: models that
-    exist, at several depths."""
-    models: tuple[str, ...] = ()
-    """Models of a depth sweep: runs, checkpoints, folders of looped models, hub:OWNER/NAME."""
-    depths: Annotated[tuple[StrictInt | str, ...], _Different] = ()
-    """Depths of each, as `--schedule` takes them: how often a looped model of another project runs
-    its loops, or the iteration schedule of one trained here (default: each model's own)."""
+    the students of a threshold sweep, then students with free schedules."""
     num_schedules: StrictInt = Field(default=7, ge=2)
     """Schedules of a threshold sweep, evenly spaced in cost, from all corrections to none."""
     thresholds: tuple[StrictFloat, ...] = ()

@@ -26,14 +26,13 @@ TIMES_NAME = "times.json"
 
 
 class StoredCosts(Record):
-    """Costs that were measured on one machine: milliseconds, and those numbers of a looped model of
-    another project that are known only once it is loaded."""
+    """Milliseconds that were measured on one machine."""
 
     state: str
-    """Hash of what the numbers depend on: models or shapes, the kind of device, this machine and
-    its libraries."""
+    """Hash of what the numbers depend on: shapes, the kind of device, this machine and its
+    libraries."""
     by_name: dict[str, dict[str, float]]
-    """Key of a model, or of a shape that several models share -> its costs."""
+    """Key of a shape, which several models may share -> its costs."""
 
 
 def with_costs(

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
-from iiet.cost import InferenceCost, inference_cost
+from iiet.cost import inference_cost
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
@@ -396,18 +396,13 @@ def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     cost = inference_cost(config)
     full_cost = inference_cost(full)
     return {
-        **cost_numbers(cost),
+        **{
+            name.removeprefix(COST): getattr(cost, metric.counted_as)
+            for name, metric in METRICS.items()
+            if metric.counted_as
+        },
         "relative_evaluations": cost.evaluations_per_token / full_cost.evaluations_per_token,
         "relative_flops": cost.decode_flops_per_token / full_cost.decode_flops_per_token,
-    }
-
-
-def cost_numbers(cost: InferenceCost) -> dict[str, float]:
-    """Return the numbers of a cost that are tracked, by name."""
-    return {
-        name.removeprefix(COST): getattr(cost, metric.counted_as)
-        for name, metric in METRICS.items()
-        if metric.counted_as
     }
 
 

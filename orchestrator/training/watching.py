@@ -392,12 +392,10 @@ def job_model(job: TrainingJob) -> TrackedModel | None:
 
 def trial_model(trial: Trial) -> TrackedModel | None:
     """Describe the model of a measured trial, with its costs and qualities; None if its folder is
-    gone, or transformers runs it.
+    gone.
 
     Its name tells a student from a baseline, or the teacher, of the same schedule.
     """
-    if trial.config is None:
-        return None
     data = _dataset(trial.suite.tokens_folder)
     suite = trial.suite
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)

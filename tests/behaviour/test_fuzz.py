@@ -52,7 +52,7 @@ SOUP = st.text(alphabet="[]{}&*:-!|>%@`\"'#,?\n\t 019.eExy~<=²\x00\u2028", max_
 PLAUSIBLE = st.sampled_from(
     ["true", "0", "1", "2", "5", "64", "1000", "1000000000", "0.5", "1e-3", "1e9", "[]", "[1, 2]",
      "[0.5, 2]", "{vanilla: 1e-3}", "{iiet: [1e-3, 2e-3]}", "iiet", "vanilla", "looped", "pcformer",
-     "tiny", "55m", "3..0", "heldout", "bf16", "fsdp", "search", "iterations", "depth", "x", "~"]
+     "tiny", "55m", "3..0", "heldout", "bf16", "fsdp", "search", "iterations", "x", "~"]
 )  # fmt: skip
 SCHEDULES = st.text(alphabet="0123456789,.*()[] -²", max_size=12) | WORDS
 LISTS = st.text(alphabet="0123456789,.-+eEnaif² ", max_size=12) | WORDS

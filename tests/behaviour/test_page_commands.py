@@ -97,9 +97,7 @@ def write_files(folder: Path) -> None:
     docs = ROOT / "docs"
     (mixture,) = [b for b in blocks(docs / "data.md", "yaml") if "phop_6: 0.3" in b]
     (capitals,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "task: capitals" in b]
-    (depths,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "kind: depth" in b]
     (folder / "mixture.yaml").write_text(mixture)
-    (folder / "depths.yaml").write_text(depths)
     (folder / "tasks" / "capitals.yaml").write_text(capitals)
     cities = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima"}
     items = [json.dumps({"country": k, "city": v}) + "\n" for k, v in cities.items()]

@@ -181,7 +181,6 @@ def test_a_command_that_does_the_work_of_others_reads_what_they_read():
         "sweep-iterations": pretrain | evaluate | sweep,
         "threshold": pretrain | students | _of("source_training"),
         "search": pretrain | students | _of("source_training", "search"),
-        "depth": evaluate | _of("sweep"),
     }
     for name, keys in works.items():
         assert _read(name) - _of("cluster") == keys - _of("cluster"), name
@@ -195,9 +194,9 @@ def test_a_command_that_does_the_work_of_others_reads_what_they_read():
 def test_trainings_have_workers_and_only_what_measures_chooses_its_device():
     with_settings = {name for name, command in COMMANDS.items() if command.config}
     trainings = {name for name in with_settings if COMMANDS[name].trains} | {"inspect"}
-    trainings |= UNREAD_BY_KIND.keys() - {"depth"}
+    trainings |= UNREAD_BY_KIND.keys()
     measurements = {name for name in with_settings if "--device" in COMMANDS[name].options}
-    measurements |= {"depth", "distill"}  # The latter if it drops layers.
+    measurements |= {"distill"}  # If it drops layers.
     anywhere = {"cluster.address", "cluster.env"}
     measuring = {*anywhere, "cluster.num_gpus", "cluster.device"}
     training = _of("cluster") - {"cluster.device"}
@@ -227,7 +226,6 @@ def test_trainings_have_workers_and_only_what_measures_chooses_its_device():
         ("export run", ["influence.num_tokens=64"], "iiet-orch influence"),
         ("export run --no-measure", ["evaluation.limit=3", "cluster.device=cpu"], "--no-measure"),
         ("export run --format gguf", ["influence.metric=loss"], "GGUF"),
-        ("influence run -r 4", ["influence.metric=loss"], "looped"),
         ("influence run", ["cluster={num_gpus: 1, num_shards: 2}"], "only trainings"),
         ("prepare", ["training.seed=1"], "data alone"),
         ("prepare", ["model.dim=8", "evaluation.limit=3"], "data alone"),
@@ -259,7 +257,6 @@ def test_a_setting_that_a_command_does_not_read_is_refused(words, changes, decid
     [
         ("export run --no-measure --device cpu", "--device", "--no-measure"),
         ("export run --format gguf --device cpu", "--device", "GGUF"),
-        ("influence run -r 4 --metric loss", "--metric", "looped"),
     ],
 )
 def test_an_option_of_such_a_setting_is_refused_as_well(words, option, decides, capsys):

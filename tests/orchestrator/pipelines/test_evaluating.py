@@ -72,7 +72,7 @@ def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     assert "5 items, found again" in lines.summaries[-1]
     assert len(list(workspace.evaluations.iterdir())) == 2
     # The table has a row for each model, task and metric.
-    table = ModelEvaluations(evaluations={"full": fresh}).to_pandas()
+    table = ModelEvaluations(evaluations={"full": fresh}, num_evaluations={"full": 4}).to_pandas()
     columns = ["model", "task", "metric", "value", "stderr", "num_items"]
     assert list(table.columns) == [*columns, "difference", "low", "high"]
     row = table[(table["task"] == "first") & (table["metric"] == "acc")].iloc[0]

@@ -22,7 +22,6 @@ from orchestrator.models.load import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
-from orchestrator.pipelines.loops import plan_loop_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
@@ -123,9 +122,6 @@ def test_of_a_model_without_corrections_each_whole_layer_is_measured(
 def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, context):
     with refused(UserError, "tokens"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
-    options = {"workspace": context.workspace, "model": make_checkpoint(step=3), "schedule": "1"}
-    with refused(UserError, "looped"):
-        plan_loop_influence(Settings(), **options)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract():

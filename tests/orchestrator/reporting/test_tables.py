@@ -115,7 +115,7 @@ def test_sizes_and_sweeps_have_columns_if_they_differ(sample_results, front):
     assert " layers" not in "\n".join(lines(front, 160))
     last = sample_results[-1]
     deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
-    results = [*sample_results[:-1], last.model_copy(update={"config": deep})]
+    results = [*sample_results[:-1], last.model_copy(update={"model": deep})]
     head, _, *body = lines(sample_front(results), 160)
     assert " layers " in head
     assert sum(" 99 " in row for row in body) == 1
@@ -200,7 +200,9 @@ def test_tables_of_evaluations_read_as_stored(tmp_path):
         "two models": evaluation_table({"model0": evaluated, "model1": of_two_tasks}),
         "one model": evaluation_table({"model": evaluated}),
         "without an accuracy": evaluation_table({"model": of_text}),
-        "differences": evaluation_table({"a": evaluated, "b": evaluated}, [difference]),
+        "differences": evaluation_table(
+            {"a": evaluated, "b": evaluated}, [difference], {"a": 1024, "b": None}
+        ),
     }
     parts = {title: printed(table).splitlines() for title, table in tables.items()}
     parts["notes"] = difference_notes([difference])
