@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -40,7 +39,6 @@ from orchestrator.workspace.provenance import file_key
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-MAX_SYMBOLS_SHOWN = 6
 
 Message = dict[str, str]
 """`role` (system, user, assistant) and `content`."""
@@ -206,22 +204,27 @@ class ModelTokenizer:
         return ids if ids[:1] != plain[:1] else (self.prefix_id, *plain)
 
     def _plain(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        # Spaces between symbols mean nothing; a tokenizer that reads text reads them, too.
-        for readable in (text, "".join(text.split())):
-            with suppress(Exception):  # tokenizers raises plain `Exception`.
-                if self.loaded is None:
-                    encoding = self.tokenizer.encode(
-                        readable, add_special_tokens=add_special_tokens
-                    )
-                    return tuple(encoding.ids)
-                # By its own default, a tokenizer adds the special tokens that it has.
-                if add_special_tokens:
-                    return tuple(self.loaded.encode(readable))
-                return tuple(self.loaded.encode(readable, add_special_tokens=False))
-        raise UserError(
-            f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
-            f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
-        )
+        if self._reads_symbols_alone:
+            text = "".join(text.split())  # Spaces between symbols mean nothing.
+        try:
+            if self.loaded is None:
+                encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+                return tuple(encoding.ids)
+            # By its own default, a tokenizer adds the special tokens that it has.
+            if add_special_tokens:
+                return tuple(self.loaded.encode(text))
+            return tuple(self.loaded.encode(text, add_special_tokens=False))
+        except Exception as error:  # tokenizers raises plain `Exception`.
+            problem = f"the model's tokenizer cannot read {quoted(text)}: {first_line(error)}"
+            raise UserError(problem) from None
+
+    @cached_property
+    def _reads_symbols_alone(self) -> bool:
+        """Whether the tokenizer is one of depth tasks: it has added tokens, and no other but the
+        end of a text."""
+        if self.tokenizer is None:
+            return False
+        return bool(self.tokenizer.get_vocab_size(with_added_tokens=False) == 1)
 
     @cached_property
     def _symbols(self) -> dict[str, int]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from orchestrator.settings.resolve import (
     DEFAULTS,
-    MAX_CHARACTERS,
     YamlProblem,
     dump_yaml,
     parse_yaml,
@@ -79,7 +78,7 @@ def read_settings(
         path = find_settings_file(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            tree = parse_yaml(file.read(MAX_CHARACTERS + 1))  # However large the file is.
+            tree = parse_yaml(file.read())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the settings file {path}: {error}") from None
     except YamlProblem as error:

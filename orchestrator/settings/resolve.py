@@ -1,8 +1,7 @@
 """Build the settings from defaults, a YAML file, `--set a.b=c` and option values, in this order.
 
 All values end in one nested mapping, which pydantic validates once. YAML is read by PyYAML's safe
-loader, with three differences: a name appears once in a mapping, `3e-4` is a number, and a text is
-at most a million characters long, also with its anchors written out.
+loader, with two differences: a name appears once in a mapping, and `3e-4` is a number.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from orchestrator.workspace.errors import UserError, quoted, shortened
 
 DEFAULTS = Settings()
 MAX_PROBLEMS_SHOWN = 20
-MAX_CHARACTERS = 1_000_000
-"""Longest text, also with every alias of an anchor written out."""
 
 
 def resolve_settings(
@@ -234,7 +231,7 @@ def _fill_precisions(settings: Settings, tree: Mapping[str, Any]) -> Settings:
 
 
 class YamlProblem(ValueError):
-    """A YAML text that is invalid or refused; its message is one line."""
+    """A YAML text that is invalid; its message is one line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -264,19 +261,10 @@ def parse_yaml(text: str) -> Any:
     """Return the plain values that a YAML text holds.
 
     Raises:
-        YamlProblem: If the text is invalid or too long, or a name appears twice.
+        YamlProblem: If the text is invalid, or a name appears twice.
     """
     try:
-        loader = _Loader(text[: MAX_CHARACTERS + 1])
-        node = loader.get_single_node() if len(text) <= MAX_CHARACTERS else None
-        if len(text) > MAX_CHARACTERS or (node and _length(node, {}) > MAX_CHARACTERS):
-            raise YamlProblem(
-                f"it has more than {MAX_CHARACTERS:,} characters, as it is or with its anchors "
-                "written out"
-            )
-        return loader.construct_document(node) if node else None
-    except RecursionError:
-        raise YamlProblem("it is nested too deeply") from None
+        return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML converts values with a tag, such as !!int, unchecked.
         raise YamlProblem(shortened(" ".join(str(error).split()))) from None
 
@@ -284,18 +272,3 @@ def parse_yaml(text: str) -> Any:
 def dump_yaml(values: Any, **options: Any) -> str:
     """Return plain values as YAML that `parse_yaml` reads."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options))
-
-
-def _length(node: yaml.Node, known: dict[int, float]) -> float:
-    """Return the characters of all values as if every alias were written out.
-
-    An anchor that contains itself is endless.
-    """
-    if id(node) not in known:
-        known[id(node)] = float("inf")
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        length = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
-        known[id(node)] = 1 + length + sum(_length(part, known) for part in parts)
-    return known[id(node)]
