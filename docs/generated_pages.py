@@ -30,7 +30,6 @@ from orchestrator.pipelines import (
     inspecting,
     models,
     reports,
-    serving,
     sweep_plan,
     sweeps,
     syncing,
@@ -70,8 +69,6 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "benchmark": {
         "": benchmarking.BenchmarkResult,
         "--dry-run": benchmarking.BenchmarkPlan,
-        "--serve": serving.ServingResult,
-        "--serve --dry-run": serving.ServingPlan,
     },
     "report": {"": ReportResult, "--claims": reports.ClaimsResult},
     "pick": {"": models.PickResult},

@@ -1,6 +1,8 @@
-"""Finds the processes of a local server, so that a test can say that none is left."""
+"""Finds a port for a local server, and its processes, so that a test can say that none is left."""
 
 from __future__ import annotations
+
+import socket
 
 import psutil
 
@@ -15,3 +17,10 @@ def servers(port: int) -> list[psutil.Process]:
         and "orchestrator.cli" not in words
         and process.info["status"] != psutil.STATUS_ZOMBIE
     ]
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
-EXTRAS = ("cluster", "docs", "gguf", "gpu", "serve")
+EXTRAS = ("cluster", "docs", "gguf", "gpu")
 """Tools for tests are installed in their newest versions."""
 
 

@@ -178,55 +178,21 @@ def benchmark(
     new_tokens: Annotated[int | None, typer.Option(min=2, max=MAX_COUNT)] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
-    serve: Annotated[bool, typer.Option("--serve")] = False,
-    requests: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
     trust_remote_code: TrustOption = False,
 ) -> Result:
-    """Measure latency, throughput and memory, and compare them with the cost model; or measure what
-    transformers' server makes of requests.
+    """Measure latency, throughput and memory, and compare them with the cost model.
 
     Example: iiet-orch benchmark my-run --batch-sizes 1,8
 
     Args:
         schedule: Iteration schedule, or a looped model's depth; may be repeated. One IIET without
             it: from full to none.
-        batch_sizes: Comma-separated numbers of rows that are decoded together (default: 1,8), or
-            with --serve of requests at a time (default: 1,4,16).
-        contexts: Tokens of the prompt (default: 32 and half the context; with --serve one number,
-            128 or half the context).
+        batch_sizes: Comma-separated numbers of rows that are decoded together (default: 1,8).
+        contexts: Tokens of the prompt (default: 32 and half the context).
         new_tokens: Tokens decoded after it (default: 32, or what fits the context).
         repetitions: Measurements of each model, in turns (default: 9).
         threads: Threads of PyTorch on a CPU.
-        serve: Measure each model in `transformers serve` with continuous batching.
-        requests: With --serve: requests for each number of them at a time (default: 32).
-        port: With --serve: where the server listens (default: a free port).
     """
-    if serve and repetitions is not None:
-        raise UserError("--serve measures no repetitions; say with --requests how much it measures")
-    if not serve and (requests is not None or port is not None):
-        raise UserError("--requests and --port are for --serve; add it")
-    batches = whole_numbers(batch_sizes or "", "--batch-sizes")
-    prompts = whole_numbers(contexts or "", "--contexts")
-    if serve:
-        if len(prompts) > 1:
-            raise UserError(f"--serve takes one length of prompts; got --contexts {contexts}")
-        from orchestrator.pipelines.serving import plan_serving, run_serving
-
-        served = plan_serving(
-            models=models or (),
-            schedules=schedule or (),
-            at_once=batches,
-            num_requests=requests,
-            prompt_tokens=prompts[0] if prompts else None,
-            new_tokens=new_tokens,
-            num_threads=threads,
-            port=port,
-            cluster=call.settings.cluster,
-            trust_remote_code=trust_remote_code,
-            **call.common,
-        )
-        return call.finish(served, run_serving)
     from orchestrator.evaluation.decode_timing import MeasurementSettings
     from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 
@@ -234,8 +200,8 @@ def benchmark(
         models=models or (),
         schedules=schedule or (),
         conditions=MeasurementSettings(
-            batch_sizes=batches or (1, 8),
-            contexts=prompts,
+            batch_sizes=whole_numbers(batch_sizes or "", "--batch-sizes") or (1, 8),
+            contexts=whole_numbers(contexts or "", "--contexts"),
             new_tokens=new_tokens or 0,
             repetitions=repetitions or 9,
             num_threads=threads,

@@ -44,7 +44,7 @@ def report(
 
     Args:
         sweeps: Names of sweeps; the newest one when empty.
-        cost: Cost axis: `nfe` (the default), `flops`, `ms`, `kv` or `served_ms`.
+        cost: Cost axis: `nfe` (the default), `flops`, `ms` or `kv`.
         quality: Quality axis: `accuracy`, `bits`, `perplexity` or `loss`. The default is
             `accuracy`, or `bits` where the full model has fewer than 30 right answers.
         time_again: Measure the time per token of the sweep's models once more, and store it.

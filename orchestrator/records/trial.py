@@ -87,7 +87,7 @@ class Trial(Record):
 
     `cost/`: inference, lower is better. `evaluations` (NFE) and other counts per token,
     `relative_evaluations` and `relative_flops` as shares of the full model's,
-    `decode_ms_per_token`, and in reports `served_ms_per_token`. `quality/`: `accuracy`,
+    `decode_ms_per_token`. `quality/`: `accuracy`,
     `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with standard errors as
     `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`, `seconds`; `shared_flops` were spent by
     another run, on a first stage in common; `seeds` are averaged."""

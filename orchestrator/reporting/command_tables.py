@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from iiet.cost import num_parameters
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.served import ServedCost
 from orchestrator.reporting.comparison import AVERAGE, Difference
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval
@@ -231,27 +230,6 @@ def conditions_sentence(conditions: MeasurementSettings, *, device: str, dtype: 
 
 def _mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.2f}"
-
-
-def served_table(costs: Sequence[ServedCost]) -> Table:
-    """Return the costs in a server: a row for each model and number of requests at a time."""
-    heads = ("tokens/s", "ms/token", "latency", "95% within", "KV/token")
-    columns = [Column("at a time"), Column("model", is_text=True), *map(Column, heads)]
-    rows: list[TableRow] = []
-    for at_once, group in groupby(costs, lambda cost: cost.at_once):
-        for number, cost in enumerate(group):
-            kv_bytes = cost.kv_bytes_per_token
-            cells = (
-                str(at_once),
-                cost.model,
-                f"{cost.tokens_per_second:,.1f}",
-                f"{cost.ms_per_token:.2f}",
-                f"{cost.latency_ms:,.0f}",
-                f"{cost.latency_95_ms:,.0f}",
-                "" if kv_bytes is None else format_bytes(kv_bytes),
-            )
-            rows.append(TableRow(cells, is_first=not number and bool(rows)))
-    return Table(columns, rows, "Requests to transformers' server, in milliseconds")
 
 
 # Influence

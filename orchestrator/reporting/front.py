@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.served import newest_served_times
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
     StoredSweep,
@@ -28,7 +27,6 @@ from orchestrator.reporting.results import (
     result_table,
     shape_of,
     with_overhead,
-    with_served_times,
 )
 from orchestrator.reporting.retention import Loss, bounds_sentence, find_losses
 from orchestrator.reporting.statistics import (
@@ -51,7 +49,6 @@ from orchestrator.terminal.metrics import (
     PAIRED,
     PAIRED_SHARE_OF_FULL,
     QUALITIES,
-    SERVED_MS,
     TRAINING_TOKENS,
     Metric,
     confidence_keeps_name,
@@ -562,12 +559,9 @@ def sweep_front(
     """
     import pandas
 
-    served = newest_served_times(workspace)
-    tables = []
-    for sweep in sweeps:
-        timed = with_served_times(sweep.results, served)
-        tables.append(result_table(timed).assign(sweep=sweep.name))
-    table = pandas.concat(tables)
+    table = pandas.concat(
+        [result_table(sweep.results).assign(sweep=sweep.name) for sweep in sweeps]
+    )
     table = table[~table.index.duplicated()]
     if len(sweeps) == 1:
         table = table.drop(columns="sweep")
@@ -580,12 +574,6 @@ def sweep_front(
     notes = item_notes(front.seeds, items)
     if axes.against_accuracy and axes.quality == BITS_PER_BYTE:
         notes.insert(0, axes.against_accuracy)
-    if axes.cost == SERVED_MS:
-        notes.append(
-            "No model was measured in a server; `iiet-orch benchmark --serve MODEL...` does that."
-            if served is None
-            else served.sentence
-        )
     front = with_confidence(front, items, demanded_share=demanded_share)
     if len(sweeps) == 1 and (bounds := sweeps[0].retention):
         front = _with_losses(front, bounds)

@@ -19,17 +19,14 @@ from pydantic import Field
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
-from orchestrator.records.served import ServedTimes
 from orchestrator.records.status import unfinished_trials
 from orchestrator.records.trial import SOURCE_CONTINUED, SweepTrials, Trial
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.metrics import (
-    COST,
     NFE,
     OVERHEAD_METRICS,
     OVERHEADS,
     QUALITY,
-    SERVED_MS,
     STDERR_SUFFIX,
     stderr_name,
 )
@@ -177,17 +174,6 @@ def item_notes(results: Sequence[Trial], items: Mapping[str, EvaluationResult]) 
             f"missing: {', '.join(lacking)}."
         )
     return notes
-
-
-def with_served_times(trials: Iterable[Trial], served: ServedTimes | None) -> list[Trial]:
-    """Return trials with the time per token that a server needs for models of their shapes."""
-    if served is None:
-        return list(trials)
-    timed = []
-    for trial in trials:
-        time = served.ms_per_token(trial.model)
-        timed.append(trial.with_numbers("cost", {SERVED_MS.removeprefix(COST): time}))
-    return timed
 
 
 def newest_sweep(workspace: Workspace) -> str:

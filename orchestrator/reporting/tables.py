@@ -31,7 +31,6 @@ from orchestrator.terminal.metrics import (
     OVERHEAD_NFE_SHARE,
     PAIRED,
     RELATIVE_FLOPS,
-    SERVED_MS,
     metric_of,
 )
 from orchestrator.terminal.render import format_with_error, scale_and_digits
@@ -47,7 +46,6 @@ COST_COLUMNS = {
     RELATIVE_FLOPS: 4,
     KV_BYTES: 7,
     DECODE_MS: 3,
-    SERVED_MS: 8,
     OVERHEAD_NFE: 14,
     OVERHEAD_MS: 13,
     OVERHEAD_NFE_SHARE: 5,

@@ -15,7 +15,7 @@ from typing import Literal
 
 from orchestrator.terminal.render import format_bytes, format_parameters
 
-CostName = Literal["nfe", "flops", "ms", "kv", "served_ms", "evaluations"]
+CostName = Literal["nfe", "flops", "ms", "kv", "evaluations"]
 """Values of the option `--cost`; a test compares them with the table."""
 QualityName = Literal["accuracy", "bits", "perplexity", "loss"]
 """Values of the option `--quality`."""
@@ -37,7 +37,6 @@ RELATIVE_FLOPS = "cost/relative_flops"
 DECODE_MS = "cost/decode_ms_per_token"
 DECODE_MS_SPREAD = "cost/decode_ms_spread"
 KV_BYTES = "cost/kv_bytes_per_token"
-SERVED_MS = "cost/served_ms_per_token"
 NUM_PARAMETERS = "cost/num_parameters"
 TRAINING_TOKENS = "train/tokens"
 """Tokens that a model was trained on."""
@@ -149,15 +148,6 @@ METRICS: dict[str, Metric] = {
             column="parameters",
             format=format_parameters,
             counted_as="num_parameters",
-        ),
-        Metric(
-            name=SERVED_MS,
-            options=("served_ms",),
-            title="Served, ms per token",
-            column="served ms",
-            noun="time in the server",
-            unit="ms",
-            format="{:.2f}".format,
         ),
         Metric(
             name=OVERHEAD_NFE,
@@ -291,16 +281,6 @@ def confidence_keeps_name(demanded_share: float) -> str:
 def timed_name(number: str, *, batch_size: int, context: int) -> str:
     """Return the tracked name of what `benchmark` measured: `cost/batch_1_context_64/decode_ms`."""
     return f"{COST}batch_{batch_size}_context_{context}/{number}"
-
-
-def served_name(number: str, *, at_once: int) -> str:
-    """Return the tracked name of a measurement of a server: `cost/served_8/latency_ms`.
-
-    Args:
-        number: What was measured.
-        at_once: Requests that the server answered at the same time.
-    """
-    return f"{COST}served_{at_once}/{number}"
 
 
 def pick_name(pick: str, number: str) -> str:

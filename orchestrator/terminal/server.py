@@ -30,7 +30,7 @@ STOP_TIMEOUT_SECONDS = 2.0
 # A child of the shell reads a pipe that this process alone holds open. The pipe ends with this
 # process, also by SIGKILL; then the whole group is killed.
 _WITH_PARENT = 'exec 3<&0; { read _ <&3; kill -KILL 0; } & exec "$@" 3<&- </dev/null'
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens addresses of this machine, without a proxy that the environment names."""
 
 
@@ -57,7 +57,7 @@ class LocalServer:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise self.failure()
             try:
-                with OPENER.open(f"{self.url}/health", timeout=2) as answer:
+                with _OPENER.open(f"{self.url}/health", timeout=2) as answer:
                     if answer.status == 200:
                         return
             except (urllib.error.URLError, OSError):
@@ -130,10 +130,3 @@ def check_port(port: int) -> None:
             raise UserError(
                 f"port {port} cannot be used ({reason}); try --port {port + 1}"
             ) from None
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -29,9 +29,9 @@ TESTED_ELSEWHERE = {"real-model.md", "retrofit.md", "extending.md"}
 LINES = [x for x in shell_lines() if x.words[0] == "iiet-orch" and x.page not in TESTED_ELSEWHERE]
 PAGES = list(dict.fromkeys(line.page for line in LINES))
 
-LEFT_OUT = re.compile(r"iiet-orch ui\b(?!.*--sync)|.*(hub|s3://|ouro\.yaml|--serve)")
-"""A server that runs until it is stopped, or that needs an extra, the Hugging Face Hub, also in a
-file, or a cloud."""
+LEFT_OUT = re.compile(r"iiet-orch ui\b(?!.*--sync)|.*(hub|s3://|ouro\.yaml)")
+"""A server that runs until it is stopped, or what needs the Hugging Face Hub, also in a file, or a
+cloud."""
 REPLACED = {
     **{"heldout,piqa": "heldout", "--search": "--search=3", "30": ""},
     **{"--keep": "--cheapest", "0.97": ""},

@@ -12,12 +12,12 @@ import psutil
 import pytest
 from browser import BROWSER, page_text
 from commands import Started
-from local_servers import servers
+from local_servers import free_port, servers
 from refusals import refused
 
 from orchestrator.pipelines.ui import serve, server_arguments
 from orchestrator.records.tracked_run import REPORT_TAG, VIEW_TAG, TrackedRun
-from orchestrator.terminal.server import check_port, free_port
+from orchestrator.terminal.server import check_port
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text

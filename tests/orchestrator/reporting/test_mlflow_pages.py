@@ -18,11 +18,11 @@ from urllib.parse import quote, unquote
 
 import pytest
 from browser import BROWSER, page_text
+from local_servers import free_port
 
 from orchestrator.pipelines.ui import serve
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.terminal.server import free_port
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace

@@ -18,7 +18,6 @@ from iiet.pruning import InfluenceTable
 from orchestrator.pipelines.models import plan_pick
 from orchestrator.pipelines.reports import report
 from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult
-from orchestrator.records.served import ServedCost, ServedTimes, ServingConditions, shape_key
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.findings import confidence_note
 from orchestrator.reporting.front import (
@@ -108,47 +107,6 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     assert {path.name for path in on_other_axes.files} == FILES
     assert on_other_axes.front.axes.quality == "quality/perplexity"
     assert {path.name: path.read_bytes() for path in written.files} == before
-
-
-@pytest.mark.slow
-def test_times_in_a_server_are_a_cost_of_the_models_whose_shapes_were_served(workspace, sweep):
-    axes = parse_axes("served_ms", "bits")
-    unserved = write_sweep_report(workspace, sweep, axes=axes)
-    assert unserved.front.rows == []
-    assert any("benchmark --serve" in sentence for sentence in unserved.sentences)
-    students = [trial for trial in sweep.results if trial.role == "trial"]
-    costs = {
-        shape_key(trial.model): (served_cost(1, 10.0), served_cost(16, 100.0 * number))
-        for number, trial in enumerate(students[:2], start=1)
-    }
-    ServedTimes(
-        time=1.0, server="transformers 5.24.0", device="cpu", dtype="float32", machine={},
-        conditions=ServingConditions(
-            at_once=(1, 16), num_requests=32, prompt_tokens=128, new_tokens=32, num_threads=1
-        ),
-        costs=costs,
-    ).write(workspace.benchmarks / "served-key.json")  # fmt: skip
-    written = write_sweep_report(workspace, sweep, axes=axes)
-    # The teacher has the shape and the schedule of the first student.
-    assert {row["schedule"]: row["cost"] for row in written.front.rows} == {
-        students[0].schedule_text: 10.0,
-        students[1].schedule_text: 5.0,
-    }
-    assert written.folder.name == "bits-served_ms"
-    assert any(
-        "16 requests at a time" in sentence and "128 + 32" in sentence
-        for sentence in written.sentences
-    )
-    sweep.store(workspace)
-    picked = plan_pick("toy", workspace=workspace, cost="served_ms", quality="bits", budget=6.0)
-    assert picked.point.key == students[1].key
-
-
-def served_cost(at_once: int, tokens_per_second: float) -> ServedCost:
-    return ServedCost(
-        model="m", at_once=at_once, tokens_per_second=tokens_per_second, latency_ms=1.0,
-        latency_95_ms=2.0, kv_bytes_per_token=None,
-    )  # fmt: skip
 
 
 @pytest.mark.slow
