@@ -36,7 +36,7 @@ def make_context(
 
     Args:
         hidden: the embeddings.
-        rope: tables for the positions of the model's context.
+        rope: rotary embedding of the model, which knows how long its context is.
         step_weights: see `PassContext`.
         windows: the sliding windows of the layers, in tokens.
         cache: keys and values of earlier tokens; what it knows of padding is read and updated.
@@ -75,12 +75,13 @@ def make_context(
     if cache is not None:
         cache.attention_mask = real
 
-    positions: Tensor | slice = slice(past, total)
     if position_ids is not None:
         _check_positions(position_ids, batch=batch, time=time, num_positions=rope.num_positions)
         positions = position_ids
     elif real is not None:
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
+    else:
+        positions = torch.arange(past, total, device=device)
 
     mask: Tensor | None = None
     if visible is not None:

@@ -53,7 +53,7 @@ __all__ = [
     "PassContext",
     "RMSNorm",
     "Rope",
-    "RopeTables",
+    "RotaryAngles",
     "at_least_float32",
     "attend",
     "draw_weights",
@@ -97,7 +97,7 @@ class KeepsFloat32(nn.Module):
         return module
 
 
-class RopeTables(NamedTuple):
+class RotaryAngles(NamedTuple):
     """Cosines and sines of some positions, each (time, 1, head_dim) or (batch, time, 1, head_dim).
 
     The sine's first half is negative, so that rotating is `x * cos + swap_halves(x) * sin`.
@@ -114,11 +114,12 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rope:
-    """The rotary tables of one model, made on first use; not part of the state dict.
+    """The rotary embedding of one model; it has nothing in the state dict.
 
     Each pair of a head's channels turns by an angle that grows with the position; channels j and
-    j + head_dim/2 are a pair (Llama's layout). Angles, cosines and sines are float32 also in a bf16
-    model; a rotated head is rounded once.
+    j + head_dim/2 are a pair (Llama's layout). Angles are computed in each pass, for its positions
+    alone: a table of a long context would take more memory than the model's keys and values.
+    Angles, cosines and sines are float32 also in a bf16 model; a rotated head is rounded once.
     """
 
     def __init__(
@@ -128,43 +129,44 @@ class Rope:
         self.num_positions = num_positions
         self.theta = theta
         self.scaling = scaling
-        self._tables: dict[tuple[torch.device, torch.dtype], RopeTables] = {}
+        self._frequencies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def at(self, positions: Tensor | slice, device: torch.device, dtype: torch.dtype) -> RopeTables:
-        """Look up positions: a slice, or (batch, time); `dtype` is that of the hidden states."""
-        # A table as exact as the model, and at least float32.
+    def at(self, positions: Tensor, device: torch.device, dtype: torch.dtype) -> RotaryAngles:
+        """Compute the angles of positions, (time,) or (batch, time); `dtype` is that of the hidden
+        states."""
+        # As exact as the model, and at least float32.
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = self._all_positions(device, dtype)
-        return RopeTables(cos[positions], sin[positions])
+        angles = positions.to(device, dtype)[..., None, None] * self._frequencies_on(device, dtype)
+        cos = angles.cos()
+        sin = angles.sin()
+        size = 1.0 if self.scaling is None else rope_attention_factor(self.scaling)
+        if size != 1.0:
+            cos = size * cos
+            sin = size * sin
+        return RotaryAngles(cos, sin)
 
-    def _all_positions(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
+    def _frequencies_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return radians per token, (head_dim,); the first half is negative, so its sines are, and
+        a cosine does not change."""
         if torch.compiler.is_compiling():  # A graph must not fill a dictionary outside of it.
-            return self._make_tables(device, dtype)
-        tables = self._tables.get((device, dtype))
-        if tables is None:
-            # Tables made in inference mode could not serve training later.
+            return self._make_frequencies(device, dtype)
+        frequencies = self._frequencies.get((device, dtype))
+        if frequencies is None:
+            # Tensors made in inference mode could not serve training later.
             with torch.inference_mode(False), torch.no_grad():
-                tables = self._make_tables(device, dtype)
+                frequencies = self._make_frequencies(device, dtype)
             # Fake tensors (tracing) hold no numbers and are valid in one mode only: do not keep.
-            if type(tables.cos) is Tensor:
-                self._tables[device, dtype] = tables
-        return tables
+            if type(frequencies) is Tensor:
+                self._frequencies[device, dtype] = frequencies
+        return frequencies
 
-    def _make_tables(self, device: torch.device, dtype: torch.dtype) -> RopeTables:
+    def _make_frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        # On the CPU, because a GPU's powers have other last digits.
         channels = torch.arange(0, self.head_dim, 2, dtype=dtype, device="cpu") / self.head_dim
-        positions = torch.arange(self.num_positions, dtype=dtype, device="cpu")
         frequencies = 1.0 / self.theta**channels
-        size = 1.0
         if self.scaling is not None:
             frequencies = scaled_frequencies(frequencies, self.theta, self.scaling)
-            size = rope_attention_factor(self.scaling)
-        angles = torch.outer(positions, frequencies)
-        cos = size * angles.cos()
-        sin = size * angles.sin()
-        return RopeTables(
-            torch.cat([cos, cos], -1).unsqueeze(1).to(device),
-            torch.cat([-sin, sin], -1).unsqueeze(1).to(device),
-        )
+        return torch.cat([-frequencies, frequencies]).to(device)
 
 
 def scaled_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
@@ -227,7 +229,7 @@ def rope_attention_factor(scaling: RopeScaling) -> float:
 class PassContext:
     """What all evaluations of one forward pass share."""
 
-    rope: RopeTables
+    rope: RotaryAngles
     mask: Tensor | None
     """(batch or 1, 1, time, total): bool, true where a query may look, or a number that is added to
     the scores; or PyTorch's object for the causal mask of a pass that continues a cache; or

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from live_tensors import LiveTensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -175,6 +176,22 @@ def test_random_weights_give_the_logits_of_transformers(name):
         one_by_one(decoder, ids, mask, num_prompt=13),
     ):
         assert ((logits - expected) * mask[..., None]).abs().max() < 1e-5, seed
+
+
+@torch.no_grad()
+def test_angles_are_computed_for_the_positions_of_a_pass_alone():
+    """Those of a million positions would take 32 MB."""
+    config = ModelConfig(method="vanilla", **{**SIZES, "context_length": 2**20})
+    decoder = Decoder(config)
+    ids, _ = padded_text()
+    with LiveTensors(decoder) as live:
+        decoder(ids)
+    assert live.peak < 200_000
+    last = torch.tensor([[2**20 - 2, 2**20 - 1]])
+    cos, sin = decoder.rope.at(last, ids.device, torch.float64)
+    angles = last[0, :, None] * config.rope_theta ** -(torch.arange(0, 8, 2).double() / 8)
+    expected = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    torch.testing.assert_close((cos[0, :, 0], sin[0, :, 0]), expected, rtol=0, atol=1e-8)
 
 
 def every_option(method="iiet", **changes):
