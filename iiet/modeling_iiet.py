@@ -129,6 +129,13 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # After the first time, which is before the number of layers is known.
+        if name == "corrections" and vars(self).get("num_layers") is not None:
+            self.set_corrections(value)
+        else:
+            super().__setattr__(name, value)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets keyword arguments on a config that has counted its evaluations.
@@ -148,7 +155,7 @@ class IIETConfig(PreTrainedConfig):
                 f"corrections must be one number from 0, or one for each of {self.num_layers} "
                 f"layers, got {corrections!r}"
             )
-        self.corrections = schedule
+        super().__setattr__("corrections", schedule)
         self.set_slots()
 
     @property

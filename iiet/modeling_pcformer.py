@@ -126,6 +126,14 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
+    # Copied from iiet.modeling_iiet.IIETConfig.__setattr__
+    def __setattr__(self, name: str, value: Any) -> None:
+        # After the first time, which is before the number of layers is known.
+        if name == "corrections" and vars(self).get("num_layers") is not None:
+            self.set_corrections(value)
+        else:
+            super().__setattr__(name, value)
+
     # Copied from iiet.modeling_iiet.IIETConfig.from_dict
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -153,7 +161,7 @@ class IIETConfig(PreTrainedConfig):
                 f"corrections must be one level from 0 to {highest}, or one for each of "
                 f"{self.num_layers} layers, got {corrections!r}"
             )
-        self.corrections = schedule
+        super().__setattr__("corrections", schedule)
         self.set_slots()
 
     @property

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from exported_folder import json_printed_by
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from hypothesis import given, settings
 from laws import examples
 from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
@@ -22,10 +23,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import iiet
-from iiet.decoder import Decoder
+from iiet.decoder import Decoder, decoder_from_published
 from iiet.exporting import export, fast_tokenizer, transformers_model
 from iiet.methods import METHODS
-from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 
 END = "<|endoftext|>"
@@ -298,6 +298,23 @@ def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
     reloaded = Decoder.from_pretrained(tmp_path / "second")
     assert (reloaded.config.vocab_size, str(reloaded.schedule)) == (20, "1,0,0")
     torch.testing.assert_close(reloaded(ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["iiet", "pcformer", "looped"])
+def test_a_config_takes_another_schedule_by_assignment(method):
+    decoder = make_model(method, (2, 1, 2), dtype=torch.float32)
+    model = transformers_model(decoder)
+    ids = tokens(2, 9)
+    for corrections in (1, [0, 0, 0]):
+        model.config.corrections = corrections
+        assert model.config.num_hidden_layers == sum(decoder.evaluations_per_layer(corrections))
+        torch.testing.assert_close(model(ids).logits, decoder(ids, schedule=corrections))
+    for wrong in (-1, [1, 1]):
+        with refused(ValueError, "corrections", wrong):
+            model.config.corrections = wrong
+    with pytest.raises(StrictDataclassFieldValidationError, match="corrections"):
+        model.config.corrections = "1,0,0"
+    assert model.config.corrections == [0, 0, 0]
 
 
 @pytest.fixture
