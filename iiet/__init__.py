@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from iiet.cost import num_parameters as num_parameters
     from iiet.cost import training_flops_per_token as training_flops_per_token
     from iiet.decoder import Decoder as Decoder
+    from iiet.decoder import decoder_from_published as decoder_from_published
     from iiet.distillation import distillation_loss as distillation_loss
     from iiet.distillation import frozen_teacher as frozen_teacher
     from iiet.exporting import export as export
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from iiet.pruning import schedule_at_threshold as schedule_at_threshold
     from iiet.pruning import schedule_family as schedule_family
     from iiet.pruning import spread_over_cost as spread_over_cost
-    from iiet.published import decoder_from_published as decoder_from_published
     from iiet.request import GenerationOptions as GenerationOptions
     from iiet.schedule import IterationSchedule as IterationSchedule
 
@@ -51,7 +51,7 @@ _NAMES_OF_MODULE = {
     "cache": "KeyValueCache",
     "config": "DistillationConfig ModelConfig PRESETS preset",
     "cost": "InferenceCost inference_cost num_parameters training_flops_per_token",
-    "decoder": "Decoder",
+    "decoder": "Decoder decoder_from_published",
     "distillation": "distillation_loss frozen_teacher",
     "exporting": "export",
     "fast": "plain_formulas",
@@ -62,7 +62,6 @@ _NAMES_OF_MODULE = {
         "InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
         "schedule_family spread_over_cost"
     ),
-    "published": "decoder_from_published",
     "request": "GenerationOptions",
     "schedule": "IterationSchedule",
 }

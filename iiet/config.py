@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from iiet.checks import check_rules, is_integer_from, is_number_from
 from iiet.extensions import ExtensionError
-from iiet.facts import METHODS, facts_of
+from iiet.facts import METHODS, MethodFacts, facts_of
 from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "RopeScaling",
     "RopeType",
     "preset",
+    "schedule_problems",
 ]
 
 
@@ -427,26 +428,33 @@ def _method_problems(config: ModelConfig) -> list[str]:
             f"method_options must be a {method.Options.__name__} or None for method "
             f"{config.method!r}, got {config.method_options!r}"
         ]
-    problems: list[str] = []
-    if method.has_corrections:
-        if schedule is None:
-            problems.append(
-                f"schedule is required for method {config.method!r}; "
-                "IterationSchedule.uniform(num_layers, 3) is usual"
-            )
-        elif method.repeats_stack and len(set(schedule)) > 1:
-            problems.append(
-                f"method {config.method!r} repeats the whole stack, so all layers must make the "
-                f"same number of corrections, got schedule {schedule}"
-            )
-        elif method.full_level is not None and max(schedule) > method.full_level:
-            problems.append(
-                f"method {config.method!r} has levels 0 to {method.full_level} for each layer, got "
-                f"schedule {schedule}"
-            )
-    elif schedule is not None and schedule.num_corrections:
-        problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
-    return problems
+    return schedule_problems(config.method, method, schedule)
+
+
+def schedule_problems(
+    method: str, facts: MethodFacts, schedule: IterationSchedule | None
+) -> list[str]:
+    """Describe why a method, of which these are the facts, cannot run under a schedule."""
+    if not facts.has_corrections:
+        if schedule is None or not schedule.num_corrections:
+            return []
+        return [f"method {method!r} makes no corrections, got schedule {schedule}"]
+    if schedule is None:
+        return [
+            f"schedule is required for method {method!r}; "
+            "IterationSchedule.uniform(num_layers, 3) is usual"
+        ]
+    if facts.repeats_stack and len(set(schedule)) > 1:
+        return [
+            f"method {method!r} repeats the whole stack, so all layers must make the same number "
+            f"of corrections, got schedule {schedule}"
+        ]
+    if facts.full_level is not None and max(schedule) > facts.full_level:
+        return [
+            f"method {method!r} has levels 0 to {facts.full_level} for each layer, got schedule "
+            f"{schedule}"
+        ]
+    return []
 
 
 DivergenceKind = Literal["forward", "reverse"]

@@ -14,7 +14,7 @@ students.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from iiet.backbone import Backbone
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
-from iiet.config import ModelConfig, preset
+from iiet.config import ModelConfig, preset, schedule_problems
 from iiet.context import make_context
 from iiet.fast import can_step, few_rows_product, is_bare, may_read_weights
 from iiet.generation import stream
@@ -36,13 +36,21 @@ from iiet.layers import Block, Rope, StepWeights, draw_weights, product_dtype
 from iiet.losses import LazyLogits, Logits, batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
+from iiet.published import weights_from_published
 from iiet.request import GenerationOptions
 from iiet.schedule import IterationSchedule, ScheduleLike
 from iiet.speculative import DraftRecord
 from iiet.static_steps import StaticSteps
-from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
+from iiet.weights import (
+    CONFIG,
+    MODEL_TYPE,
+    WEIGHTS,
+    config_from_json,
+    read_folder,
+    write_folder,
+)
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "decoder_from_published"]
 
 
 class Decoder(nn.Module):
@@ -54,6 +62,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Looked up once: a graph of `torch.compile` must not look for installed packages.
+        self.method: type[Layer] = METHODS[config.method]
+        """The class of the layers."""
         self.model = Backbone(config)
         self.lm_head: nn.Module | None = None  # Tied to the embedding.
         if not config.tie_embeddings:
@@ -74,28 +85,27 @@ class Decoder(nn.Module):
     def from_pretrained(
         cls, folder: str | PathLike[str], dtype: torch.dtype | None = None
     ) -> Decoder:
-        """Load what `save_pretrained` wrote, or a checkpoint of the orchestrator.
+        """Load a model folder: what `save_pretrained` wrote, a checkpoint of the orchestrator, an
+        export, a plain model of transformers (`iiet.plain_models`), or the published naming.
 
         Args:
-            folder: holds `config.json` and `model.safetensors`.
+            folder: holds `config.json` and `model.safetensors`, or the index of several files.
             dtype: dtype of the weights (norms and mix of a method stay at least float32); None: the
                 file's.
 
         Raises:
-            ValueError: a file is missing or damaged, or the weights do not fit the config.
+            ValueError: a file is missing or damaged, the model is of a type that no decoder runs,
+                or the weights do not fit the config.
         """
-        config, weights = read_folder(folder)
-        with torch.device("meta"):
-            decoder = cls(config)
+        folder = Path(folder)
+        values, weights = read_folder(folder)
         try:
-            decoder.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            # PyTorch writes a line for each weight that does not fit, below a line of its own.
-            first, *further = str(error).splitlines()[1:] or [str(error)]
-            num_further = f" ({len(further)} more like it)" if further else ""
-            raise ValueError(
-                f"{Path(folder) / WEIGHTS} does not fit {CONFIG}: {first.strip()}{num_further}"
-            ) from None
+            if values.get("model_type") == MODEL_TYPE:
+                decoder = _with_weights(config_from_json(values), weights)
+            else:
+                decoder = decoder_from_published(values, weights)
+        except ValueError as error:
+            raise ValueError(f"cannot load {folder}: {error}") from None
         return decoder if dtype is None else decoder.to(dtype)
 
     def save_pretrained(self, folder: str | PathLike[str], **further_values: Any) -> None:
@@ -107,11 +117,6 @@ class Decoder(nn.Module):
     def schedule(self) -> IterationSchedule:
         """The schedule of a call without `schedule=`; zeros for a method without corrections."""
         return self.config.corrections
-
-    @property
-    def method(self) -> type[Layer]:
-        """The class of the layers."""
-        return METHODS[self.config.method]
 
     def method_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that a plain Llama of the same sizes does not have, by name."""
@@ -322,6 +327,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: as `forward`.
         """
+        schedule = self._schedule_of_call(schedule)
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         if cache is not None and cache.evaluations_per_layer != evaluations_per_layer:
             cached = ",".join(map(str, cache.evaluations_per_layer))
@@ -339,10 +345,6 @@ class Decoder(nn.Module):
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
-        if schedule is None:
-            schedule = self.schedule
-        else:
-            schedule = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         layers = self.model.layers
         shared = self.model.shared
@@ -437,4 +439,51 @@ class Decoder(nn.Module):
 
         One that does not fit the method or the number of layers is a ValueError.
         """
-        return self.config.evaluations_per_layer(schedule)
+        schedule = self._schedule_of_call(schedule)
+        facts = self.method.facts
+        return tuple(
+            facts.evaluations_per_layer(schedule, layer) for layer in range(self.config.num_layers)
+        )
+
+    def _schedule_of_call(self, schedule: ScheduleLike | None) -> IterationSchedule:
+        """Return the decoder's own schedule for None, else that which is written; errors as above.
+
+        A config with this schedule would say the same, but to make one in a graph of
+        `torch.compile` takes what no graph may do.
+        """
+        if schedule is None or schedule is self.schedule:
+            return self.schedule
+        parsed = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
+        if problems := schedule_problems(self.config.method, self.method.facts, parsed):
+            raise ValueError("; ".join(problems))
+        return parsed
+
+
+def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Decoder:
+    """Build a decoder from a configuration of the published naming, or of a plain model of
+    transformers, and its weights.
+
+    Args:
+        config: the values of `config.json`, as for `iiet.published.config_from_published`.
+        weights: by published name; used as they are, with their dtype and device.
+
+    Raises:
+        ValueError: the config cannot be read, or weights are missing, left over, of the wrong
+            shape, or not finite; all named at once.
+    """
+    return _with_weights(*weights_from_published(config, weights))
+
+
+def _with_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> Decoder:
+    """Return a decoder of these weights, which are not copied; those that do not fit are a
+    ValueError."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    try:
+        decoder.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        # PyTorch writes a line for each weight that does not fit, below a line of its own.
+        first, *further = str(error).splitlines()[1:] or [str(error)]
+        num_further = f" ({len(further)} more like it)" if further else ""
+        raise ValueError(f"{WEIGHTS} does not fit {CONFIG}: {first.strip()}{num_further}") from None
+    return decoder

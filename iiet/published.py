@@ -1,4 +1,5 @@
-"""Reads the published naming (IIET, PCformer), and plain models of transformers, into a decoder.
+"""Reads the published naming (IIET, PCformer), and plain models of transformers: a decoder's config
+and weights by its names.
 
 The published modelling code follows transformers' Llama, as a decoder does: only what a method adds
 has other names there. The matrices A and C are whole in the published files, and here they are cut
@@ -14,15 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from iiet.backbone import Backbone
 from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from iiet.plain_models import config_from_plain
 from iiet.schedule import IterationSchedule
 from iiet.weights import LazyTensor, non_finite
 
 __all__ = [
     "config_from_published",
-    "decoder_from_published",
     "misfits",
     "renamed_from_published",
     "weights_from_published",
@@ -142,8 +142,13 @@ def _refuse_unsupported(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
         raise ValueError(f"the decoder does not support: {'; '.join(problems)}")
 
 
-def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Decoder:
-    """Build a decoder from a published configuration and its weights.
+def weights_from_published(
+    config: Mapping[str, Any], weights: Mapping[str, WeightT]
+) -> tuple[ModelConfig, dict[str, WeightT]]:
+    """Return the configuration of a decoder, and its weights by its names.
+
+    Weights that are not read yet are not read here, except a head that is said to be that of the
+    embedding; so their values may still not be finite.
 
     Args:
         config: as for `config_from_published`.
@@ -151,23 +156,7 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
 
     Raises:
         ValueError: the config cannot be read, or weights are missing, left over, of the wrong
-        shape, or not finite; all named at once.
-    """
-    model_config, renamed = weights_from_published(config, weights)
-    with torch.device("meta"):
-        decoder = Decoder(model_config)
-    decoder.load_state_dict(renamed, assign=True)
-    return decoder
-
-
-def weights_from_published(
-    config: Mapping[str, Any], weights: Mapping[str, WeightT]
-) -> tuple[ModelConfig, dict[str, WeightT]]:
-    """Return the configuration of a decoder, and its weights by its names.
-
-    Arguments and errors are those of `decoder_from_published`. Weights that are not read yet are
-    not read here, except a head that is said to be that of the embedding; so their values may still
-    not be finite.
+            shape, or not finite; all named at once.
     """
     model_config = config_from_published(config, weights)
     renamed = renamed_from_published(weights, model_config.num_layers)
@@ -191,7 +180,9 @@ def misfits(config: ModelConfig, weights: Mapping[str, Tensor | LazyTensor]) -> 
     """Describe how weights, by a decoder's names, are not those of a decoder: missing, left over,
     not finite, or of another shape."""
     with torch.device("meta"):
-        wanted = Decoder(config).state_dict()
+        wanted: dict[str, Tensor] = Backbone(config).state_dict(prefix="model.")
+        if not config.tie_embeddings:
+            wanted["lm_head.weight"] = torch.empty(config.vocab_size, config.dim)
     read = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     return [
         *(f"missing {name}" for name in sorted(wanted.keys() - weights)),

@@ -132,8 +132,8 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(
-            f"model_type must be {MODEL_TYPE!r}, got {model_type!r}; weights of the published "
-            "naming, and those of plain models, are read by decoder_from_published"
+            f"model_type must be {MODEL_TYPE!r}, got {model_type!r}; Decoder.from_pretrained reads "
+            "folders of other types, too"
         )
     values = _with_defaults(values)
     missing = [name for name in (*CONFIG_NAMES, "rope_parameters") if name not in values]
@@ -362,21 +362,20 @@ def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor | LazyTensor]) -
             file.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
 
 
-def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read the config and the weights by name, which stay mapped from the file until changed.
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the values of `config.json`, and the weights by the names in the files, from which they
+    stay mapped until changed.
 
     Raises:
         ImportError: safetensors is not installed.
         ValueError: a file is missing or damaged, or has values that are not finite.
     """
     safetensors = _safetensors()
-    folder = Path(folder)
     file = folder / CONFIG
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
-        config = config_from_json(values)
         weights: dict[str, Tensor] = {}
         file = folder / WEIGHTS_INDEX  # Read first, where there is one.
         for file in _weight_files(folder):
@@ -386,7 +385,7 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
             weights |= weights_of_file
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot load {file}: {error}") from None
-    return config, weights
+    return values, weights
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -19,8 +19,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from iiet.config import ATTENTION_OPTIONS
-from iiet.decoder import Decoder
-from iiet.published import decoder_from_published
+from iiet.decoder import Decoder, decoder_from_published
 from iiet.weights import CONFIG
 from orchestrator.models.hub import offline
 from orchestrator.models.labels import model_name

@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from iiet.decoder import Decoder
-from iiet.published import decoder_from_published
+from iiet.decoder import Decoder, decoder_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import MODEL_TYPE
 from orchestrator.models.folder import (

@@ -94,6 +94,25 @@ def test_prefill_and_each_step_are_one_graph(method, masked):
 
 @pytest.mark.slow
 @torch.inference_mode()
+def test_a_schedule_in_any_form_is_one_graph_and_no_table_of_the_context_is_in_it():
+    """Warnings are errors here: reading the text must trace into no lookup of packages."""
+    decoder = make_model("iiet", (1, 0), context_length=4096)
+    sizes = []
+
+    def backend(graph, _):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        sizes.append(max(value.numel() for value in values if isinstance(value, torch.Tensor)))
+        return graph.forward
+
+    compiled = torch.compile(decoder, backend=backend, fullgraph=True)
+    for schedule in ("0,1", (0, 0), 1):
+        expected = decoder(tokens(), schedule=schedule)
+        torch.testing.assert_close(compiled(tokens(), schedule=schedule), expected)
+    assert max(sizes) < decoder.config.context_length
+
+
+@pytest.mark.slow
+@torch.inference_mode()
 def test_longer_decoding_recompiles_nothing():
     """From the second step on, the number of cached tokens is a symbol of the step's graph."""
     decoder = decoder_of("vanilla")

@@ -19,13 +19,12 @@ from safetensors.torch import load_file
 from iiet import INFLUENCE_METRICS
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
-from iiet.decoder import Decoder
+from iiet.decoder import Decoder, decoder_from_published
 from iiet.extensions import ExtensionError
 from iiet.fast import plain_formulas
 from iiet.influence import BatchInfluence, Comparison, InfluenceMetric, influence_table
 from iiet.losses import next_token_loss
 from iiet.pruning import InfluenceTable, schedule_family
-from iiet.published import decoder_from_published
 from iiet.schedule import IterationSchedule
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from plain_models import CASES, config_of, random_model
+from refusals import refused
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -14,6 +15,7 @@ from iiet import ModelConfig, decoder_from_published
 from iiet.decoder import Decoder
 from iiet.exporting import export
 from iiet.plain_models import MODEL_TYPES, config_from_plain, plain_config_json
+from iiet.weights import write_files
 
 OPTIONS = {
     "llama": {},
@@ -117,6 +119,24 @@ def test_an_export_is_a_folder_of_its_own_type(case, tmp_path):
         expected = model(tokens).logits
         torch.testing.assert_close(reloaded(tokens).logits, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(decoder(tokens), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_decoder_loads_a_folder_that_transformers_wrote(case, tmp_path):
+    model = random_model(case)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    decoder = Decoder.from_pretrained(tmp_path, torch.float64).eval()
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        expected = model.double()(tokens).logits
+        torch.testing.assert_close(decoder(tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_a_folder_of_another_type_is_refused_with_the_types_that_are_read(tmp_path):
+    write_files(tmp_path, {"model_type": "gpt2"}, {})
+    with refused(ValueError, tmp_path, "gpt2", "llama", "qwen3"):
+        Decoder.from_pretrained(tmp_path)
 
 
 def test_the_type_follows_from_the_options_where_none_is_named():
