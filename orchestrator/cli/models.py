@@ -188,9 +188,6 @@ def export(
     force: ReplaceModelOption = False,
     schedule: SchedulesOption = None,
     measure: bool = True,
-    file_format: Annotated[
-        Literal["transformers", "gguf"], typer.Option("--format", show_default=False)
-    ] = "transformers",
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None,
@@ -206,7 +203,6 @@ def export(
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0. Servers run a folder under its
             schedule; export once for each.
         measure: Evaluate the model for its card, unless that is done.
-        file_format: With gguf, write a file that llama.cpp runs, of a vanilla or looped model.
         dtype: Type of the weights (default: an import's own, else fp32).
         push_to_hub: Upload the folder to the Hugging Face hub, too.
         private: Who sees a new repository (default: as its owner's settings say).
@@ -220,17 +216,7 @@ def export(
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
-    if push_to_hub is not None and file_format == "gguf":
-        raise UserError("--push-to-hub uploads a folder of transformers, not a GGUF file")
-    if dtype is not None and file_format == "gguf":
-        raise UserError(
-            f"--dtype {dtype} is for a folder of transformers, and --format gguf writes float32; "
-            "leave it out, and let llama-quantize make a smaller file"
-        )
-    if file_format == "gguf":
-        no_card = "a GGUF file has no card with measurements"
-        call.refuse_unread({"evaluation": no_card, "influence": no_card, "cluster": no_card})
-    elif not measure:
+    if not measure:
         nothing = "--no-measure evaluates nothing"
         call.refuse_unread({"evaluation": nothing, "cluster": nothing})
     from orchestrator.models.hub import check_upload, upload_model
@@ -245,7 +231,6 @@ def export(
         force=force,
         schedule=one_schedule(schedule),
         measure=measure,
-        file_format=file_format,
         dtype=dtype,
         **call.common,
     )

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -49,7 +49,7 @@ from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import new_file, new_folder, resolve_path, write_text
+from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, find_checkpoints, find_workspace
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
@@ -263,11 +263,10 @@ def export(
     schedule: str | None = None,
     measure: bool = True,
     force: bool = False,
-    file_format: Literal["transformers", "gguf"] = "transformers",
     dtype: StoredPrecision | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Export a checkpoint with its card, and return the folder; or as GGUF, and return the file.
+    """Export a checkpoint with its card, and return the folder.
 
     Args:
         model: A checkpoint or run, by path or name; the newest of finished runs and the last pick
@@ -277,15 +276,12 @@ def export(
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
         force: Replace an export of another model in `to`.
-        file_format: `gguf` for a file that llama.cpp runs; it has no card.
         dtype: Type of the weights in the folder; when unset, that of an imported model's own
             files, and float32 of a model that was trained here.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
     """
-    from orchestrator.models.gguf import write_gguf  # Imports PyTorch.
-
     settings = settings or Settings()
     context = open_context(workspace, progress)
     note = context.progress.note
@@ -297,17 +293,6 @@ def export(
     if opened.schedule_label:
         default_name += f"-r{decoder.config.corrections}".replace(",", "")
     replaces = force or to is None  # The workspace's own folder is that of the run.
-    if file_format == "gguf":
-        file = resolve_path(to) if to else context.workspace.exports / f"{default_name}.gguf"
-        if file.exists() and (file.is_dir() or not replaces):
-            raise UserError(
-                f"{file} exists; name another file with --to, or replace a file with --force"
-            )
-        context.progress.start("export")
-        with new_file(file) as temporary:
-            write_gguf(temporary, decoder, checkpoint)
-        context.progress.finish(f"{format_bytes(file.stat().st_size)} for llama.cpp")
-        return file
     folder = resolve_path(to) if to else context.workspace.exports / default_name
     check_target(folder, None if replaces else (checkpoint, decoder.config))
     evaluation = None

@@ -67,10 +67,8 @@ MISTAKES = {
     "generate --prompt x --draft-tokens 3": "--draft-tokens 3 needs --draft",
     "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
-    "influence x -r 4 --metric loss": "--metric: influence does not read it",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
     "report --cost time": "for '--cost': 'time' is not one of 'nfe', 'flops', 'ms', 'kv'",
-    "export x --format gguf --dtype bf16": "--dtype bf16",
     "pick --knee --best": "--knee and --best",
     "pick --dry-run --to there": "--dry-run exports nothing",
     # Schedules, thresholds, rates and seeds

@@ -20,10 +20,9 @@ from refusals import refused
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iiet import Decoder, preset
 from orchestrator import cli
 from orchestrator.models.folder import load_provenance
-from orchestrator.models.gguf import read_gguf, write_gguf
+from orchestrator.models.gguf import read_gguf
 from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.pipelines import generating
@@ -199,12 +198,6 @@ def test_a_sentencepiece_tokenizer_begins_texts_as_llama_does(tmp_path, workspac
 def test_a_tokenizer_that_cannot_be_built_is_named(changes, words, tokenizer, tmp_path):
     with pytest.raises(UserError, match=words):
         read_with(tmp_path / "tiny.gguf", tokenizer, **changes)
-
-
-def test_a_file_is_written_only_of_attention_that_it_can_describe(tmp_path):
-    decoder = Decoder(preset("tiny", method="vanilla", num_layers=1, sliding_windows=(8,)))
-    with pytest.raises(UserError, match="sliding_windows"):
-        write_gguf(tmp_path / "tiny.gguf", decoder, tmp_path)
 
 
 # The imported model
