@@ -69,7 +69,6 @@ def inspect(
         ),
     ] = None,
     schedule: SchedulesOption = None,
-    page: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
 ) -> Result:
     """Say what a model is: type, sizes, FLOPs, cache, how much each layer matters, and what
     `pretrain --from` would take here. The model does not run.
@@ -78,17 +77,10 @@ def inspect(
 
     Args:
         schedule: Another iteration schedule, or depth of a looped model of another project.
-        page: Write the same as an HTML page.
     """
     from orchestrator.pipelines.inspecting import inspect_model
-    from orchestrator.workspace.files import write_text
 
-    inspected = inspect_model(
-        call.settings, model=model, schedule=one_schedule(schedule), **call.common
-    )
-    if page:
-        write_text(page, inspected.page())
-    return inspected
+    return inspect_model(call.settings, model=model, schedule=one_schedule(schedule), **call.common)
 
 
 @Command(

@@ -1,7 +1,7 @@
 """Say what a model is, what it costs, and what could be done with it, without running it.
 
 Of a model that a decoder runs, everything follows from its configuration. Of any other, sizes are
-those that its files name, and its FLOPs are counted from the shapes of its matrices.
+those that its files name, and its FLOPs are not known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.planning.price import Price
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.result import Result
-from orchestrator.reporting.sections import Section, render_page, two_column_table
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, shortest_schedule
@@ -39,12 +39,8 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, find_workspace
 
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
-BAR_WIDTH = 40
-"""Characters of the longest bar."""
 DROPPED_SHARE = 4
 """One in so many layers is named as a candidate for dropping."""
-EXPERT_SETTINGS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Entries of transformers' configurations that say that not every weight is used for each token."""
 SIZE_SETTINGS = {
     "layers": ("num_hidden_layers", "n_layer"),
     "width": ("hidden_size", "n_embd"),
@@ -83,7 +79,8 @@ class InspectedModel(Result):
     """Field evaluations of a token (NFE), or of a looped model the layers that it passes; None if
     they are not known."""
     flops_per_token: float | None
-    """Forward FLOPs of a token, a mean over the context; None if not every weight is used."""
+    """Forward FLOPs of a token, a mean over the context; None of a model that only transformers
+    runs."""
     kv_bytes_per_token: int | None
     """Keys and values that a token adds to the cache, in the type of the stored weights."""
     influence_metric: str | None
@@ -104,30 +101,18 @@ class InspectedModel(Result):
     """Most tokens that are read at once."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the model's table, its layers with bars, and what comes next."""
+        """Return the model's table, the influence of its layers, and what comes next."""
         yield two_column_table(self.name, list(self._model_rows()))
-        yield from self._layer_lines()
+        if self.block_influence:
+            yield f"Block influence of each layer ({self.influence_metric})"
+            influences = enumerate(self.block_influence, start=1)
+            # A title would be broken into the width of these numbers.
+            yield two_column_table(
+                None, [(str(layer), f"{value:.3g}") for layer, value in influences]
+            )
         if self.is_native:
             yield two_column_table(self._retrofit_title(), list(self._retrofit_rows()))
         yield from self._next_steps()
-
-    def page(self) -> str:
-        """Return the same as one HTML page."""
-        # Imports vl-convert.
-        from orchestrator.reporting.charts import influence_chart, layer_chart
-
-        sections = [Section(facts=dict(self._model_rows()))]
-        if self.block_influence:
-            title = f"Block influence of each layer ({self.influence_metric})"
-            sections.append(Section(title=title, chart=layer_chart(self.block_influence)))
-        if self.influence_metric and any(self.corrections_influence):
-            chart = influence_chart(self.corrections_influence, metric=self.influence_metric)
-            sections.append(Section(title="Influence of each correction", chart=chart))
-        if self.is_native:
-            title = self._retrofit_title()
-            sections.append(Section(title=title, facts=dict(self._retrofit_rows())))
-        sections.append(Section(title="What comes next", notes=list(self._next_steps())))
-        return render_page(self.name, sections)
 
     def _retrofit_title(self) -> str:
         if self.retrofit_steps is None:
@@ -155,24 +140,12 @@ class InspectedModel(Result):
             yield "evaluations a token", f"{self.evaluations_per_token:,} (NFE)"
         if self.flops_per_token is not None:
             yield "forward FLOPs a token", f"{self.flops_per_token:.3g}"
-        else:
-            yield "forward FLOPs a token", "unknown: not every weight is used for each token"
         if self.kv_bytes_per_token is not None:
             whole = format_bytes(self.kv_bytes_per_token * self.context_length)
             yield (
                 "keys and values",
                 f"{format_bytes(self.kv_bytes_per_token)} a token; {whole} at the whole context",
             )
-
-    def _layer_lines(self) -> Iterable[str]:
-        if not self.block_influence:
-            return
-        yield f"Block influence of each layer ({self.influence_metric})"
-        largest = max(self.block_influence)
-        for layer, value in enumerate(self.block_influence, start=1):
-            length = round(BAR_WIDTH * value / largest) if largest > 0 else 0
-            yield f"{layer:>4} {'█' * length:<{BAR_WIDTH}} {value:.3g}"
-        yield ""
 
     def _retrofit_rows(self) -> Iterable[tuple[str, str]]:
         if self.retrofit is not None:
@@ -344,48 +317,19 @@ def _facts_of_other(
 
     evaluations = None
     kv_bytes = None
-    runs_per_layer = 1.0
     if model.loops:
         loops, depth = model.looped()
         evaluations = loops.layer_runs(depth)
         kv_bytes = loops.kv_numbers(depth) * BYTES_PER_VALUE[precision]
-        runs_per_layer = evaluations / loops.num_layers
-    uses_all_weights = not any(values.get(name) for name in EXPERT_SETTINGS)
-    flops = None
-    if uses_all_weights:
-        flops = _matrix_flops(tensors, runs_per_layer, is_tied=_is_tied(values, tensors))
     return {
         "sizes": sizes,
         "schedule": None,
         "num_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "evaluations_per_token": evaluations,
-        "flops_per_token": flops,
+        "flops_per_token": None,
         "kv_bytes_per_token": kv_bytes,
         **_facts_of_influence(None),
         "retrofit": None,
         "retrofit_steps": None,
         "retrofit_problems": {},
     }
-
-
-def _is_tied(values: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
-    has_head = any("lm_head" in name or "embed_out" in name for name in tensors)
-    return not has_head and bool(values.get("tie_word_embeddings", True))
-
-
-def _matrix_flops(
-    tensors: Mapping[str, StoredTensor], runs_per_layer: float, *, is_tied: bool
-) -> float:
-    """Return two FLOPs for each number of a matrix; attention between tokens is left out."""
-    flops = 0.0
-    for name, tensor in tensors.items():
-        if len(tensor.shape) != 2:
-            continue
-        # Embeddings are read, not multiplied, unless they are the head, too.
-        is_of_positions = ".wpe" in name or "position" in name
-        is_of_tokens = not is_of_positions and ("embed" in name or ".wte" in name)
-        if is_of_positions or (is_of_tokens and not is_tied):
-            continue
-        is_layer = ".layers." in name or ".h." in name
-        flops += 2 * math.prod(tensor.shape) * (runs_per_layer if is_layer else 1.0)
-    return flops

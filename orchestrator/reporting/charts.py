@@ -600,16 +600,6 @@ def _tooltip(row: Row) -> dict[str, str]:
 # Influence, curves and depth
 
 
-def layer_chart(values: Sequence[float]) -> Spec:
-    """Return a bar for the block influence of each layer, the first on top."""
-    rows = [{"layer": layer, "influence": value} for layer, value in enumerate(values, start=1)]
-    encoding = {
-        "y": {"field": "layer", "type": "ordinal", "title": "Layer"},
-        "x": number("influence", title="Block influence"),
-    }
-    return chart_spec(marks("bar", encoding, values=rows, color=BLUE, tooltip=True))
-
-
 def influence_chart(
     rows: Sequence[Sequence[float]],
     *,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from looped_models import write_looped
 from plain_models import config_of, random_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,7 +41,7 @@ def files_in(workspace: Workspace) -> set[Path]:
 
 
 def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
-    workspace, trained_run, tiny_tokens, inspect, tmp_path, capfd
+    workspace, trained_run, tiny_tokens, inspect, capfd
 ):
     shutil.copytree(trained_run, workspace.runs / "teacher")
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
@@ -68,7 +67,7 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     assert inspect("teacher", "-r", "0")["evaluations_per_token"] == 2
     assert files_in(workspace) == before
 
-    # What is measured of its layers is shown, also on a page.
+    # What is measured of its layers is shown.
     table = InfluenceTable(
         metric="cosine",
         value_rows=((0.1, 0.0), (0.3,)),
@@ -80,15 +79,10 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     description = inspect("teacher")
     assert description["block_influence"] == [0.2, 0.8]
     assert description["corrections_influence"] == [[0.1, 0.0], [0.3]]
-    page = tmp_path / "teacher.html"
-    command = ["inspect", "teacher", "--page", str(page), "--workspace", str(workspace.root)]
-    assert cli.main(command) == 0
+    assert cli.main(["inspect", "teacher", "--workspace", str(workspace.root)]) == 0
     shown = capfd.readouterr().out
-    shorter_bar, longer_bar = (line for line in shown.splitlines() if "█" in line)
-    assert longer_bar.count("█") == 4 * shorter_bar.count("█") == 40
-    assert "most first: 2, 1" in shown
-    for text in ("<html", "0.8", "Block influence", "Correction", "2,1", "keys and values"):
-        assert text in page.read_text(encoding="utf-8")
+    for text in ("Block influence", "0.2", "0.8", "most first: 2, 1", "keys and values"):
+        assert text in shown
 
 
 @pytest.mark.parametrize("case", ["llama3", "qwen3", "smollm3 windows"])
@@ -111,35 +105,19 @@ def test_a_plain_model_of_transformers_is_read_natively(case, tmp_path, inspect)
     assert "model.dim" in description["retrofit_problems"]["this machine"]
 
 
-def save_random(folder: Path, model_type: str, **values: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **values)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    return model
-
-
 def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(tmp_path, inspect, capfd):
     sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32}
-    model = save_random(tmp_path / "gpt", "gpt2", **sizes)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    model.save_pretrained(tmp_path / "gpt")
     description = inspect(tmp_path / "gpt")
     assert (description["kind"], description["is_native"]) == ("gpt2", False)
     assert "gpt2" in description["reason"]
     expected = {"layers": 3, "width": 16, "heads": 2, "vocabulary": 40, "context": 32}
     assert description["sizes"] == expected
     assert description["num_parameters"] == sum(weight.numel() for weight in model.parameters())
-    # Each layer has 12 matrices of 16 x 16; the head is the embeddings; positions are only read.
-    assert description["flops_per_token"] == 2 * (3 * 12 * 16 * 16 + 16 * 40)
-    assert description["retrofit"] is None
-
-    # A mixture of experts does not use every weight for each token.
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
-    sizes |= {"num_key_value_heads": 1, "intermediate_size": 8, "num_local_experts": 2}
-    save_random(tmp_path / "experts", "mixtral", **sizes)
-    description = inspect(tmp_path / "experts")
-    assert (description["is_native"], description["flops_per_token"]) == (False, None)
-    assert cli.main(["inspect", str(tmp_path / "experts")]) == 0
-    assert "not every weight" in " ".join(capfd.readouterr().out.split())
+    assert (description["flops_per_token"], description["retrofit"]) == (None, None)
+    assert cli.main(["inspect", str(tmp_path / "gpt")]) == 0
+    assert "FLOPs" not in capfd.readouterr().out
 
 
 def test_a_looped_model_has_the_evaluations_of_its_depth(tmp_path, inspect, tiny_tokens):
@@ -150,7 +128,6 @@ def test_a_looped_model_has_the_evaluations_of_its_depth(tmp_path, inspect, tiny
     assert not default_depth["is_native"]
     assert twice["evaluations_per_token"] == 2 * once["evaluations_per_token"]
     assert twice["kv_bytes_per_token"] == 2 * once["kv_bytes_per_token"]
-    assert once["flops_per_token"] < twice["flops_per_token"] < 2 * once["flops_per_token"]
 
 
 def test_what_is_no_model_or_no_schedule_of_it_is_refused(tmp_path, inspect, capfd, workspace):

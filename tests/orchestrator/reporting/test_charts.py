@@ -22,10 +22,9 @@ from orchestrator.reporting.charts import (
     curves_chart,
     front_chart,
     influence_chart,
-    layer_chart,
     save_chart,
 )
-from orchestrator.reporting.colors import GRID, INK, run_color
+from orchestrator.reporting.colors import run_color
 from orchestrator.reporting.front import FrontAxes, with_confidence
 
 pytestmark = pytest.mark.slow  # Most of a second draws a chart.
@@ -74,14 +73,6 @@ def test_the_subtitle_says_whose_line_it_is(sample_results):
     assert "best of teacher and students at each cost" in chart["title"]["subtitle"]
     competing = sample_front([r for r in sample_results if r.role != "teacher"])
     assert "teacher" not in front_chart(competing, title="Toy")["title"]["subtitle"]
-
-
-def test_bars_of_layers_have_the_colors_that_a_dark_page_replaces():
-    svg = drawn(layer_chart([0.2, 0.8]))
-    assert {"Layer", "1", "2", "Block influence"} <= texts_in(svg)
-    assert set(re.findall(r'<text [^>]*fill="([^"]+)"', svg)) == {INK}
-    assert GRID in svg
-    assert "#ddd" not in svg  # The grid that charts have without a style.
 
 
 def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
