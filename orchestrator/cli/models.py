@@ -55,9 +55,7 @@ def generate(
     top_p: float | None = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED)] = None,
     stop: list[str] | None = None,
-    kv: Literal["exact", "last"] = "exact",
     draft: str | None = None,
-    draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
 
@@ -79,17 +77,13 @@ def generate(
         top_p: Sample among the likeliest tokens that together hold this probability.
         seed: Random seed for sampling (default: random).
         stop: A text that ends the continuation; may be repeated.
-        kv: Cache slots: `exact`, one per evaluation, or `last`, one per layer.
         draft: Draft under a cheaper schedule, or the best one (auto); no token changes.
-        draft_tokens: Tokens to draft at once (default: as many as pay).
 
     Keys:
         model: folder of the model that was used
         schedule: its schedule, or `null` without corrections
         texts: one entry per prompt: `prompt`, and its continuation `text`
     """
-    if draft is None and draft_tokens is not None:
-        raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
     if temperature == 0 and (top_k or top_p is not None):
         raise UserError(
             "--top-k and --top-p limit what is sampled; add a --temperature above 0, such as 0.8"
@@ -100,7 +94,7 @@ def generate(
         if prompts == [""]:
             raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
     from orchestrator.evaluation.answers import Sampling
-    from orchestrator.pipelines.generating import Drafting, open_generator
+    from orchestrator.pipelines.generating import open_generator
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -109,14 +103,13 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=tuple(stop or ()),
-        kv_strategy=kv,
     )
     terminal = call.session.terminal
     writer = open_generator(
         call.session.workspace,
         checkpoint,
         one_schedule(schedule),
-        Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
+        draft,
         device=call.settings.cluster.device,
         # The text goes to standard output, so warnings go elsewhere.
         progress=Warnings(terminal),

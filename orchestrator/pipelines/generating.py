@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -40,16 +39,6 @@ INCOMPLETE = "\ufffd"
 """Stands for the bytes of a character whose last byte was not generated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drafting:
-    """How a cheaper schedule of the model drafts tokens, which changes none of them."""
-
-    draft: str
-    """Iteration schedule of the draft, as typed, or `auto`."""
-    num_tokens: int | Literal["auto"] = "auto"
-    """Tokens to draft at once."""
-
-
 def generate(
     prompts: str | Sequence[str],
     *,
@@ -57,6 +46,7 @@ def generate(
     model: Path | str | None = None,
     schedule: str | None = None,
     draft: str | None = None,
+    draft_tokens: int | Literal["auto"] = "auto",
     device: str | None = None,
     chat: bool = False,
     progress: Progress | None = None,
@@ -70,6 +60,7 @@ def generate(
             model. When unset the newest of finished runs and the last pick.
         schedule: Iteration schedule as typed, if not the model's own.
         draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
+        draft_tokens: Tokens to draft at once; `auto`: as many as pay.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
         sampling: Fields of `Sampling`: `max_new_tokens`, `temperature`, `seed`, `stop`, ...
@@ -79,8 +70,15 @@ def generate(
             schedule does not fit it, prompts and new tokens do not fit its context, or this machine
             lacks the device.
     """
-    drafting = Drafting(draft=draft) if draft else None
-    writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
+    writer = open_generator(
+        workspace,
+        model,
+        schedule,
+        draft,
+        draft_tokens=draft_tokens,
+        device=device,
+        progress=progress,
+    )
     all_prompts = [prompts] if isinstance(prompts, str) else prompts
     texts = writer.texts_to_continue(all_prompts, chat=chat)
     continuations = writer.continue_all(texts, Sampling(**sampling))
@@ -106,8 +104,9 @@ def open_generator(
     workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
     schedule: str | None = None,
-    drafting: Drafting | None = None,
+    draft: str | None = None,
     *,
+    draft_tokens: int | Literal["auto"] = "auto",
     device: str | None = None,
     progress: Progress | None = None,
 ) -> TextGenerator:
@@ -126,7 +125,7 @@ def open_generator(
         name = Path(str(picked.checkpoint))
         picked_schedule = picked.schedule
     opened = open_model(name, space, schedule or picked_schedule, folders="exports", note=note)
-    return TextGenerator(opened, drafting, device=device, note=note)
+    return TextGenerator(opened, draft, draft_tokens=draft_tokens, device=device, note=note)
 
 
 def _is_sweep(workspace: Workspace, name: Path) -> bool:
@@ -138,6 +137,13 @@ def _is_sweep(workspace: Workspace, name: Path) -> bool:
 class TextGenerator:
     """A model that generates text, under its own iteration schedule or another.
 
+    Args:
+        model: The model.
+        draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
+        draft_tokens: Tokens to draft at once; `auto`: as many as pay.
+        device: As of `generate`.
+        note: Called with what drafts did, after each generation.
+
     Raises:
         UserError: If the model is damaged, or has no tokenizer, or the draft's schedule does not
             fit it.
@@ -146,8 +152,9 @@ class TextGenerator:
     def __init__(
         self,
         model: OpenedModel,
-        drafting: Drafting | None = None,
+        draft: str | None = None,
         *,
+        draft_tokens: int | Literal["auto"] = "auto",
         device: str | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -163,15 +170,13 @@ class TextGenerator:
         self._stream: Decode = Decoder.stream
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
-        if drafting is not None:
+        if draft is not None:
             self.record = DraftRecord()
-            draft: Any = drafting.draft
-            if draft != "auto":
-                draft = model.with_schedule(draft, "--draft").schedule
+            is_chosen = draft == "auto"
             self._stream = partial(
                 Decoder.stream,
-                draft=draft,
-                draft_tokens=drafting.num_tokens,
+                draft=draft if is_chosen else model.with_schedule(draft, "--draft").schedule,
+                draft_tokens=draft_tokens,
                 family=served_schedules(model.path),
                 record=self.record,
             )

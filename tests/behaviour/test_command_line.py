@@ -64,7 +64,6 @@ MISTAKES = {
     "pretrain --name a/b": "--name 'a/b'",
     "pretrain --continue a --config toy": "use it without --config",
     "generate --temperature -1": "--temperature",
-    "generate --prompt x --draft-tokens 3": "--draft-tokens 3 needs --draft",
     "generate --prompt x --top-k 5 --seed 3": "add a --temperature above 0",
     "evaluate --limit 0": "--limit",
     "sweep-threshold --name ../runs": "begins with a letter or a digit",
@@ -206,7 +205,7 @@ def test_a_shell_completes_names_of_commands_options_runs_and_sweeps(monkeypatch
     for typed, offered in {
         "swe": {"sweep-threshold", "sweep-iterations", "sweep"},
         "pretrain --continu": {"--continue"},
-        "generate --kv ": {"exact", "last"},
+        "export --dtype ": {"fp32", "bf16", "fp16"},
         "influence ": {"empty", "my-run", "other"},
         "evaluate my-run o": {"other"},
         "generate my-run/": {"my-run/step_00000005"},

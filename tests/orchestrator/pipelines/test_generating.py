@@ -16,7 +16,7 @@ from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.open import open_model
 from orchestrator.pipelines import generating
-from orchestrator.pipelines.generating import Drafting, TextGenerator
+from orchestrator.pipelines.generating import TextGenerator
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 
@@ -85,7 +85,7 @@ def test_drafts_change_no_text(writer, draft):
     """Drafts change neither one prompt's text nor a batch's: greedy, sampled, with a stop text."""
     notes: list[str] = []
     drafting = TextGenerator(
-        open_model(writer.checkpoint), Drafting(draft=draft, num_tokens=3), note=notes.append
+        open_model(writer.checkpoint), draft, draft_tokens=3, note=notes.append
     )
     assert drafting.record is not None
     stop = ("".join(writer.stream("abc def", FEW))[2:4],)
@@ -101,7 +101,7 @@ def test_drafts_change_no_text(writer, draft):
 
 def test_elastic_weights_draft_under_the_schedules_that_they_learned(save_tiny, tmp_path):
     folder = save_tiny(tmp_path, context_length=32, provenance={"elastic": ["1,1", "1,0"]})
-    drafting = TextGenerator(open_model(folder), Drafting(draft="auto", num_tokens=2))
+    drafting = TextGenerator(open_model(folder), "auto", draft_tokens=2)
     assert "".join(drafting.stream("abc", FEW)) is not None
     assert drafting.record is not None
     assert drafting.record.rounds_by_draft
@@ -147,7 +147,7 @@ def test_without_a_number_the_continuation_fills_the_context(writer, prompt):
 def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
     long = "xq " * writer.decoder.config.context_length
     model = open_model(writer.checkpoint)
-    last = TextGenerator(model, Drafting(draft="0"))
+    last = TextGenerator(model, "0")
     for do, words in (
         (lambda: writer.continue_all([], FEW), "nothing to continue"),
         (lambda: writer.stream(long, Sampling()), "do not fit the context_length of 32"),
@@ -159,7 +159,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(writer):
             "kv_strategy must be 'exact' with a draft",
         ),
         (
-            lambda: TextGenerator(model, Drafting(draft="1,2,3")),
+            lambda: TextGenerator(model, "1,2,3"),
             "^--draft: the iteration schedule 1,2,3 is for 3 layers",
         ),
     ):
