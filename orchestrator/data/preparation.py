@@ -374,5 +374,5 @@ def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
     num_tokens = text_bytes // ASSUMED_TEXT_BYTES_PER_TOKEN
     token_bytes = np.dtype(token_dtype(vocab_size)).itemsize
     held_out_bytes = int(text_bytes * settings.validation_fraction)  # Stored as text, too.
-    # Twice: a shard with copies of earlier documents is written again, and deleted at the end.
-    return 2 * (num_tokens * token_bytes + held_out_bytes)
+    # Held-out documents are copied from the shards, which are deleted at the end.
+    return num_tokens * token_bytes + 2 * held_out_bytes

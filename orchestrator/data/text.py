@@ -1,7 +1,7 @@
 """Documents of text sources: Python's help topics, the user's files, data sets of the hub.
 
 A source has shards, which threads share; a shard gives its documents always in the same order.
-Duplicates, the split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
+The split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
 
 A record of a `.jsonl` or `.parquet` file is a document; one of a `.jsonl` file may be a prompt with
 its completion, of which the completion alone is learned. A `.txt` file is split at `<|endoftext|>`
@@ -104,8 +104,8 @@ class TextSource(ABC):
     def documents(self, shard: Any, /) -> Iterator[Document]:
         """Yield the documents of a shard as they are written, always in the same order.
 
-        Equal texts count once. `data.validation_fraction` of the documents are held out, so a book
-        should be several: `data.passage_characters` cuts it.
+        `data.validation_fraction` of the documents are held out, so a book should be several:
+        `data.passage_characters` cuts it.
 
         Raises:
             UserError: If the source cannot be read.
@@ -130,13 +130,18 @@ class PythonTopics(TextSource):
         return ["pydoc topics", content_key(topics)]
 
     def documents(self, _shard: Any, /) -> Iterator[Document]:
+        names: dict[str, str] = {}  # Some topics have two names: `if` is also `else`.
         for name in sorted(topics):
-            for passage in self._passages(topics[name]):
+            names.setdefault(topics[name], name)
+        for text, name in names.items():
+            for passage in self._passages(text):
                 yield Document(passage, f"topics/{name}")
 
 
 class TextFiles(TextSource):
     """The files that `data.files` names; a shard is a list of pieces (path, first, end)."""
+
+    version = 2
 
     def state(self) -> Any:
         files = {str(path): path for path in find_files(self.settings)}
@@ -180,6 +185,8 @@ class TextFiles(TextSource):
 
 class HubDataset(TextSource):
     """The data set `data.hub_name` of the hub, streamed; its shards are those of the data set."""
+
+    version = 2
 
     def state(self) -> Any:
         state = ["hub", self._name, self.settings.hub_config]

@@ -2,12 +2,10 @@
 
 Each shard becomes a folder of its own, whole or absent, so an interrupted command continues with
 the shards that are missing. It holds the tokens of its training documents in their order, those of
-the held-out ones, these also as text, and a record of a few bytes for each document. When all are
-there, the records say which documents are the first of their kind. Training reads the shards' files
-one after the other: they get a second name in the final folder, and only of shards with copies of
-earlier documents the tokens are written again, without them. The few held-out documents are
-appended to one file. So neither the number of shards nor how many are at work at once changes the
-order of a token, and no more than the records' hashes and the documents at work are in memory.
+the held-out ones, these also as text, and a record of a few bytes for each document. Training reads
+the shards' files one after the other: they get a second name in the final folder. The few held-out
+documents are appended to one file. So neither the number of shards nor how many are at work at once
+changes the order of a token, and no more than the documents at work are in memory.
 
 Shards are written by threads, which use all CPUs of this machine since the tokenizer works outside
 of Python's lock; or by whatever else runs functions (`ShardRunner`), such as Ray on all nodes.
@@ -18,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import deque
@@ -26,10 +25,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, compress, islice
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -68,17 +67,11 @@ TOKENIZER_CHARACTERS = 50_000_000
 DOCUMENTS_PER_BATCH = 1024
 FEW_DOCUMENTS = 100
 """In a corpus smaller than this, at least one document is held out whatever its hash."""
-HASHES_SORTED_TOGETHER = 50_000_000
-"""Hashes that are sorted at once, in one to two gigabytes of memory."""
-DOCUMENTS_COPIED_TOGETHER = 20_000
-"""Documents whose tokens are in memory at once when they are copied; a shard may have more."""
 SEEN_SECONDS = 60.0
 """Longest wait for a shard of another node; NFS may answer from its memory for so long."""
 SECONDS_BETWEEN_LOOKS = 0.2
-RECORD = np.dtype(
-    [("key", "<u8"), ("check", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")]
-)
-"""What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
+RECORD = np.dtype([("hash", "V16"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")])
+"""What is known of a document."""
 # Files of a preparation, and the folder of its shards.
 _PLAN = "plan.json"
 _TOKENIZER = "tokenizer.json"
@@ -221,7 +214,7 @@ def sample_texts(
     sample: list[Document] = []
     sample_characters = 0
     documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
-    for document, _ in islice(_without_copies(documents), settings.max_documents):
+    for document in islice(documents, settings.max_documents):
         sample.append(document)
         sample_characters += len(document.text)
         if len(sample) >= FEW_DOCUMENTS and sample_characters >= num_characters:
@@ -241,21 +234,12 @@ def sample_texts(
     return training_texts, fraction
 
 
-def _without_copies(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
-    """Yield documents with their hashes, without copies of earlier ones.
-
-    A shard calls it for its own documents; `_join` compares those of all shards.
-    """
-    seen: set[bytes] = set()
-    for document in documents:
-        content = document.text.encode()
-        if document.prompt_characters is not None:
-            # The same text with another prompt teaches something else. Text holds no NUL.
-            content += f"\0{document.prompt_characters}".encode()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        if digest[:8] not in seen:
-            seen.add(digest[:8])
-            yield document, digest
+def _hash(document: Document) -> bytes:
+    content = document.text.encode()
+    if document.prompt_characters is not None:
+        # The same text with another prompt teaches something else. Text holds no NUL.
+        content += f"\0{document.prompt_characters}".encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def is_validation(text: str, fraction: float) -> bool:
@@ -266,7 +250,7 @@ def is_validation(text: str, fraction: float) -> bool:
 def _place_in_split(text: str) -> float:
     """Return a hash of a text in [0, 1)."""
     data = text.encode("utf-8", "replace")
-    # `person` makes it another hash than the one that tells copies.
+    # `person` makes it another hash than that of the content.
     digest = hashlib.blake2b(data, digest_size=8, person=b"split").digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -324,9 +308,9 @@ class ShardWriter:
         opening = opening_ids(self._tokenizer)
         end = end_of_text_id(self._tokenizer)
         dtype = _dtype_of(self._tokenizer)
-        documents = _without_copies(read_documents(self._source, self.plan.shards[number]))
+        documents = read_documents(self._source, self.plan.shards[number])
         documents = islice(documents, self.plan.settings.max_documents)
-        records: list[tuple[int, int, int, int, bool]] = []
+        records: list[tuple[bytes, int, int, bool]] = []
         prompt_lengths: list[int] = []
         with new_folder(self.shards[number]) as temporary:
             with (
@@ -336,11 +320,11 @@ class ShardWriter:
             ):
                 while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
                     # A prompt is encoded by itself, as the model reads it when it answers.
-                    prompts = self._encode([document.prompt for document, _ in batch])
-                    completions = self._encode([document.completion for document, _ in batch])
+                    prompts = self._encode([document.prompt for document in batch])
+                    completions = self._encode([document.completion for document in batch])
                     num_tokens = 0
                     num_bytes = 0
-                    for (document, digest), prompt, completion in zip(
+                    for document, prompt, completion in zip(
                         batch, prompts, completions, strict=True
                     ):
                         is_pair = document.prompt_characters is not None
@@ -359,8 +343,7 @@ class ShardWriter:
                             row = {"text": document.text, "source": document.source}
                             texts.write(json.dumps(row) + "\n")
                         size = len(document.text.encode())
-                        key, check = np.frombuffer(digest, "<u8").tolist()
-                        records.append((key, check, len(ids), size, is_held_out))
+                        records.append((_hash(document), len(ids), size, is_held_out))
                         num_tokens += len(ids)
                         num_bytes += size
                     report(num_tokens, num_bytes)
@@ -390,24 +373,30 @@ def _tokenize_shards(writer: ShardWriter, progress: Progress, runner: ShardRunne
     missing = _missing_shards(writer.shards, progress)
     progress.start("corpus", len(missing) if len(missing) > 1 else None)
     rates = _Rates(progress)
-    documents = _DocumentCount(writer.plan.settings.max_documents)
+    max_documents = writer.plan.settings.max_documents
     waiting = deque(missing)
     at_work: dict[Future[None], int] = {}
     num_counted = 0  # The shards before this one are whole and counted.
+    num_documents = 0  # In these shards.
     try:
         while True:
             unfinished = {*waiting, *at_work.values()}
-            # Shards are counted in their order: which documents are copies depends on it.
+            # Shards are counted in their order: the first documents are kept.
             while num_counted < len(writer.shards) and num_counted not in unfinished:
-                documents.add(writer.shards[num_counted])
+                num_documents += _num_documents(writer.shards[num_counted])
                 num_counted += 1
-                if documents.are_enough():
+                if max_documents is not None and num_documents >= max_documents:
                     return writer.shards[:num_counted]
             if not unfinished:
                 return writer.shards
             while waiting and len(at_work) < runner.num_at_once:
-                if not documents.need_shard(waiting[0], num_counted):
-                    break
+                if max_documents is not None and waiting[0] != num_counted:
+                    # No shard is begun that is not likely to be needed. The first one is read
+                    # alone: how many documents a shard holds is not known before.
+                    if num_counted == 0:
+                        break
+                    if waiting[0] * num_documents / num_counted >= max_documents:
+                        break
                 number = waiting.popleft()
                 writing = runner.submit_reporting(partial(writer.write, number), rates)
                 at_work[writing] = number
@@ -445,45 +434,8 @@ def _missing_shards(shards: Sequence[Path], progress: Progress) -> list[int]:
     return missing
 
 
-class _DocumentCount:
-    """Counts the different documents of the first shards, against `data.max_documents`.
-
-    Copies are found by sorting all hashes, which takes seconds for millions. So they are sorted
-    only when the shards would hold enough documents if no further one were a copy.
-    """
-
-    def __init__(self, num_wanted: int | None) -> None:
-        self._num_wanted = num_wanted
-        self._keys: list[np.ndarray] = []
-        self._num_read = 0
-        self._num_copies = 0
-
-    def add(self, shard: Path) -> None:
-        """Count a shard that is whole; the next one in their order."""
-        if self._num_wanted is not None:
-            keys = np.load(shard / _RECORDS)["key"]
-            self._keys.append(keys)
-            self._num_read += len(keys)
-
-    def are_enough(self) -> bool:
-        """Return whether the shards so far hold as many documents as are wanted."""
-        if self._num_wanted is None or self._num_read - self._num_copies < self._num_wanted:
-            return False
-        keys = np.concatenate(self._keys)
-        self._num_copies = len(keys) - int(np.count_nonzero(first_occurrences(keys)))
-        return self._num_read - self._num_copies >= self._num_wanted
-
-    def need_shard(self, number: int, num_counted: int) -> bool:
-        """Return whether this shard is likely to be needed, so that a thread may begin it.
-
-        The first shard is read alone: how many documents a shard holds is not known before.
-        """
-        if self._num_wanted is None or number == num_counted:
-            return True
-        if num_counted == 0:
-            return False
-        mean_documents = (self._num_read - self._num_copies) / num_counted
-        return number * mean_documents < self._num_wanted
+def _num_documents(shard: Path) -> int:
+    return len(np.load(shard / _RECORDS))
 
 
 class _Rates:
@@ -520,45 +472,41 @@ class _Rates:
 
 @dataclass(frozen=True)
 class ShardDocuments:
-    """A shard's documents as they are joined; arrays have one entry per document."""
+    """The documents of a shard that are kept: all, or the first ones."""
 
     folder: Path
-    is_kept: np.ndarray
-    """Whether a document is the first of its kind, and one of `data.max_documents`."""
+    num_kept: int
 
     def records(self) -> np.ndarray:
         """Read what is known of the documents, as values of `RECORD`."""
         records: np.ndarray = np.load(self.folder / _RECORDS)
-        return records
+        return records[: self.num_kept]
 
     def prompt_lengths(self) -> np.ndarray:
         """Read the number of tokens that a document begins with that are no targets."""
         if (self.folder / _PROMPTS).exists():
             lengths: np.ndarray = np.load(self.folder / _PROMPTS)
-            return lengths
-        return np.zeros(len(self.is_kept), "<u4")
+            return lengths[: self.num_kept]
+        return np.zeros(self.num_kept, "<u4")
 
 
-def _read_shards(folders: Sequence[Path], max_documents: int | None) -> list[ShardDocuments]:
-    """Choose from the records of all shards which documents are kept."""
-    # Files are read and closed: there may be more shards than a process may have open.
-    keys_of_shards = [np.load(folder / _RECORDS)["key"] for folder in folders]
-    is_kept = first_occurrences(np.concatenate(keys_of_shards))
-    if max_documents is not None:
-        is_kept &= np.cumsum(is_kept) <= max_documents
-    ends = np.cumsum([len(keys) for keys in keys_of_shards])
-    return [
-        ShardDocuments(folder, kept)
-        for folder, kept in zip(folders, np.split(is_kept, ends[:-1]), strict=True)
-    ]
+def _first_documents(folders: Sequence[Path], max_documents: int | None) -> list[ShardDocuments]:
+    """Choose the first documents of all shards; only the last shard may lose some."""
+    shards: list[ShardDocuments] = []
+    remaining = math.inf if max_documents is None else max_documents
+    for folder in folders:
+        num_kept = int(min(_num_documents(folder), remaining))
+        shards.append(ShardDocuments(folder, num_kept))
+        remaining -= num_kept
+    return shards
 
 
 def _join(
     folder: Path, shard_folders: Sequence[Path], plan: Plan, parent: Path, runner: ShardRunner
 ) -> Path:
     """Make the folder of all documents that are kept, named by the content, and return it."""
-    shards = _read_shards(shard_folders, plan.settings.max_documents)
-    has_prompts = any(shard.prompt_lengths()[shard.is_kept].any() for shard in shards)
+    shards = _first_documents(shard_folders, plan.settings.max_documents)
+    has_prompts = any(shard.prompt_lengths().any() for shard in shards)
 
     # What is kept: its size on each side, and a hash of it.
     train = SplitCounts()
@@ -566,7 +514,7 @@ def _join(
     shards_to_train_on: list[ShardDocuments] = []
     content = hashlib.sha256()
     for shard in shards:
-        records = shard.records()[shard.is_kept]
+        records = shard.records()
         content.update(records.tobytes())
         is_held_out = records["held_out"]
         train += _counts(records[~is_held_out])
@@ -575,7 +523,7 @@ def _join(
             shards_to_train_on.append(shard)
     if has_prompts:
         for shard in shards:
-            content.update(shard.prompt_lengths()[shard.is_kept].tobytes())
+            content.update(shard.prompt_lengths().tobytes())
     num_documents = train.documents + validation.documents
     if num_documents == 1:
         raise UserError(
@@ -611,23 +559,17 @@ def _join(
             (temporary / TEXTS_NAME).open("wb") as texts,
         ):
             for shard in shards:
-                records = shard.records()
-                is_held_out = records["held_out"]
-                is_kept = shard.is_kept[is_held_out]
+                num_held_out = int(shard.records()["held_out"].sum())
                 with (shard.folder / _TEXTS).open("rb") as rows:
-                    texts.writelines(compress(rows, is_kept))
-                _copy_tokens(
-                    shard.folder / _VALIDATION,
-                    validation_file,
-                    records["tokens"][is_held_out],
-                    is_kept,
-                    dtype,
-                )
+                    texts.writelines(islice(rows, num_held_out))
+                with (shard.folder / _VALIDATION).open("rb") as tokens:
+                    shutil.copyfileobj(tokens, validation_file)
+            # Of the last shard, only the first documents may be kept.
+            validation_file.truncate(validation.tokens * dtype.itemsize)
         if has_prompts:
             with (temporary / VALIDATION_TARGETS_NAME).open("wb") as targets:
                 for shard in shards:
-                    is_chosen = shard.is_kept & shard.records()["held_out"]
-                    targets.write(_targets_of(shard, is_chosen))
+                    targets.write(_targets_of(shard, shard.records()["held_out"]))
         finish_folder(
             temporary,
             fingerprint,
@@ -661,41 +603,24 @@ def _write_training_tokens(
     """
     records = shard.records()
     is_training = ~records["held_out"]
-    is_kept = shard.is_kept[is_training]
     stored = shard.folder / _TRAIN
-    if is_kept.all():
-        file.unlink(missing_ok=True)  # Of a task whose worker was lost, and which is done again.
+    num_bytes = int(records["tokens"][is_training].sum(dtype=np.int64)) * dtype.itemsize
+    file.unlink(missing_ok=True)  # Of a task whose worker was lost, and which is done again.
+    if num_bytes == stored.stat().st_size:
         try:
             file.hardlink_to(stored)
         except OSError:  # Some file systems have no second names.
             shutil.copyfile(stored, file)
         checksums = {file.name: (read_json(shard.folder / _SUMS) or {})[_TRAIN]}
     else:
-        with file.open("wb") as kept_tokens:
-            _copy_tokens(stored, kept_tokens, records["tokens"][is_training], is_kept, dtype)
+        shutil.copyfile(stored, file)
+        os.truncate(file, num_bytes)
         checksums = {file.name: file_digest(file)}
     if has_prompts:
         targets = file.with_name(targets_name(file.name))
-        targets.write_bytes(_targets_of(shard, shard.is_kept & is_training))
+        targets.write_bytes(_targets_of(shard, is_training))
         checksums[targets.name] = file_digest(targets)
     return checksums
-
-
-def _copy_tokens(
-    stored: Path, file: BinaryIO, num_tokens: np.ndarray, is_kept: np.ndarray, dtype: np.dtype
-) -> None:
-    """Append the tokens of the documents of a stored file that are kept.
-
-    Args:
-        num_tokens: Of each document in the stored file.
-        is_kept: Likewise.
-        dtype: Of a token in the files.
-    """
-    with stored.open("rb") as tokens_file:
-        for first in range(0, len(num_tokens), DOCUMENTS_COPIED_TOGETHER):
-            part = slice(first, first + DOCUMENTS_COPIED_TOGETHER)
-            tokens = np.fromfile(tokens_file, dtype, int(num_tokens[part].sum()))
-            file.write(tokens[np.repeat(is_kept[part], num_tokens[part])].tobytes())
 
 
 def _targets_of(shard: ShardDocuments, is_chosen: np.ndarray) -> bytes:
@@ -719,17 +644,3 @@ def _is_target(num_tokens: np.ndarray, num_prompt_tokens: np.ndarray) -> np.ndar
     place_in_document = np.arange(len(starts)) - starts
     is_target: np.ndarray = place_in_document >= np.repeat(num_prompt_tokens, num_tokens)
     return is_target
-
-
-def first_occurrences(keys: np.ndarray) -> np.ndarray:
-    """Return for each key, uint64, whether no equal one stands before it.
-
-    Sorted in parts: beside the keys, this takes little memory however many there are.
-    """
-    is_first = np.zeros(len(keys), dtype=bool)
-    num_parts = np.uint64(len(keys) // HASHES_SORTED_TOGETHER + 1)
-    for part in range(int(num_parts)):
-        places = np.flatnonzero(keys % num_parts == part)
-        _, first = np.unique(keys[places], return_index=True)
-        is_first[places[first]] = True
-    return is_first

@@ -129,20 +129,21 @@ def test_the_targets_of_many_shards_are_those_of_one(tmp_path, monkeypatch):
     assert batches[0] == batches[1]
 
 
-def test_completions_of_a_prompt_stay_together_and_copies_count_once(tmp_path, workspace):
+def test_completions_of_a_prompt_stay_together(tmp_path, workspace):
     rows = [
         {"prompt": pair["prompt"], "completion": f"{answer} {pair['completion']}"}
         for pair in PAIRS
         for answer in ("Yes,", "No,")
     ]
-    # The same text with the prompt elsewhere is another document.
-    moved = {"prompt": "How many", "completion": rows[0]["prompt"][8:] + rows[0]["completion"]}
-    path = write_lines(tmp_path / "a.jsonl", [*rows, *rows, moved])
-    store = token_store(settings_of(path), workspace)
+    store = token_store(settings_of(write_lines(tmp_path / "a.jsonl", rows)), workspace)
     counts = store.manifest.train.documents, store.manifest.validation.documents
-    assert sum(counts) == len(rows) + 1
+    assert sum(counts) == len(rows)
     prompts = [tuple(prompt) for prompt, _ in documents(store)]
     assert all(prompts.count(prompt) == 2 for prompt in prompts[:40])
+    # The same text with the prompt elsewhere is another document.
+    moved = {"prompt": "How many", "completion": rows[0]["prompt"][8:] + rows[0]["completion"]}
+    path = write_lines(tmp_path / "b.jsonl", [moved, *rows[1:]])
+    assert token_store(settings_of(path), workspace).fingerprint != store.fingerprint
 
 
 def test_a_mixture_counts_the_targets_of_each_source(tmp_path, workspace):

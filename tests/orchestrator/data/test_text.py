@@ -212,6 +212,7 @@ def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
 def test_help_topics_need_no_network():
     topics = texts(DataSettings(source="python"))
     assert len(topics) > 50
+    assert len(set(topics)) == len(topics), "a topic of two names is one document"
     assert sum(map(len, topics)) > 300_000
     assert len(texts(DataSettings(source="python", passage_characters=4000))) > len(topics) + 50
     state = source_state(DataSettings(source="python"))

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from kept_progress import KeptProgress
 from pydantic import Field
 from refusals import assert_names, refused
@@ -36,7 +35,6 @@ from orchestrator.data.store import (
 )
 from orchestrator.data.tokenize import (
     ShardRunner,
-    first_occurrences,
     is_validation,
     thread_runner,
     write_text,
@@ -67,19 +65,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != VERIFIED_NAME}
 
 
-def in_one_shard(folder: Path) -> Path:
-    """Return the token folder of the different texts of `several`, which are in one file there."""
+# A text counts as often as it is written: in one shard, and in several.
+SEVERAL = [
+    [*TEXTS[number * 80 : number * 80 + 120], TEXTS[5], TEXTS[number * 80 + 7]]
+    for number in range(3)
+]
+
+
+def in_one_shard(folder: Path, **settings: Any) -> Path:
+    """Return the token folder of the texts of `several`, which are in one file there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "SHARD_BYTES", 10**9)
-        return tokens_of(TEXTS[:280], folder, **OPTIONS)
+        return tokens_of(chain.from_iterable(SEVERAL), folder, **OPTIONS, **settings)
 
 
 @pytest.fixture
 def several(tmp_path, monkeypatch) -> DataSettings:
-    """Settings of three files in many shards, with texts that come again in others."""
-    for number in range(3):
-        part = TEXTS[number * 80 : number * 80 + 120]
-        (tmp_path / f"{number}.jsonl").write_text(lines_of([*part, TEXTS[5], part[7]]))
+    """Settings of three files in many shards."""
+    for number, part in enumerate(SEVERAL):
+        (tmp_path / f"{number}.jsonl").write_text(lines_of(part))
     monkeypatch.setattr(text, "SHARD_BYTES", 1500)
     return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
 
@@ -144,9 +148,9 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
 
 def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "DOCUMENTS_PER_BATCH", 7)
-    monkeypatch.setattr(tokenize, "DOCUMENTS_COPIED_TOGETHER", 11)
     texts = [*TEXTS, *(f"Ένα κείμενο {number}." for number in range(20))]
-    store = open_tokens(tokens_of([*texts, *texts[:50]], tmp_path, **OPTIONS))
+    texts += texts[:50]
+    store = open_tokens(tokens_of(texts, tmp_path, **OPTIONS))
     verify_data(store.folder, always=True)
     train = [document for document in texts if not is_validation(document, 0.2)]
     assert {document for document in texts if is_validation(document, 0.1)} < set(texts) - set(
@@ -166,14 +170,6 @@ def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
     assert store.train[:].dtype == np.uint16
     assert store.vocab_size == 300
     assert store.manifest.train.tokens == len(store.train)
-
-
-@given(st.lists(st.integers(0, 30)), st.integers(1, 10))
-def test_first_occurrences_are_those_of_a_set(keys, together):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "HASHES_SORTED_TOGETHER", together)
-        is_first = first_occurrences(np.array(keys, np.uint64))
-    assert is_first.tolist() == [key not in keys[:place] for place, key in enumerate(keys)]
 
 
 def test_the_fingerprint_says_what_the_tokens_hold(tmp_path):
@@ -249,28 +245,30 @@ def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
         )
 
 
-def test_shards_stay_shards_and_only_those_with_copies_are_written_again(
-    several, tmp_path, monkeypatch
+@pytest.mark.parametrize("max_documents", [None, 150])
+def test_shards_stay_shards_and_only_the_last_is_copied_for_its_first_documents(
+    several, tmp_path, monkeypatch, max_documents
 ):
-    linked: list[Path] = []
+    linked: list[str] = []
     hardlink_to = Path.hardlink_to
 
     def noting(new: Path, stored: Path) -> None:
-        linked.append(new)
+        linked.append(new.name)
         hardlink_to(new, stored)
 
     monkeypatch.setattr(Path, "hardlink_to", noting)
-    files = tmp_path / "0.jsonl", tmp_path / "1.jsonl"
-    files[0].write_text(lines_of(TEXTS[:100]))
-    files[1].write_text(lines_of([*TEXTS[100:280], TEXTS[9]]))
-    settings = several.model_copy(update={"files": tuple(map(str, files))})
+    settings = several.model_copy(update={"max_documents": max_documents})
     folder = write_text(settings, tmp_path / "tokens", "key", Progress())
     store = open_tokens(folder)
     verify_data(folder, always=True)
-    assert sorted(file.name for file in linked) == list(store.manifest.train_files[:-1])
-    one_shard = open_tokens(in_one_shard(tmp_path / "whole"))
+    names = list(store.manifest.train_files)
+    assert len(names) > 2
+    assert sorted(linked) == (names[:-1] if max_documents else names)
+    one_shard = open_tokens(in_one_shard(tmp_path / "whole", max_documents=max_documents))
     assert one_shard.manifest.train_files == ("train.bin",)
     assert one_shard.fingerprint == store.fingerprint
+    for name in ("validation.bin", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (one_shard.folder / name).read_bytes()
     for length in (16, 333):  # A shard has some 400 tokens.
         windows = [
             tokens.sequences(np.arange(90), context_length=length, seed=3).input_ids.tolist()
@@ -348,23 +346,14 @@ def test_tokens_of_an_earlier_version_are_read(tmp_path):
     assert open_tokens(folder).train[:].tolist() == store.train[:].tolist()
 
 
-def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_path, monkeypatch):
+def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_path):
     num_shards = len(text.text_source(several).shards())
-    counts = []
-    unique = np.unique
-
-    def counting(keys: np.ndarray, **options: Any) -> Any:
-        counts.append(len(keys))
-        return unique(keys, **options)
-
-    monkeypatch.setattr(np, "unique", counting)  # It finds the copies.
     started = []
     for num_documents in (7, 60, 150, 10_000):
         settings = several.model_copy(update={"max_documents": num_documents})
         tokens = []
         for num_threads in (1, 4):
             started.clear()
-            counts.clear()
             parent = tmp_path / f"{num_documents} by {num_threads}"
             runner = WatchedThreads(num_threads, on_begin=lambda: started.append(1))
             folder = write_text(settings, parent, "key", Progress(), open_runner=runner.opened)
@@ -372,18 +361,17 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
             if num_threads == 1:
                 num_needed = len(started)
             assert len(started) <= num_needed + 1, "threads begin shards that nobody needs"
-            # Once for the join; before it only when there could be enough, not after each shard.
-            assert len(counts) <= 4
         assert tokens[0] == tokens[1]
         manifest = Manifest.read(folder / MANIFEST_NAME)
         num_tokenized = manifest.train.documents + manifest.validation.documents
-        assert num_tokenized == min(num_documents, 280)
+        assert num_tokenized == min(num_documents, sum(map(len, SEVERAL)))
     assert num_needed == num_shards
 
 
 KILLED = """
 import os, signal, sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from orchestrator.data import text, tokenize
 from orchestrator.settings import DataSettings
