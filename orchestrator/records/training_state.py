@@ -108,9 +108,22 @@ class Training:
             return TrainingState.STOPPED_EARLY
         if self.job is None:
             return TrainingState.IMPORTED if self.checkpoints else TrainingState.EMPTY
-        events = [record["name"] for record in self.records if record["kind"] == "event"]
-        has_diverged = events[-1:] == [DIVERGED_EVENT]
-        return TrainingState.DIVERGED if has_diverged else TrainingState.STOPPED
+        return TrainingState.DIVERGED if self._has_diverged else TrainingState.STOPPED
+
+    @property
+    def _has_diverged(self) -> bool:
+        """Whether the last process that trained here diverged.
+
+        Other events may follow that one: a profile that was not made, a copy that is finished.
+        """
+        has_diverged = False
+        for record in self.records:
+            if record["kind"] == "event":
+                if record["name"] == DIVERGED_EVENT:
+                    has_diverged = True
+                elif record["name"] in ("started", "resumed"):
+                    has_diverged = False
+        return has_diverged
 
     @property
     def num_steps(self) -> int:

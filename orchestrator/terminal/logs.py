@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestrator.workspace.errors import mask_secrets
-from orchestrator.workspace.locks import lock_descriptor, write_holder
+from orchestrator.workspace.locks import is_locked, lock_descriptor, write_holder
 
 NUM_LOGS_KEPT = 20
 
@@ -30,7 +30,8 @@ def command_log(
     """Redirect standard error to a new log file until the block ends, unless `verbose`.
 
     Yields the log file, or None, and the user's terminal. The file is locked meanwhile, so that
-    `list running` finds the command. The folder keeps `NUM_LOGS_KEPT` files.
+    `list running` finds the command. The folder keeps `NUM_LOGS_KEPT` files, and those of commands
+    that still run.
     """
     if verbose:
         yield None, sys.stderr
@@ -38,7 +39,8 @@ def command_log(
     folder.mkdir(parents=True, exist_ok=True)
     # Names begin with the time, so the oldest logs come first.
     for old_log in sorted(folder.glob("*.log"))[: -NUM_LOGS_KEPT + 1]:
-        old_log.unlink(missing_ok=True)
+        if not is_locked(old_log):
+            old_log.unlink(missing_ok=True)
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{os.getpid()}.log"
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # Not inherited by child processes.
     with suppress(OSError):  # A file system without locks.
@@ -69,8 +71,14 @@ def command_log(
 
 
 def mask_secrets_in_file(path: Path) -> None:
-    """Mask passwords in a log: libraries and child processes write past this process's logging."""
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    """Mask passwords in a log: libraries and child processes write past this process's logging.
+
+    A log that somebody has deleted is no error.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return
     if (masked := mask_secrets(text)) != text:
         path.write_text(masked, encoding="utf-8", errors="surrogateescape")
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from orchestrator.workspace.errors import UserError
 
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 0.001
+"""Pause before a lock is tried again that another process has only looked at."""
 
 
 @contextmanager
@@ -54,10 +56,20 @@ def lock_file(
 def lock_descriptor(descriptor: int) -> None:
     """Lock a file, open for writing as network file systems need it, until its descriptor closes.
 
+    A process that only looks, by `is_locked`, is waited for.
+
     Raises:
         OSError: If another process has locked it, or its file system has no locks.
     """
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        # Who looks holds a shared lock for microseconds. Beside that, another shared one can be
+        # had; beside an exclusive one, this raises.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(LOOK_SECONDS)
 
 
 def write_holder(descriptor: int) -> None:

@@ -14,10 +14,11 @@ from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, STOPPED_NAME, find_checkpoints
 
 
-def _diverge(run: Path) -> None:
+def _diverge(run: Path, *later_events: str) -> None:
     (run / DONE_NAME).unlink()
     journal = Journal(run)
-    journal.event(DIVERGED_EVENT)
+    for name in (DIVERGED_EVENT, *later_events):
+        journal.event(name)
     journal.close()
 
 
@@ -39,6 +40,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], TrainingState]] = {
         TrainingState.STOPPED,
     ),
     "diverged": (_diverge, TrainingState.DIVERGED),
+    "diverged before its profile was complete": (
+        lambda run: _diverge(run, "not profiled"),
+        TrainingState.DIVERGED,
+    ),
+    "diverged, and begun again": (lambda run: _diverge(run, "resumed"), TrainingState.STOPPED),
     "stopped early": (_stop_early, TrainingState.STOPPED_EARLY),
     "at its end when it was stopped": (
         lambda run: (run / STOPPED_NAME).touch(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -88,3 +89,23 @@ def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(path, h
     assert len(pids) >= 2
     with refuse_second(path, "the sweep x"):
         assert lock_holder(path) == os.getpid(), "what a dead process wrote refuses nobody"
+
+
+def test_a_process_that_only_looks_refuses_nobody(path, monkeypatch):
+    with lock_file(path):
+        pass
+    looking = [os.open(path, os.O_RDONLY)]
+    flock = fcntl.flock
+    flock(looking[0], fcntl.LOCK_SH)
+
+    def flock_while_somebody_looks(descriptor: int, operation: int) -> None:
+        try:
+            flock(descriptor, operation)
+        finally:
+            if operation & fcntl.LOCK_EX and looking:
+                os.close(looking.pop())
+
+    monkeypatch.setattr(fcntl, "flock", flock_while_somebody_looks)
+    with refuse_second(path, "the sweep x"):
+        assert not looking
+        assert is_locked(path)
