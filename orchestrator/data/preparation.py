@@ -8,9 +8,7 @@ the folder of the data, which is named by the fingerprint of the content.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +113,7 @@ def _write(
             shutil.rmtree(leftover, ignore_errors=True)
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
-        tokenizer = _tokenizer_of_texts(settings) if settings.texts else None
+        tokenizer = _tokenizer_of_texts(settings, progress) if settings.texts else None
         # Made before the texts are tokenized for hours, as it may refuse words of the tasks.
         whole_tokenizer = mixture_tokenizer(settings, tokenizer)
         for name, text_settings in settings.texts.items():
@@ -134,17 +132,18 @@ def _write(
     return folder
 
 
-def _tokenizer_of_texts(settings: DataSettings) -> Tokenizer:
+def _tokenizer_of_texts(settings: DataSettings, progress: Progress) -> Tokenizer:
     if settings.tokenizer != "train":
         return load_tokenizer(settings.tokenizer)
     # Each text gives its share of the characters: the first must not use up all of them.
     total_share = sum(settings.shares[name] for name in settings.texts)
-    texts: list[Iterator[str]] = []
+    texts: list[str] = []
+    progress.start("corpus")
     for name, text_settings in settings.texts.items():
         num_characters = int(TOKENIZER_CHARACTERS * settings.shares[name] / total_share)
-        sample, _ = sample_texts(text_settings, num_characters)
-        texts.append(sample)
-    return train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
+        source = text_source(text_settings)
+        texts += sample_texts(text_settings, source, num_characters, progress)
+    return train_tokenizer(texts, settings.vocab_size)
 
 
 def _summary(folder: Path, settings: DataSettings) -> str:

@@ -25,7 +25,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from heapq import heappop, heappush
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, TypeVar
@@ -63,7 +65,10 @@ from orchestrator.workspace.processors import num_cpus
 from orchestrator.workspace.provenance import content_key, file_digest
 
 TOKENIZER_CHARACTERS = 50_000_000
-"""A tokenizer is trained on at most this much text; more changes its pairs little."""
+"""A tokenizer is trained on about this much text; more changes its pairs little."""
+MAX_SHARDS_SAMPLED = 100
+"""Shards that are read for a tokenizer: six gigabytes of files."""
+DOCUMENTS_PER_REPORT = 10_000
 DOCUMENTS_PER_BATCH = 1024
 FEW_DOCUMENTS = 100
 """In a corpus smaller than this, at least one document is held out whatever its hash."""
@@ -181,10 +186,10 @@ def _make_plan(
         return stored
     progress.start("corpus")
     progress.advance(0, "reading")
-    is_trained = tokenizer is None and settings.tokenizer == "train"
     shards = list(source.shards())
-    texts, fraction = sample_texts(settings, TOKENIZER_CHARACTERS if is_trained else 0, source)
-    if is_trained:
+    fraction = held_out_fraction(settings, source)
+    if tokenizer is None and settings.tokenizer == "train":
+        texts = sample_texts(settings, source, TOKENIZER_CHARACTERS, progress)
         progress.advance(0, "training the tokenizer")
         tokenizer = train_tokenizer(texts, settings.vocab_size)
     with new_file(folder / _TOKENIZER) as temporary:
@@ -194,44 +199,62 @@ def _make_plan(
     return plan
 
 
-def sample_texts(
-    settings: DataSettings, num_characters: int, source: TextSource | None = None
-) -> tuple[Iterator[str], float]:
-    """Return the first documents for training a tokenizer, and the share that is held out.
-
-    Args:
-        num_characters: Reading ends after so much text, but not before `FEW_DOCUMENTS`.
-        source: The source of the settings, if it is open already.
-
-    Returns:
-        Texts that are not held out, and `data.validation_fraction`: a small corpus with no document
-        below it gets a larger one.
+def held_out_fraction(settings: DataSettings, source: TextSource) -> float:
+    """Return the share of the documents that is held out: `data.validation_fraction`, or more where
+    a small corpus has no document below it.
 
     Raises:
         UserError: If the source cannot be read, or is empty.
     """
-    source = source or text_source(settings)
-    sample: list[Document] = []
-    sample_characters = 0
+    max_documents = min(FEW_DOCUMENTS, settings.max_documents or FEW_DOCUMENTS)
     documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
-    for document in islice(documents, settings.max_documents):
-        sample.append(document)
-        sample_characters += len(document.text)
-        if len(sample) >= FEW_DOCUMENTS and sample_characters >= num_characters:
-            break
-    if not sample:
+    places = [
+        _place_in_split(document.deciding_text) for document in islice(documents, max_documents)
+    ]
+    if not places:
         raise UserError(
             "the corpus is empty: no document with text was found; check data.source and data.files"
         )
-    fraction = settings.validation_fraction
-    if 1 < len(sample) < FEW_DOCUMENTS:
+    if 1 < len(places) < FEW_DOCUMENTS:
         # The next larger number: a document is held out if its place is below the fraction.
-        smallest = min(_place_in_split(document.deciding_text) for document in sample)
-        fraction = max(fraction, math.nextafter(smallest, 1.0))
-    training_texts = (
-        document.text for document in sample if not is_validation(document.deciding_text, fraction)
-    )
-    return training_texts, fraction
+        return max(settings.validation_fraction, math.nextafter(min(places), 1.0))
+    return settings.validation_fraction
+
+
+def sample_texts(
+    settings: DataSettings, source: TextSource, num_characters: int, progress: Progress
+) -> list[str]:
+    """Return texts for training a tokenizer, of documents that are not held out, in their order.
+
+    Those with the smallest hashes, as a corpus may be sorted, by language for example. Of many
+    shards some are read, which hashes of their numbers choose.
+
+    Args:
+        num_characters: As many documents as hold so much text, or all.
+
+    Raises:
+        UserError: If the source cannot be read, or is empty.
+    """
+    fraction = held_out_fraction(settings, source)
+    shards = source.shards()
+    numbers: Sequence[int] = range(len(shards))
+    if settings.max_documents is None:  # Otherwise the first documents are the corpus.
+        by_hash = sorted(numbers, key=lambda number: hashlib.blake2b(b"%d" % number).digest())
+        numbers = sorted(by_hash[:MAX_SHARDS_SAMPLED])
+    documents = chain.from_iterable(read_documents(source, shards[number]) for number in numbers)
+    sample: list[tuple[int, int, str]] = []  # A heap, whose first document has the largest hash.
+    sample_characters = 0
+    for place, document in enumerate(islice(documents, settings.max_documents)):
+        if place % DOCUMENTS_PER_REPORT == 0:
+            progress.advance(0, f"reading for the tokenizer: {place:,} documents")
+        if is_validation(document.deciding_text, fraction):
+            continue
+        heappush(sample, (-int.from_bytes(_hash(document), "big"), place, document.text))
+        sample_characters += len(document.text)
+        while sample_characters - len(sample[0][2]) >= num_characters:
+            _, _, text = heappop(sample)
+            sample_characters -= len(text)
+    return [text for _, _, text in sorted(sample, key=itemgetter(1))]
 
 
 def _hash(document: Document) -> bytes:

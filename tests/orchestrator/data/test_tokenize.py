@@ -215,6 +215,33 @@ def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path):
     assert not [token for token in vocabulary if "zq" in token]
 
 
+@pytest.mark.parametrize("num_sampled", [100, 20])
+def test_a_tokenizer_is_trained_on_each_part_of_a_sorted_corpus(tmp_path, monkeypatch, num_sampled):
+    greek = [f"Ένα κείμενο {number} και {number * 7} κείμενα." for number in range(300)]
+    options = {**OPTIONS, "vocab_size": 400}
+    corpus = [*TEXTS, *greek]
+    whole = load_tokenizer(tokens_of(corpus, tmp_path, **options))
+    monkeypatch.setattr(tokenize, "TOKENIZER_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenize, "MAX_SHARDS_SAMPLED", num_sampled)
+    monkeypatch.setattr(text, "SHARD_BYTES", 2000)
+    files = {
+        name: (tokens_of(texts, tmp_path / name, **options) / "tokenizer.json").read_bytes()
+        for name, texts in {"sorted": corpus, "again": corpus, "reversed": corpus[::-1]}.items()
+    }
+    sampled = Tokenizer.from_buffer(files["sorted"])
+    for documents in (TEXTS, greek):
+        num_tokens, num_by_whole = (
+            sum(len(encoding.ids) for encoding in tokenizer.encode_batch(documents))
+            for tokenizer in (sampled, whole)
+        )
+        assert num_tokens < 1.1 * num_by_whole
+    assert files["again"] == files["sorted"]
+    if num_sampled == 100:  # All shards are read: the order of the documents does not matter.
+        assert files["reversed"] == files["sorted"]
+    else:
+        assert files["reversed"] != files["sorted"]
+
+
 def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path):
     for number in range(2, 8):
         part = TEXTS[number : 2 * number]
