@@ -1,8 +1,8 @@
 """Writes the parts of the reference that come from the code: the command line and the settings.
 
 The command line is read from the Typer application, the keys of `--json` from the docstrings of the
-results, the settings from the JSON schema of the pydantic models. `docs/conf.py` calls this, and
-pages of docs/reference/ include what it writes.
+results or from `KEYS`, the settings from the JSON schema of the pydantic models. `docs/conf.py`
+calls this, and pages of docs/reference/ include what it writes.
 `python docs/generated_pages.py FOLDER` writes it alone.
 """
 
@@ -15,13 +15,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 import yaml
 
 from orchestrator import cli
-from orchestrator.cli.command import COMMANDS
 from orchestrator.pipelines import (
     benchmarking,
     doctor,
@@ -76,7 +75,28 @@ RESULTS: dict[str, dict[str, type[Result]]] = {
     "list": {"": upkeep.Listing, "running": upkeep.WorkspaceStatus},
     "clean": {"": upkeep.CleanPlan},
 }
-"""Command -> what it prints as JSON, by its options; the docstrings of the others say it."""
+"""Command -> what it prints as JSON, by its options."""
+KEYS = {
+    "prepare": {
+        "tokens": "folder of the prepared tokens",
+        "num_documents": "documents of the text, with those held out; `null` without a text",
+        "num_tokens": "their tokens, likewise",
+        "vocab_size": "entries of the vocabulary",
+    },
+    "generate": {
+        "model": "folder of the model that was used",
+        "schedule": "its schedule, or `null` without corrections",
+        "texts": "one entry per prompt: `prompt`, and its continuation `text`",
+    },
+    "import": {"checkpoint": "the new checkpoint"},
+    "export": {
+        "folder": "the exported folder",
+        "hub": "with `--push-to-hub` the address of its page, else `null`",
+    },
+    "config show": {"settings": "section to its settings by name, as in a file"},
+    "config list": {"sweeps": "one entry per shipped sweep: `name`, and `text`, what it does"},
+}
+"""Command -> the keys of the values that it prints as JSON."""
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 LARGEST_SHOWN_BOUND = 10**6
 """Larger bounds only keep typing errors from other programs."""
@@ -95,7 +115,7 @@ def command_line_page() -> str:
     """Return the reference of all commands, in the panels and the order of `iiet-orch --help`."""
     panels: dict[str, list[str]] = {}
     title = ""
-    for words, command in _commands(typer.main.get_command(cli.build_app())):
+    for words, command in _commands(typer.main.get_command(cli.commands)):
         if len(words) == 1:  # Commands of a group stand in its panel.
             title = getattr(command, "rich_help_panel", title)
         panels.setdefault(title, []).extend(_describe(words, command))
@@ -115,16 +135,18 @@ def _describe(words: tuple[str, ...], command: Any) -> list[str]:
     lines = [f"### iiet-orch {' '.join(words)}\n", *(f"{_text(p)}\n" for p in paragraphs if p)]
     if example:
         lines.append(f"```bash\n{' '.join(example.split())}\n```\n")
+    if reads := getattr(command.callback, "reads", ()):
+        lines.append(f"It reads these settings: {', '.join(f'`{part}`' for part in reads)}.\n")
     shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
     if shown:
         lines += ["| option | meaning |", "| --- | --- |"]
         # Arguments first, as in a command.
         shown.sort(key=lambda parameter: parameter.param_type_name != "argument")
-        types = get_type_hints(command.callback)
-        lines += [_option_row(parameter, types.get(parameter.name)) for parameter in shown]
+        types = inspect.signature(command.callback).parameters
+        lines += [_option_row(option, types[option.name].annotation) for option in shown]
         lines.append("")
     name = " ".join(words)
-    for options, keys in json_keys(name).items() if name in COMMANDS else ():
+    for options, keys in json_keys(name).items():
         lines += [
             f"`{f'{name} {options}'.strip()} --json`:\n",
             "| key | content |",
@@ -139,8 +161,7 @@ def json_keys(name: str) -> dict[str, dict[str, str]]:
     """Return the keys that a command prints as JSON with their texts, by its options."""
     if name in RESULTS:
         return {options: _keys_of(result) for options, result in RESULTS[name].items()}
-    keys = _keys_in(COMMANDS[name].function.__doc__)
-    return {"": keys} if keys else {}
+    return {"": KEYS[name]} if name in KEYS else {}
 
 
 def _keys_of(result: type[Result]) -> dict[str, str]:

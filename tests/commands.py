@@ -21,6 +21,7 @@ from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 PRELOADED_BUT_RAY = [
     *("orchestrator.cli", "torch", "mlflow", "datasets", "transformers", "lm_eval"),
@@ -216,15 +217,24 @@ def settings_options(settings: Iterable[str], command: str, kind: str = "") -> l
         command: Name of the command.
         kind: Kind of the sweep, if the command runs one of a file.
     """
-    from orchestrator.cli.command import COMMANDS
-    from orchestrator.cli.session import unread_part
-    from orchestrator.cli.train import UNREAD_BY_KIND, UNREAD_WITHOUT_DROPPING
+    from orchestrator.cli.session import is_read
+    from orchestrator.cli.train import READ_BY_KIND, STUDENTS_ALONE
 
-    unread = {**COMMANDS[command].unread, **UNREAD_BY_KIND.get(kind, {})}
+    reads = READ_BY_KIND[kind] if kind else all_commands()[command].callback.reads
     if command == "distill":
-        unread |= UNREAD_WITHOUT_DROPPING
-    keys = {value: value.partition("=")[0] for value in settings}
-    return [f"--set={value}" for value in settings if unread_part(keys[value], unread) is None]
+        reads = STUDENTS_ALONE
+    return [f"--set={value}" for value in settings if is_read(value.partition("=")[0], reads)]
+
+
+def all_commands() -> dict[str, Any]:
+    """Return the commands by their names, such as `config show`."""
+    from typer.main import get_command
+
+    from orchestrator import cli
+
+    commands = get_command(cli.commands).commands
+    shown = {f"config {name}": command for name, command in commands["config"].commands.items()}
+    return {name: command for name, command in commands.items() if name != "config"} | shown
 
 
 def _run(

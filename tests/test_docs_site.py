@@ -34,7 +34,7 @@ def test_the_reference_has_every_command_option_and_setting():
                     section = sections[prefix + name]
                     assert all(f"`{o}`" in section for o in option.opts if o[0] == "-"), option
 
-    check_options(typer.main.get_command(cli.build_app()))
+    check_options(typer.main.get_command(cli.commands))
     pattern = r"^\| `([a-z0-9_.]+)` \|(.*)\|$"
     rows = dict(re.findall(pattern, generated_pages.settings_page(), re.MULTILINE))
 

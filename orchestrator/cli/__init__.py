@@ -3,7 +3,6 @@
 Each command imports what it needs when it runs, so that `--help` is instant.
 """
 
-from orchestrator.cli.app import main
-from orchestrator.cli.command import build_app
+from orchestrator.cli.app import commands, main
 
-__all__ = ["build_app", "main"]
+__all__ = ["commands", "main"]

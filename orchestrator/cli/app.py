@@ -1,4 +1,4 @@
-"""`iiet-orch`: build the application for the words of one call, run it, and return its exit code.
+"""`iiet-orch`: all commands; run one and return its exit code.
 
 0 done, 1 failed (also while it was interrupted), 2 the user's mistake, 130 interrupted.
 """
@@ -9,12 +9,13 @@ import atexit
 import os
 import signal
 import sys
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-# Each registers its commands.
-from orchestrator.cli import measure, models, places, train  # noqa: F401
-from orchestrator.cli.command import NO_COLOR, build_app
+from orchestrator.cli import measure, models, places, train
 from orchestrator.terminal.render import print_line
 from orchestrator.terminal.stop import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import (
@@ -24,9 +25,58 @@ from orchestrator.workspace.errors import (
     UserError,
     path_error_message,
 )
+from orchestrator.workspace.provenance import installed_version
 
+NO_COLOR = "--no-color"
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
+
+
+class _PlainErrors(TyperGroup):
+    """All commands; errors say what is wrong with a value without the name of an exception."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
+commands = typer.Typer(
+    name="iiet-orch",
+    cls=_PlainErrors,
+    help="Pretrain, sweep and distill iterative Transformers; show accuracy against cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# The panels of `--help` have the order of their first commands.
+commands.add_typer(train.app)
+commands.add_typer(measure.app)
+commands.add_typer(models.app)
+commands.add_typer(places.app)
+commands.add_typer(places.config_app, name="config", rich_help_panel="Start")
+
+
+def _print_version(is_given: bool) -> None:
+    if is_given:
+        typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
+        raise typer.Exit
+
+
+@commands.callback()
+def _options_of_all(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+    _no_color: Annotated[
+        bool, typer.Option(NO_COLOR, help="Print no colours; so does NO_COLOR=1.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # SIGTERM is Ctrl-C also where nothing has to be saved.
         with signal_handlers([signal.SIGTERM], signal.default_int_handler):
-            app = build_app(_typed_command(words))
-            app(words, prog_name="iiet-orch")
+            commands(words, prog_name="iiet-orch")
     except BaseException as error:
         with signal_handlers(SIGNALS, signal.SIG_IGN):
             code = exit_code_of(error)
@@ -58,15 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
             for number in SIGNALS:  # Nothing is left to interrupt.
                 signal.signal(number, signal.SIG_IGN)
     return code
-
-
-def _typed_command(words: list[str]) -> str:
-    """Return the first word of this call, or of the line that a shell completes."""
-    if "_IIET_ORCH_COMPLETE" in os.environ:
-        # bash gives the line in one variable, other shells in another.
-        line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
-        words = [word for word in line.split()[1:] if not word.startswith("-")]
-    return words[0] if words else ""
 
 
 def _end_interrupted_process() -> None:

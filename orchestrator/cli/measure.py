@@ -1,28 +1,24 @@
 """Commands that measure models and show results: influence, evaluate, benchmark, report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.command import Command
+from orchestrator.cli.command import setting, shared_options
 from orchestrator.cli.options import (
     MAX_COUNT,
-    NOTHING_IS_TRAINED,
-    ONLY_BOUNDED_LOSSES,
-    ONLY_SWEEPS,
-    STORED_INFLUENCE,
+    TO_MEASURE,
+    TO_TRAIN,
     CostOption,
     ModelsArgument,
     QualityOption,
-    SchedulesOption,
     TeacherArgument,
     TrustOption,
     complete_models,
     complete_sweeps,
     one_schedule,
+    schedules_option,
     split_list,
 )
 from orchestrator.cli.session import Call
@@ -31,32 +27,12 @@ from orchestrator.workspace.errors import UserError, quoted
 if TYPE_CHECKING:
     from orchestrator.reporting.result import Result
 
-CLUSTER = {"--device": "cluster.device", "--address": "cluster.address"}
-TASKS = {
-    "--suite": "evaluation.suite",
-    "--include-path": "evaluation.include_path",
-    "--num-fewshot": "evaluation.num_fewshot",
-    "--limit": "evaluation.limit",
-    "--batch-size": "evaluation.batch_size",
-}
-SweepsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="SWEEP", autocompletion=complete_sweeps)
-]
+app = typer.Typer()
 
 
-@Command(
-    "inspect",
-    group="Measure",
-    options={"--metric": "influence.metric"},
-    config="option",
-    unread={
-        "evaluation": "`iiet-orch evaluate` reads it",
-        "distillation": "nothing is distilled",
-        **ONLY_SWEEPS,
-        "cluster.device": "it prices trainings; cluster.num_gpus says where they are to run",
-        **STORED_INFLUENCE,
-    },
-    workspace="read",
+@app.command("inspect", rich_help_panel="Measure")
+@shared_options(
+    reads=("data", "model", "training", "influence.metric", *TO_TRAIN), workspace="read"
 )
 def inspect(
     call: Call,
@@ -68,37 +44,33 @@ def inspect(
             autocompletion=complete_models,
         ),
     ] = None,
-    schedule: SchedulesOption = None,
-) -> Result:
+    schedule: Annotated[
+        list[str] | None,
+        schedules_option(
+            "Another iteration schedule, or depth of a looped model of another project."
+        ),
+    ] = None,
+    metric: Annotated[str | None, setting("influence.metric")] = None,
+) -> "Result":
     """Say what a model is: type, sizes, FLOPs, cache, how much each layer matters, and what
     `pretrain --from` would take here. The model does not run.
 
     Example: iiet-orch inspect my-model
-
-    Args:
-        schedule: Another iteration schedule, or depth of a looped model of another project.
     """
     from orchestrator.pipelines.inspecting import inspect_model
 
     return inspect_model(call.settings, model=model, schedule=one_schedule(schedule), **call.common)
 
 
-@Command(
-    "influence",
-    group="Measure",
-    options={"--metric": "influence.metric", **CLUSTER},
-    config="option",
-    unread={
-        "data": "influence is measured on the tokens that the model was trained on",
-        "evaluation": "`iiet-orch evaluate` reads it",
-        **NOTHING_IS_TRAINED,
-    },
-    plans=True,
-)
+@app.command("influence", rich_help_panel="Measure")
+@shared_options(reads=("influence", *TO_MEASURE), plans=True)
 def influence(
     call: Call,
     model: TeacherArgument = None,
-) -> Result:
+    metric: Annotated[str | None, setting("influence.metric")] = None,
+    device: Annotated[str | None, setting("cluster.device")] = None,
+    address: Annotated[str | None, setting("cluster.address")] = None,
+) -> "Result":
     """Measure how much each correction of each layer matters, and each whole layer.
 
     Example: iiet-orch influence my-run --metric loss
@@ -109,42 +81,47 @@ def influence(
     return call.finish(plan, run_influence)
 
 
-@Command(
-    "evaluate",
-    group="Measure",
-    options={**TASKS, **CLUSTER},
-    config="option",
-    unread={
-        "data": "held-out tasks come from the data that a model was trained on",
-        "influence": "`iiet-orch influence` reads it",
-        **NOTHING_IS_TRAINED,
-        **ONLY_BOUNDED_LOSSES,
-    },
-    workspace="read",
-    plans=True,
-)
+@app.command("evaluate", rich_help_panel="Measure")
+@shared_options(reads=("evaluation", *TO_MEASURE), workspace="read", plans=True)
 def evaluate(
     call: Call,
     models: ModelsArgument = None,
-    schedule: SchedulesOption = None,
-    log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
-    chat_template: Annotated[str | None, typer.Option("--chat-template")] = None,
+    schedule: Annotated[
+        list[str] | None,
+        schedules_option(
+            "Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be "
+            "repeated."
+        ),
+    ] = None,
+    log_samples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write results and samples in lm-eval's files, for other tools.",
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
+    ] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(help="The same, with one of its named templates.")
+    ] = None,
     trust_remote_code: TrustOption = False,
-) -> Result:
+    suite: Annotated[str | None, setting("evaluation.suite")] = None,
+    include_path: Annotated[str | None, setting("evaluation.include_path")] = None,
+    num_fewshot: Annotated[int | None, setting("evaluation.num_fewshot")] = None,
+    limit: Annotated[int | None, setting("evaluation.limit")] = None,
+    batch_size: Annotated[int | None, setting("evaluation.batch_size")] = None,
+    device: Annotated[str | None, setting("cluster.device")] = None,
+    address: Annotated[str | None, setting("cluster.address")] = None,
+) -> "Result":
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
     Beside each model after the first stands its difference to the first, over the same items, with
     its 95% interval.
 
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
-
-    Args:
-        schedule: Another iteration schedule, 1 or 2,1,1,0,0,0, or a looped model's depth; may be
-            repeated.
-        log_samples: Write results and samples in lm-eval's files, for other tools.
-        apply_chat_template: Write prompts with the model's chat template.
-        chat_template: The same, with one of its named templates.
     """
     from orchestrator.pipelines import evaluating
 
@@ -160,30 +137,52 @@ def evaluate(
     return call.finish(plan, evaluating.run_evaluate)
 
 
-@Command("benchmark", group="Measure", options=CLUSTER, plans=True)
+@app.command("benchmark", rich_help_panel="Measure")
+@shared_options(plans=True)
 def benchmark(
     call: Call,
     models: ModelsArgument = None,
-    schedule: SchedulesOption = None,
-    batch_sizes: str | None = None,
-    contexts: str | None = None,
-    new_tokens: Annotated[int | None, typer.Option(min=2, max=MAX_COUNT)] = None,
-    repetitions: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
-    threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
+    schedule: Annotated[
+        list[str] | None,
+        schedules_option(
+            "Iteration schedule, or a looped model's depth; may be repeated. One IIET without it: "
+            "from full to none."
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Numbers of rows that are decoded together (default: 1,8).",
+        ),
+    ] = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Tokens of the prompt (default: 32 and half the context).",
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=MAX_COUNT,
+            help="Tokens decoded after it (default: 32, or what fits the context).",
+        ),
+    ] = None,
+    repetitions: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Measurements of each model, in turns (default: 9)."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
     trust_remote_code: TrustOption = False,
-) -> Result:
+    device: Annotated[str | None, setting("cluster.device")] = None,
+    address: Annotated[str | None, setting("cluster.address")] = None,
+) -> "Result":
     """Measure latency, throughput and memory, and compare them with the cost model.
 
     Example: iiet-orch benchmark my-run --batch-sizes 1,8
-
-    Args:
-        schedule: Iteration schedule, or a looped model's depth; may be repeated. One IIET without
-            it: from full to none.
-        batch_sizes: Comma-separated numbers of rows that are decoded together (default: 1,8).
-        contexts: Tokens of the prompt (default: 32 and half the context).
-        new_tokens: Tokens decoded after it (default: 32, or what fits the context).
-        repetitions: Measurements of each model, in turns (default: 9).
-        threads: Threads of PyTorch on a CPU.
     """
     from orchestrator.evaluation.decode_timing import MeasurementSettings
     from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
@@ -220,24 +219,39 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
-@Command("report", group="See results", workspace="read")
+@app.command("report", rich_help_panel="See results")
+@shared_options(workspace="read")
 def report(
     call: Call,
-    sweeps: SweepsArgument = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SWEEP",
+            autocompletion=complete_sweeps,
+            help="Names of sweeps, several on one front (default: the newest).",
+        ),
+    ] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
-    claims: Annotated[bool, typer.Option("--claims")] = False,
-    time_again: Annotated[bool, typer.Option("--time-again")] = False,
-) -> Result:
+    claims: Annotated[
+        bool,
+        typer.Option(
+            "--claims",
+            help="Show only the paper's five claims, each beside what was measured; write nothing.",
+        ),
+    ] = False,
+    time_again: Annotated[
+        bool,
+        typer.Option(
+            "--time-again",
+            help="First measure the time per token of the sweep's models once more, as after a "
+            "measurement on a busy machine.",
+        ),
+    ] = False,
+) -> "Result":
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
     Example: iiet-orch report --cost flops
-
-    Args:
-        sweeps: Names of sweeps, several on one front (default: the newest).
-        claims: Show only the paper's five claims, each beside what was measured; write nothing.
-        time_again: First measure the time per token of the sweep's models once more, as after a
-            measurement on a busy machine.
     """
     from orchestrator.pipelines import reports
 

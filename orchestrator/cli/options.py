@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.models import OptionInfo
 
+from orchestrator.settings import Settings
 from orchestrator.terminal.metrics import CostName, QualityName
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.layout import check_name_option
@@ -63,47 +65,31 @@ ModelsArgument = Annotated[
         autocompletion=complete_models,
     ),
 ]
-ONLY_SWEEPS = dict.fromkeys(("source_training", "sweep", "search"), "only sweeps read it")
-"""What decides instead of these sections in commands that run no sweep."""
-ONLY_TRAININGS = dict.fromkeys(
-    (
-        "cluster.num_workers",
-        "cluster.min_gpus",
-        "cluster.storage",
-        "cluster.parallel",
-        "cluster.num_shards",
-        "cluster.max_failures",
-        "cluster.collective_timeout_seconds",
-        "cluster.node_wait_minutes",
-    ),
-    "only trainings read it",
+ALL_SETTINGS = tuple(Settings.model_fields)
+"""All sections of the settings."""
+ANYWHERE = ("cluster.address", "cluster.env")
+"""What commands read that run in a Ray cluster."""
+TO_MEASURE = (*ANYWHERE, "cluster.num_gpus", "cluster.device")
+"""Settings of the cluster that commands read which measure."""
+TO_TRAIN = (
+    *ANYWHERE,
+    "cluster.num_gpus",
+    "cluster.num_workers",
+    "cluster.min_gpus",
+    "cluster.storage",
+    "cluster.parallel",
+    "cluster.num_shards",
+    "cluster.max_failures",
+    "cluster.collective_timeout_seconds",
+    "cluster.node_wait_minutes",
 )
-"""The same of settings of a training's workers, in commands that train nothing."""
-ONLY_MEASUREMENTS = {
-    "cluster.device": "only commands that measure read it; cluster.num_gpus says where to train"
-}
-"""The same in commands that only train, and in sweeps, which measure where they train."""
-NOTHING_IS_TRAINED = {
-    "model": "the checkpoint says what the model is, and --schedule gives another schedule",
-    "training": "nothing is trained",
-    "distillation": "nothing is trained",
-    **ONLY_SWEEPS,
-    **ONLY_TRAININGS,
-}
-"""The same of commands that only measure."""
-ONLY_BOUNDED_LOSSES = {"evaluation.retention": "only a sweep bounds what its models may lose"}
-"""The same of commands that evaluate models, and know no source to compare them with."""
-STORED_INFLUENCE = {"influence.num_tokens": "`iiet-orch influence` measures, and reads it"}
-"""The same of commands that show an influence that is stored."""
-SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
-CostOption = Annotated[
-    CostName | None,
-    typer.Option(help="Cost of the front."),
+"""Settings of the cluster that commands read which train."""
+TrainingDeviceOption = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", help="Where to train (default: as cluster.num_gpus says)."),
 ]
-QualityOption = Annotated[
-    QualityName | None,
-    typer.Option(help="Quality of the front."),
-]
+CostOption = Annotated[CostName | None, typer.Option(help="Cost of the front.")]
+QualityOption = Annotated[QualityName | None, typer.Option(help="Quality of the front.")]
 NameOption = Annotated[
     str | None,
     typer.Option(help="Name (default: from the content).", callback=check_name_option),
@@ -119,6 +105,12 @@ BaselinesOption = Annotated[
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
 ]
+
+
+def schedules_option(text: str) -> OptionInfo:
+    """Return `--schedule`, which has one name in all commands; each says what it means there."""
+    option: OptionInfo = typer.Option("--schedule", "-r", metavar="SCHEDULE", help=text)
+    return option
 
 
 def read_schedules(texts: list[str]) -> list[int | str]:

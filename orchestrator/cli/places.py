@@ -1,7 +1,5 @@
 """Commands that show and clean a workspace, check the machine, and write settings files."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -9,32 +7,45 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from orchestrator.cli.command import Command
+from orchestrator.cli.command import setting, shared_options
+from orchestrator.cli.options import ALL_SETTINGS
 from orchestrator.cli.session import Call
+from orchestrator.settings.files import Size
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
 
 if TYPE_CHECKING:
     from orchestrator.reporting.result import Result
 
-Size = Literal["tiny", "55m", "340m"]
+app = typer.Typer()
+config_app = typer.Typer(
+    no_args_is_help=True, help="Write and show settings; list the shipped sweeps."
+)
 
 
-@Command("ui", group="See results", workspace="existing")
+@app.command("ui", rich_help_panel="See results")
+@shared_options(workspace="existing")
 def ui(
     call: Call,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    sync: Annotated[bool, typer.Option("--sync")] = False,
-    replace: Annotated[bool, typer.Option("--replace")] = False,
-) -> Result | None:
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+    sync: Annotated[
+        bool,
+        typer.Option(
+            "--sync",
+            help="Instead publish all trainings, sweeps, measurements and models in MLflow again.",
+        ),
+    ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="With --sync: delete the workspace's own store, and make it anew.",
+        ),
+    ] = False,
+) -> "Result | None":
     """Print the page of the newest sweep, start MLflow on 127.0.0.1, and print links to its pages.
 
     Example: iiet-orch ui --port 5001
-
-    Args:
-        port: Port on 127.0.0.1.
-        sync: Instead publish all trainings, sweeps, measurements and models in MLflow again.
-        replace: With --sync: delete the workspace's own store, and make it anew.
     """
     if sync:
         from orchestrator.pipelines import syncing
@@ -50,18 +61,22 @@ def ui(
     return None
 
 
-@Command("list", group="Keep order", workspace="existing")
+@app.command("list", rich_help_panel="Keep order")
+@shared_options(workspace="existing")
 def list_workspace(
     call: Call,
-    kind: Annotated[Literal[Kind, "running"] | None, typer.Argument(metavar="KIND")] = None,
-) -> Result:
+    kind: Annotated[
+        Literal[Kind, "running"] | None,
+        typer.Argument(
+            metavar="KIND",
+            help="runs, checkpoints, trials, sweeps, models (default: all but checkpoints), or "
+            "running, what runs now with its progress, speed and time left.",
+        ),
+    ] = None,
+) -> "Result":
     """List runs, trials, sweeps and the models in exports/, the newest first, or what runs now.
 
     Example: iiet-orch list running
-
-    Args:
-        kind: runs, checkpoints, trials, sweeps, models (default: all but checkpoints), or running,
-            what runs now with its progress, speed and time left.
     """
     from orchestrator.pipelines import upkeep
 
@@ -72,21 +87,23 @@ def list_workspace(
     return upkeep.list_workspace(space, kind, with_checkpoints=call.as_json, note=note)
 
 
-@Command("clean", group="Keep order", workspace="existing", plans=True)
+@app.command("clean", rich_help_panel="Keep order")
+@shared_options(workspace="existing", plans=True)
 def clean(
     call: Call,
-    kinds: Annotated[list[RemovableKind] | None, typer.Argument(metavar="KIND")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y")] = False,
-) -> Result | None:
+    kinds: Annotated[
+        list[RemovableKind] | None,
+        typer.Argument(
+            metavar="KIND", help="temporary, ray, checkpoints or damaged (default: all)."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+) -> "Result | None":
     """Delete what is no longer needed: shows it with sizes and reasons, then asks.
 
     Finished weights, evaluations, and what a running process holds are never touched.
 
     Example: iiet-orch clean checkpoints --dry-run
-
-    Args:
-        kinds: temporary, ray, checkpoints or damaged (default: all).
-        yes: Delete without asking.
     """
     from orchestrator.pipelines import upkeep
 
@@ -105,8 +122,9 @@ def clean(
     return upkeep.run_clean(plan, call.session.workspace)
 
 
-@Command("doctor", group="Start", workspace="named")
-def doctor(call: Call) -> Result:
+@app.command("doctor", rich_help_panel="Start")
+@shared_options(workspace="named")
+def doctor(call: Call) -> "Result":
     """Check this machine and the workspace; name a remedy for what is broken.
 
     Then say which shipped sweeps fit this machine, and the hours that they take from their start,
@@ -125,22 +143,23 @@ def doctor(call: Call) -> Result:
     return Findings(findings=findings, sweeps=price_shipped_sweeps(call.session.workspace))
 
 
-@Command("config show", group="Start", config="argument", workspace=None)
+@config_app.command("show")
+@shared_options(reads=ALL_SETTINGS, config=False, workspace=None)
 def show_settings(
     call: Call,
-    file: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
-    changed: bool = False,
-) -> Result | None:
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILE]", help="A YAML file, or a shipped sweep (default: the defaults)."
+        ),
+    ] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what differs from the defaults.")
+    ] = False,
+) -> "Result | None":
     """Print the resolved settings as YAML; what differs from its default is marked.
 
     Example: iiet-orch config show demo --changed
-
-    Args:
-        file: A YAML file, or a shipped sweep (default: the defaults).
-        changed: Only what differs from the defaults.
-
-    Keys:
-        settings: section to its settings by name, as in a file
     """
     call.config = file
     from orchestrator.settings.files import changed_values, marked_yaml
@@ -152,7 +171,8 @@ def show_settings(
     return None
 
 
-@Command("config schema", group="Start", workspace=None, has_json=False)
+@config_app.command("schema")
+@shared_options(workspace=None, has_json=False)
 def show_schema(_call: Call) -> None:
     """Print the JSON schema of the settings, for editors.
 
@@ -163,14 +183,12 @@ def show_schema(_call: Call) -> None:
     typer.echo(json.dumps(Settings.model_json_schema(), indent=2))
 
 
-@Command("config list", group="Start", workspace=None)
-def list_sweeps(call: Call) -> Result:
+@config_app.command("list")
+@shared_options(workspace=None)
+def list_sweeps(call: Call) -> "Result":
     """List the shipped sweeps.
 
     Example: iiet-orch config list
-
-    Keys:
-        sweeps: one entry per shipped sweep: `name`, and `text`, what it does
     """
     from orchestrator.reporting.sections import two_column_table
     from orchestrator.settings.files import shipped_sweeps
@@ -185,38 +203,35 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
-@Command(
-    "config init",
-    group="Start",
-    options={
-        "--hub": "data.hub_name",
-        "--tokenizer": "data.tokenizer",
-        "--steps": "training.num_steps",
-        "--gpus": "cluster.num_gpus",
-    },
-    workspace=None,
-    has_json=False,
-)
+@config_app.command("init")
+@shared_options(workspace=None, has_json=False)
 def init(
     call: Call,
-    file: Annotated[Path | None, typer.Argument()] = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
-    source: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None,
-    size: Size | None = None,
-    force: bool = False,
-) -> Result:
+    file: Annotated[
+        Path | None, typer.Argument(help="File to write (default: my-sweep.yaml).")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Your text: a file, folder or pattern; may be repeated."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="SWEEP", help="Copy a shipped sweep; `config list` names them."
+        ),
+    ] = None,
+    size: Annotated[Size | None, typer.Option(help="Size of the model (default: tiny).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    hub: Annotated[str | None, setting("data.hub_name")] = None,
+    tokenizer: Annotated[str | None, setting("data.tokenizer")] = None,
+    steps: Annotated[int | None, setting("training.num_steps")] = None,
+    gpus: Annotated[int | None, setting("cluster.num_gpus")] = None,
+) -> "Result":
     """Write a commented settings file for your own data and size; asks for what is missing.
 
     With --from, copy a shipped sweep instead, to change it.
 
     Example: iiet-orch config init my-sweep.yaml --data my-texts/ --size tiny
-
-    Args:
-        file: File to write (default: my-sweep.yaml).
-        data: Your text: a file, folder or pattern; may be repeated.
-        source: Copy a shipped sweep; `config list` names them.
-        size: Size of the model (default: tiny).
-        force: Replace a file that exists.
     """
     from orchestrator.settings.files import (
         find_settings_file,
@@ -226,7 +241,6 @@ def init(
     )
     from orchestrator.workspace.files import write_text
 
-    hub = call.options.get("data.hub_name")
     if (data is not None) + (hub is not None) + (source is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
     if source is not None:
@@ -249,11 +263,11 @@ def init(
             for path in find_files(settings.data):
                 if path.suffix == ".txt":  # Raises if it is not text.
                     next(read_file(path, settings.data.text_field), None)
-        tokenizer = settings.data.tokenizer
-        if tokenizer != "train" and not tokenizer.startswith("hub:"):
+        chosen_tokenizer = settings.data.tokenizer
+        if chosen_tokenizer != "train" and not chosen_tokenizer.startswith("hub:"):
             from orchestrator.models.tokenizer import load_tokenizer
 
-            load_tokenizer(tokenizer)
+            load_tokenizer(chosen_tokenizer)
         if is_asked and size is None:
             size = typer.prompt("Size: tiny, 55m or 340m", default="tiny")
             if size not in get_args(Size):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,16 +57,39 @@ class Call:
     def __init__(
         self,
         name: str,
+        reads: Sequence[str],
         workspace_use: WorkspaceUse | None,
-        shared: dict[str, Any],
+        *,
         has_settings: bool,
+        config: str | None = None,
+        set_: Sequence[str] | None = None,
+        workspace: Path | None = None,
+        dry_run: bool = False,
+        as_json: bool = False,
+        verbose: bool = False,
+        quiet: bool = False,
     ) -> None:
-        """Take the command's name, its kind of workspace, which it may change, and the options
-        that commands share."""
+        """Take what the command says of itself, and the options that commands share.
+
+        Args:
+            reads: Sections of the settings, and single settings, that the command reads.
+            workspace_use: How the workspace is opened, which the command may change.
+            has_settings: Whether it reads settings at all.
+        """
         self.name = name
+        self.reads = reads
         self.workspace_use = workspace_use
-        self._shared = shared
-        self._has_settings = has_settings
+        self.has_settings = has_settings
+        self.config = config
+        """The settings file; a command may name another."""
+        self.changes = set_ or ()
+        """The values of `--set`."""
+        self.path = workspace
+        """The workspace, if the user named one."""
+        self.dry_run = dry_run
+        self.as_json = as_json
+        self._verbose = verbose or (False if quiet else None)
+        self._training_device: str | None = None
         self._settings: Any = None
         self.options = dict[str, Any]()
         """Setting -> its value, of those that options of the command change."""
@@ -74,14 +97,6 @@ class Call:
         """Option with a value, such as `--limit` -> the setting that it changes."""
         self.stack = ExitStack()
         """What is closed when the command ends: the workspace with its log and progress display."""
-        self.config: str | None = shared.get("config")
-        """The settings file; a command may name another."""
-        self.changes: list[str] = shared.get("set_") or []
-        """The values of `--set`."""
-        self.path: Path | None = shared.get("workspace")
-        """The workspace, if the user named one."""
-        self.dry_run: bool = shared.get("dry_run", False)
-        self.as_json: bool = shared.get("as_json", False)
 
     def set(self, key: str, value: Any, *, option: str | None = None) -> None:
         """Change a setting before they are read, unless the value is missing or empty.
@@ -95,33 +110,42 @@ class Call:
         if option is not None:
             self.settings_of_options[option] = key
 
-    def refuse_unread(self, unread: Mapping[str, str]) -> None:
+    def train_on(self, device: str | None) -> None:
+        """Say where to train, `cpu` or `cuda`, before the settings are read; None: as they say."""
+        self._training_device = device
+
+    def refuse_unread(self, reads: Sequence[str] | None = None, *, reader: str = "") -> None:
         """Refuse `--set` and options of what the command does not read: the user expects that they
         change something. A file may have such sections, because several commands share it.
 
         Args:
-            unread: Section of the settings, or key of a single setting -> what decides instead.
+            reads: What it reads, if that is less than the command says of itself.
+            reader: What reads no more then, such as `export --no-measure`.
 
         Raises:
-            UserError: Names each such setting, and what decides instead.
+            UserError: Names each such setting, the command, and what it reads.
         """
         if not self.changes and not self.settings_of_options:
             return
+        from orchestrator.settings import Settings
         from orchestrator.settings.resolve import changed_keys
 
-        changed = list(self.settings_of_options.items())
-        changed += [
-            (f"--set {shortened(key)}", key)
-            for key in chain.from_iterable(map(changed_keys, self.changes))
-        ]
-        problems = []
-        for source, key in changed:
-            part = unread_part(key, unread)
-            if part is not None:
-                what = "it" if part == key else f"the section {part}"
-                problems.append(f"{source}: {self.name} does not read {what}; {unread[part]}")
-        if problems:
-            raise UserError("\n".join(problems))
+        reads = self.reads if reads is None else reads
+        changed = {f"{option} ({key})": key for option, key in self.settings_of_options.items()}
+        for key in chain.from_iterable(map(changed_keys, self.changes)):
+            changed[f"--set {shortened(key)}"] = key
+        refused = []
+        for source, key in changed.items():
+            section = key.partition(".")[0]
+            # What is no setting at all is refused when the settings are read.
+            if section not in Settings.model_fields or is_read(key, reads):
+                continue
+            # The single settings of other sections would make the sentence long.
+            shown = [r if r.startswith(f"{section}.") else r.partition(".")[0] for r in reads]
+            instead = f", only {', '.join(dict.fromkeys(shown))}" if reads else ""
+            refused.append(f"{source}: {reader or self.name} does not read this setting{instead}")
+        if refused:
+            raise UserError("\n".join(refused))
 
     @property
     def settings(self) -> Any:
@@ -144,7 +168,7 @@ class Call:
 
         file = self.config
         options = self.options
-        device = self._shared.get("device")
+        device = self._training_device
         if file in shipped_sweeps() and Path(file).is_file():
             path = Path(file).absolute()
             print(f"settings: the file {path}, not the shipped sweep {file}", file=sys.stderr)
@@ -166,13 +190,13 @@ class Call:
     @cached_property
     def session(self) -> Session:
         """The workspace and where to print."""
-        if self._has_settings:
+        if self.has_settings:
             self.read_settings()  # First, because a mistake in them makes no workspace.
         session = open_session(
             self.path,
             self.name,
             workspace_use=self.workspace_use,
-            verbose=self._shared.get("verbose") or (False if self._shared.get("quiet") else None),
+            verbose=self._verbose,
             dry_run=self.dry_run,
             as_json=self.as_json,
         )
@@ -203,6 +227,20 @@ class Call:
 
         return imported_model(model, also_folders=also_folders, **self.common)
 
+    def print(self, result: Result | None) -> None:
+        """Print a result as it was asked for; None if the command has printed something itself.
+
+        Raises:
+            RunFailed: If a part of it failed.
+        """
+        if result is None:
+            return
+        if self.as_json:
+            print(result.to_text(), file=self.session.output)
+        else:
+            self.show(result)
+        result.raise_failures()
+
     def show(self, result: Result) -> None:
         """Print what a terminal shows of a result."""
         from orchestrator.reporting.result import show
@@ -216,12 +254,9 @@ class Call:
         return Answer(values=values, lines=lines)
 
 
-def unread_part(key: str, unread: Mapping[str, str]) -> str | None:
-    """Return the key itself if `unread` has it, else the section around it that `unread` has, or
-    None."""
-    names = key.split(".")
-    parts = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
-    return next((part for part in parts if part in unread), None)
+def is_read(key: str, reads: Sequence[str]) -> bool:
+    """Return whether a setting, or something in a section, is part of what is read."""
+    return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in reads)
 
 
 class Warnings(Progress):

@@ -76,6 +76,7 @@ _Rate = Annotated[StrictFloat, Field(gt=0)]
 _Layers = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 _Seed = Annotated[StrictInt, Field(ge=0, le=MAX_SEED)]
 _Several = Annotated[tuple[T, ...], Field(min_length=1)]
+Selection = Literal["threshold", "knapsack"]
 _Different = AfterValidator(_refuse_duplicates)
 
 
@@ -97,7 +98,7 @@ class SweepSettings(Section):
     ] = "evaluations"
     """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
     FLOPs or KV bytes per token."""
-    selection: Literal["threshold", "knapsack"] = "threshold"
+    selection: Selection = "threshold"
     """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
     cost."""
     elastic: StrictBool = False

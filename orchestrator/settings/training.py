@@ -24,6 +24,7 @@ MAX_STEPS = 1_000_000
 MAX_DRAWN = 100
 """Each drawn schedule costs a forward and a backward pass per step."""
 Precision = Literal["fp32", "bf16"]
+Control = Literal["distill", "cross_entropy", "pruned", "scratch"]
 
 
 def default_precision(*, on_gpus: bool) -> Precision:
@@ -264,7 +265,7 @@ FIELDS_OF_A_SOURCE = ("source", "source_kl_weight", "trained_layers")
 class DistillationSettings(Section):
     """How a pruned student learns from its teacher (IIAD)."""
 
-    control: Literal["distill", "cross_entropy", "pruned", "scratch"] = "distill"
+    control: Control = "distill"
     """`distill`, or a control: cross-entropy only, pruned without training, or trained from
     scratch."""
     kl_weight: StrictFloat = Field(default=1.0, ge=0.0)

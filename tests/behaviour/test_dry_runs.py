@@ -14,8 +14,7 @@ from commands import settings_options
 from fake_runs import end_trials, trained
 from small_size import SMALL
 
-from orchestrator import SweepPlan, measure_influence, plan_sweep, sweep
-from orchestrator.cli import build_app
+from orchestrator import SweepPlan, cli, measure_influence, plan_sweep, sweep
 from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import resolve_settings
 from orchestrator.settings.files import shipped_sweeps
@@ -85,7 +84,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_every_command_with_a_dry_run_is_run_here():
-    commands = typer.main.get_command(build_app()).commands
+    commands = typer.main.get_command(cli.commands).commands
     with_option = {n for n, c in commands.items() if any("--dry-run" in p.opts for p in c.params)}
     # `clean` asks before it deletes; test_clean.py runs it.
     assert with_option - {"clean"} == {

@@ -25,7 +25,7 @@ from orchestrator import cli
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 
-GROUP: Any = typer.main.get_command(cli.build_app())
+GROUP: Any = typer.main.get_command(cli.commands)
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 UNUSUAL = ("extending.md",)
 """A page whose commands need a package; it has a test of its own."""

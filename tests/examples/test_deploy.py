@@ -114,7 +114,7 @@ def test_a_signal_reaches_the_command_alone_which_saves_its_state(
 
 def num_gpus(name: str, *words: str) -> int:
     """Return the GPUs that a command asks for; exits if an option is unknown."""
-    command: Any = get_command(cli.build_app(name))
+    command: Any = get_command(cli.commands)
     gpus: int = command.commands[name].make_context(name, [*words]).params["gpus"]
     return gpus
 

@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from collections.abc import Callable
+from inspect import signature
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
-from commands import settings_options
+from commands import all_commands, settings_options
 from small_size import SMALL
-from typer.main import get_command
 
 from orchestrator import cli
-from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
-from orchestrator.cli.command import Group
-from orchestrator.settings import (
-    SearchSettings,
-    Section,
-    Settings,
-    SweepSettings,
-)
+from orchestrator.cli.command import SettingOption
+from orchestrator.settings import SearchSettings, Section, Settings, SweepSettings, find_field
 from orchestrator.terminal.metrics import COSTS, METRICS, QUALITIES
 from orchestrator.workspace.errors import UserError
 
-
-def _commands(group: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from _commands(command, (*names, name))
-        else:
-            yield (*names, name), command
+COMMANDS = all_commands()
 
 
-COMMANDS = dict(_commands(get_command(cli.build_app())))
-
-
-def test_a_named_command_alone_has_its_options():
-    for name in {names[0] for names in COMMANDS}:
-        built = dict(_commands(get_command(cli.build_app(name))))
-        assert list(built) == list(COMMANDS)
-        for names, command in built.items():
-            expected = COMMANDS[names].params if names[0] == name else []
-            options = [p.opts for p in command.params if expected or p.name != "help"]
-            assert options == [parameter.opts for parameter in expected]
+def _setting_options(name: str) -> dict[str, tuple[Any, SettingOption]]:
+    """Return the options of a command that change a setting, each with its type."""
+    options = {}
+    for parameter in signature(COMMANDS[name].callback).parameters.values():
+        value_type, *others = get_args(parameter.annotation) or (None,)
+        for option in others:
+            if isinstance(option, SettingOption):
+                options[f"--{parameter.name.replace('_', '-')}"] = value_type, option
+    return options
 
 
 def test_each_help_has_an_example_that_the_command_accepts(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    for names, command in COMMANDS.items():
+    for name, command in COMMANDS.items():
+        names = name.split()
         assert cli.main([*names, "--help"]) == 0
         printed = capsys.readouterr().out
         assert "\x1b" not in printed
         [example] = [line for line in printed.splitlines() if "Example: iiet-orch " in line]
         words = shlex.split(example.partition("iiet-orch ")[2])
-        assert tuple(words[: len(names)]) == names
+        assert words[: len(names)] == names
         command.make_context(names[-1], words[len(names) :])  # Exits if one is unknown.
 
 
@@ -62,9 +49,11 @@ def test_the_list_of_commands_begins_with_quickstart(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
     panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
-    assert panels == ["Options", *get_args(Group)]
+    assert panels == [
+        "Options", "Start", "Train", "Sweep", "Measure", "See results", "Use models", "Keep order",
+    ]  # fmt: skip
     assert printed.index("quickstart") < printed.index("pretrain") < printed.index("clean")
-    assert len({names[0] for names in COMMANDS}) == 21
+    assert len({name.split()[0] for name in COMMANDS}) == 21
 
 
 @pytest.fixture
@@ -135,12 +124,34 @@ OTHER_NAMES = {
 """Options that are not named as their settings."""
 
 
-def test_an_option_has_the_name_of_its_setting():
-    for command in COMMANDS_BY_NAME.values():
-        for flags, key in command.options.items():
-            flag = flags.partition(",")[0]
+def test_an_option_has_the_name_and_the_type_of_its_setting():
+    for name in COMMANDS:
+        for flag, (value_type, option) in _setting_options(name).items():
             expected = OTHER_NAMES.get(flag, flag.removeprefix("--").replace("-", "_"))
-            assert key.rpartition(".")[2] == expected, f"{command.name} {flag}"
+            assert option.key.rpartition(".")[2] == expected, f"{name} {flag}"
+            annotation = find_field(option.key).annotation
+            if get_origin(annotation) is tuple:
+                assert value_type == str | None, f"{name} {flag}"
+            else:
+                assert _plain(value_type) == _plain(annotation), f"{name} {flag}"
+
+
+def _plain(annotation: Any) -> Any:
+    """Return a type without None and without what is annotated."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) is Literal or not get_args(annotation):
+        return annotation
+    [member] = [member for member in get_args(annotation) if member is not type(None)]
+    return _plain(member)
+
+
+def test_the_range_and_the_help_of_an_option_are_those_of_its_setting():
+    options = {name: option for name, (_, option) in _setting_options("pretrain").items()}
+    assert (options["--steps"].min, options["--steps"].max) == (1, 1_000_000)
+    assert (options["--gpus"].min, options["--gpus"].max) == (0, None)
+    assert options["--preset"].help == find_field("model.preset").description
+    assert _setting_options("sweep-threshold")["--schedules"][1].min == 2
 
 
 @pytest.mark.parametrize(
@@ -159,7 +170,7 @@ def test_an_option_changes_its_own_setting_alone(command, values, settings_of, t
     for option, value in values.items():
         after = _flat(settings_of(*where, option, str(value)))
         changed = {key for key in before if before[key] != after[key]}
-        assert changed == {COMMANDS_BY_NAME[name].options[option]}
+        assert changed == {_setting_options(name)[option][1].key}
 
 
 def _flat(settings: Settings) -> dict[str, Any]:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import generated_pages
 import pytest
-from commands import settings_options
+from commands import all_commands, settings_options
 from file_modes import only_readable
 from lm_eval_tasks import write_choices
 from sample_trials import sample_trial
-from typer.main import get_command
 
 from orchestrator import cli
-from orchestrator.cli.command import COMMANDS as COMMANDS_BY_NAME
 from orchestrator.pipelines.reports import report
 from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.result import Result
@@ -32,7 +30,7 @@ Keys = tuple[set[str], set[str]]
 def _documented() -> dict[str, Keys]:
     """Return the keys that the reference names, by command and options."""
     keys: dict[str, Keys] = {}
-    for name in COMMANDS_BY_NAME:
+    for name in all_commands():
         for options, texts in generated_pages.json_keys(name).items():
             assert all(texts.values()), (name, options, texts)
             always = {key for key, text in texts.items() if not text.startswith("(optional)")}
@@ -43,14 +41,6 @@ def _documented() -> dict[str, Keys]:
 DOCUMENTED = _documented()
 
 
-def _commands(group: Any, *names: str) -> Iterator[tuple[str, Any]]:
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from _commands(command, *names, name)
-        else:
-            yield " ".join((*names, name)), command
-
-
 def _check(name: str, printed: dict[str, Any]) -> None:
     always, every = DOCUMENTED[name]
     assert always <= set(printed) <= every, set(printed) ^ always
@@ -59,10 +49,10 @@ def _check(name: str, printed: dict[str, Any]) -> None:
 def test_every_command_with_json_has_its_keys_in_the_reference():
     with_json = {
         name
-        for name, command in _commands(get_command(cli.build_app()))
+        for name, command in all_commands().items()
         if any("--json" in parameter.opts for parameter in command.params)
     }
-    assert with_json == {name for name in COMMANDS_BY_NAME if generated_pages.json_keys(name)}
+    assert with_json == {name for name in all_commands() if generated_pages.json_keys(name)}
     page = generated_pages.command_line_page()
     assert "`evaluate --json`:\n\n| key | content |" in page
 

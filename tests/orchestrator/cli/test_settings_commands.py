@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import all_commands
 from file_modes import only_readable
 
 from orchestrator import cli
-from orchestrator.cli.command import COMMANDS
-from orchestrator.cli.session import unread_part
-from orchestrator.cli.train import UNREAD_BY_KIND, UNREAD_WITHOUT_DROPPING
+from orchestrator.cli.session import is_read
+from orchestrator.cli.train import READ_BY_KIND, STUDENTS_ALONE
 from orchestrator.settings import Settings, find_field, read_settings
 from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_settings
 from orchestrator.settings.schema import fields_of
@@ -135,20 +135,13 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
 
 KEYS = {f"{section}.{name}" for section in Settings.model_fields for name in fields_of([section])}
 """All settings."""
-ASK_THE_KIND = {"config show", "sweep", "quickstart"}
-"""Commands that take all settings; the latter two then ask the kind of the sweep."""
+READS = {name: command.callback.reads for name, command in all_commands().items()}
+READS |= {**READ_BY_KIND, "distill alone": STUDENTS_ALONE}
+"""What commands read, or sweeps of a kind, or `distill` where it drops no layers."""
 
 
 def _read(name: str) -> set[str]:
-    """Return the settings that a command reads, or a sweep of a kind, or `distill` where it drops
-    no layers."""
-    if name in UNREAD_BY_KIND:
-        unread = UNREAD_BY_KIND[name]
-    elif name == "distill alone":
-        unread = {**COMMANDS["distill"].unread, **UNREAD_WITHOUT_DROPPING}
-    else:
-        unread = COMMANDS[name].unread
-    return {key for key in KEYS if unread_part(key, unread) is None}
+    return {key for key in KEYS if is_read(key, READS[name])}
 
 
 def _of(*sections: str) -> set[str]:
@@ -156,13 +149,10 @@ def _of(*sections: str) -> set[str]:
     return {key for key in KEYS if key.partition(".")[0] in sections}
 
 
-def test_a_command_reads_the_settings_of_its_options():
-    for name, command in COMMANDS.items():
-        for key in command.unread:
-            assert key in Settings.model_fields or find_field(key), name
-        if command.config:
-            for key in command.options.values():
-                assert unread_part(key, command.unread) is None, (name, key)
+def test_what_a_command_reads_are_settings():
+    for name, reads in READS.items():
+        for part in reads:
+            assert part in Settings.model_fields or find_field(part), name
 
 
 def test_a_command_that_does_the_work_of_others_reads_what_they_read():
@@ -170,7 +160,7 @@ def test_a_command_that_does_the_work_of_others_reads_what_they_read():
     pretrain = _read("pretrain")
     influence = _read("influence")
     evaluate = _read("evaluate")
-    sweep = _of("sweep") | {"evaluation.retention"}  # What the students' losses may be.
+    sweep = _of("sweep")
     students = _read("distill alone") | influence | evaluate | sweep
     measured_before = {"influence.num_tokens"}
     works = {
@@ -181,82 +171,71 @@ def test_a_command_that_does_the_work_of_others_reads_what_they_read():
         "sweep-iterations": pretrain | evaluate | sweep,
         "threshold": pretrain | students | _of("source_training"),
         "search": pretrain | students | _of("source_training", "search"),
+        "iterations": pretrain | evaluate | sweep,
     }
     for name, keys in works.items():
         assert _read(name) - _of("cluster") == keys - _of("cluster"), name
-    for name, command in COMMANDS.items():
-        if name in ASK_THE_KIND:
-            assert _read(name) == KEYS
-        elif command.config and command.group != "Sweep":
-            assert not _read(name) & _of("sweep", "search", "source_training"), name
+    for name in ("sweep", "quickstart", "config show"):  # The former two then ask the kind.
+        assert _read(name) == KEYS
+    for name in ("prepare", "pretrain", "distill", "inspect", "influence", "evaluate", "export"):
+        assert not _read(name) & _of("sweep", "search", "source_training"), name
 
 
 def test_trainings_have_workers_and_only_what_measures_chooses_its_device():
-    with_settings = {name for name, command in COMMANDS.items() if command.config}
-    trainings = {name for name in with_settings if COMMANDS[name].trains} | {"inspect"}
-    trainings |= UNREAD_BY_KIND.keys()
-    measurements = {name for name in with_settings if "--device" in COMMANDS[name].options}
-    measurements |= {"distill"}  # If it drops layers.
     anywhere = {"cluster.address", "cluster.env"}
     measuring = {*anywhere, "cluster.num_gpus", "cluster.device"}
     training = _of("cluster") - {"cluster.device"}
-    for name in {*with_settings, *UNREAD_BY_KIND, "distill alone"} - ASK_THE_KIND:
-        expected = anywhere
-        if name in trainings or name == "distill alone":
-            expected = expected | training
-        if name in measurements:
-            expected = expected | measuring
-        assert _read(name) & _of("cluster") == expected, name
+    assert _read("prepare") & _of("cluster") == anywhere
+    assert _read("distill") & _of("cluster") == _of("cluster"), "it measures to drop layers"
+    for name in ("influence", "evaluate", "export"):
+        assert _read(name) & _of("cluster") == measuring, name
+    trainings = ("pretrain", "distill alone", "sweep-threshold", "sweep-iterations", "inspect")
+    for name in (*trainings, *READ_BY_KIND):
+        assert _read(name) & _of("cluster") == training, name
 
 
 @pytest.mark.parametrize(
-    ("words", "changes", "decides"),
+    ("words", "changes"),
     [
-        ("distill run -r 1", ["model.num_layers=3", "training.num_steps=7"], "distillation.train"),
-        ("distill run -r 1", ["data.vocab_size=300"], "tokens that their teacher"),
-        ("distill run -r 1", ["influence.metric=loss"], "--drop-layers"),
-        ("distill run -r 1", ["evaluation.limit=3"], "iiet-orch evaluate"),
-        ("evaluate run", ["model={corrections: 1}"], "--schedule"),
-        ("evaluate run", ["data.vocab_size=300"], "held-out tasks"),
-        ("evaluate run", ["influence.metric=loss"], "iiet-orch influence"),
-        ("export run", ["distillation.kl_weight=2"], "nothing is trained"),
-        ("influence run", ["evaluation.limit=3"], "iiet-orch evaluate"),
-        ("distill run -r 1", ["cluster.device=cpu"], "only commands that measure"),
-        ("evaluate run", ["evaluation.retention={}"], "only a sweep"),
-        ("export run", ["influence.num_tokens=64"], "iiet-orch influence"),
-        ("export run --no-measure", ["evaluation.limit=3", "cluster.device=cpu"], "--no-measure"),
-        ("influence run", ["cluster={num_gpus: 1, num_shards: 2}"], "only trainings"),
-        ("prepare", ["training.seed=1"], "data alone"),
-        ("prepare", ["model.dim=8", "evaluation.limit=3"], "data alone"),
-        ("prepare", ["cluster.num_gpus=8", "cluster.parallel=fsdp"], "CPUs of this machine"),
-        ("pretrain", ["sweep.seeds=[1]"], "only sweeps"),
-        ("pretrain", ["influence.metric=loss"], "iiet-orch influence"),
-        ("pretrain", ["evaluation.limit=3"], "iiet-orch evaluate"),
-        ("pretrain", ["distillation.kl_weight=2"], "iiet-orch distill"),
-        ("influence run", ["data.vocab_size=300"], "that the model was trained on"),
-        ("sweep-iterations", ["distillation.kl_weight=2"], "from scratch"),
-        ("sweep-threshold run", ["training.seed=1"], "distillation.training"),
-        ("sweep-threshold run", ["search.seed=1"], "--search"),
-        ("sweep toy", ["search.seed=1"], "kind search"),
-        ("sweep iterations", ["influence.metric=loss"], "from scratch"),
-        ("quickstart", ["search.seed=1"], "kind search"),
+        ("distill run -r 1", ["model.num_layers=3", "training.num_steps=7"]),
+        ("distill run -r 1", ["cluster.device=cpu"]),
+        ("distill run -r 1", ["influence.metric=loss"]),
+        ("evaluate run", ["model={corrections: 1}"]),
+        ("evaluate run", ["data.vocab_size=300"]),
+        ("export run", ["influence.num_tokens=64"]),
+        ("export run --no-measure", ["evaluation.limit=3", "cluster.device=cpu"]),
+        ("influence run", ["cluster={num_gpus: 1, num_shards: 2}"]),
+        ("prepare", ["model.dim=8", "evaluation.limit=3"]),
+        ("pretrain", ["sweep.seeds=[1]"]),
+        ("sweep-iterations", ["distillation.kl_weight=2"]),
+        ("sweep-threshold run", ["training.seed=1"]),
+        ("sweep-threshold run", ["search.seed=1"]),
+        ("sweep toy", ["search.seed=1"]),
+        ("sweep iterations", ["influence.metric=loss"]),
+        ("quickstart", ["search.seed=1"]),
     ],
 )
-def test_a_setting_that_a_command_does_not_read_is_refused(words, changes, decides, capsys):
+def test_a_setting_that_a_command_does_not_read_is_refused(words, changes, capsys):
     options = [f"--set={change}" for change in changes]
+    command = words.split()[0]
     printed = _printed(capsys, *words.split(), *options, "--workspace", "space", code=2)
     for change in changes:
         assert f"--set {change.partition('=')[0]}" in printed
-    assert decides in printed
+    assert f"{command} " in printed or "a sweep of kind " in printed
     assert not Path("space").exists()
 
 
 def test_an_option_of_such_a_setting_is_refused_as_well(capsys):
     words = "export run --no-measure --device cpu --workspace space"
     printed = _printed(capsys, *words.split(), code=2)
-    assert "--device" in printed
-    assert "--no-measure evaluates nothing" in printed
+    assert "--device (cluster.device): export --no-measure" in printed
     assert not Path("space").exists()
+
+
+def test_what_is_no_setting_is_refused_with_the_nearest(capsys):
+    printed = _printed(capsys, "evaluate", "run", "--set=evaluation.limt=3", "-w", "space", code=2)
+    assert "evaluation.limit" in printed
+    assert "training" in _printed(capsys, "pretrain", "--set=trainin.seed=3", code=2)
 
 
 def test_a_file_may_have_what_a_command_does_not_read(tmp_path, capsys):
