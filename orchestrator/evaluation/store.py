@@ -10,11 +10,11 @@ task. While a task runs, its answers are stored beside, so that an interrupted e
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -33,12 +33,9 @@ from orchestrator.records.evaluation import (
 )
 from orchestrator.records.record import Record
 from orchestrator.terminal.metrics import STDERR_SUFFIX
-from orchestrator.workspace.errors import DamagedFile, RunFailed
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import (
-    checksums_of,
     damage_named,
-    damaged,
-    damaged_file,
     new_folder,
     read_json,
     write_json,
@@ -55,8 +52,6 @@ class StoredItems(Record):
     """A hash of each document."""
     values: dict[str, list[Any]]
     """Metric -> one value per item."""
-    checksums: dict[str, str]
-    """Name -> SHA-256 of each other file of the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +126,12 @@ class EvaluationStore:
         """Return a result; None if it is missing. No samples are read.
 
         Raises:
-            DamagedFile: If it is damaged.
+            DamagedFile: If one of its files is not what was written.
         """
-        folder = self._folder / key
-        if not folder.is_dir():
+        result = _read_result(self._folder / key)
+        if result is None:
             return None
-        path, output, stored = open_result(folder)
+        path, output, stored = result
         with damage_named(path):
             [name] = output["results"]
             task = MeasuredTask(name=name, output=output, items=stored.items, values=stored.values)
@@ -203,9 +198,7 @@ class EvaluationStore:
                 if lines:
                     samples = folder / f"samples_{task.name}_{date}.jsonl"
                     samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                checksums = checksums_of(folder)
-                items = StoredItems(items=task.items, values=task.values, checksums=checksums)
-                items.write(folder / ITEMS)
+                StoredItems(items=task.items, values=task.values).write(folder / ITEMS)
             self._journal_path(key).unlink(missing_ok=True)
         except OSError as error:
             self._fail(f"the result of {task.name}", error)
@@ -217,8 +210,8 @@ class EvaluationStore:
             pretrained: The model's path.
 
         Raises:
-            DamagedFile: If a file is damaged.
-            RunFailed: If the files cannot be written.
+            DamagedFile: If a file cannot be read.
+            RunFailed: If a result is missing, or the files cannot be written.
         """
         date = _date_now()
         merged: dict[str, Any] = {}
@@ -226,9 +219,10 @@ class EvaluationStore:
             target.mkdir(parents=True, exist_ok=True)
             for name, key in keys.tasks.items():
                 folder = self._folder / key
-                path, output, stored = open_result(folder)
-                if damage := damaged_file(folder, stored.checksums):
-                    raise damaged(folder, damage)
+                result = _read_result(folder)
+                if result is None:
+                    raise RunFailed(f"the result of {name} is not in {folder}")
+                path, output, _ = result
                 for part, value in output.items():
                     # What is said of each task is merged; of all else, the last task's is taken.
                     is_by_task = isinstance(value, dict)
@@ -242,8 +236,8 @@ class EvaluationStore:
             merged["model_name_sanitized"] = target.name
             write_text(target / f"results_{date}.json", json.dumps(merged, indent=2) + "\n")
         except OSError as error:
-            reason = f"cannot write lm-eval's files into {target}: {error.strerror}"
-            raise RunFailed(reason) from None
+            problem = f"{error.strerror}: {error.filename}"
+            raise RunFailed(f"cannot write lm-eval's files into {target} ({problem})") from None
 
     def _fail(self, noun: str, error: OSError) -> None:
         """Raise the error of a full disk, which ends the command; note any other one."""
@@ -255,24 +249,18 @@ class EvaluationStore:
         return self._folder / f"{key}.answers"
 
 
-def open_result(folder: Path) -> tuple[Path, dict[str, Any], StoredItems]:
-    """Return the path of a task's results, the results, and the values of its items.
+def _read_result(folder: Path) -> tuple[Path, dict[str, Any], StoredItems] | None:
+    """Return the path of a task's results, the results, and the values of its items; None if one of
+    the two files is missing.
 
     Raises:
-        DamagedFile: If one of them is damaged or missing; the samples are not checked.
+        DamagedFile: If one of them is not what was written.
     """
-    try:
-        stored = StoredItems.read(folder / ITEMS)
-    except DamagedFile:
-        raise damaged(folder, f"{ITEMS} is not what was written") from None
-    if stored is None:
-        raise damaged(folder, f"{ITEMS} is missing")
-    names = [name for name in stored.checksums if name.startswith("results_")]
-    if damage := damaged_file(folder, stored.checksums, names=names, always=True):
-        raise damaged(folder, damage)
-    path = folder / names[0]
-    output = read_json(path)
-    assert output is not None, "its checksum is right"
+    path = next(folder.glob("results_*.json"), None)
+    output = read_json(path) if path else None
+    stored = StoredItems.read(folder / ITEMS)
+    if path is None or output is None or stored is None:
+        return None
     return path, output, stored
 
 
@@ -287,10 +275,10 @@ class AnswerJournal:
     """The answers of one task under one model: those that its file held are found again, and new
     ones are added to the file. Without a file nothing is kept.
 
-    A line holds the answers of a batch, or of some questions, under the hash of what was asked, and
-    begins with a checksum: a line that a crash cut off, or that was damaged since, is as good as
-    missing. So a batch is found again only if it would be the same batch, and a resumed evaluation
-    ends with the same bits as one that was not interrupted.
+    A line is a JSON object: the answers of a batch, or of some questions, under the hash of what
+    was asked. One that a crash cut off is no JSON, and is as good as missing. A batch is found
+    again only if it would be the same batch, so a resumed evaluation ends with the same bits as one
+    that was not interrupted.
     """
 
     def __init__(
@@ -310,9 +298,10 @@ class AnswerJournal:
         except OSError:
             lines = []
         for line in lines:
-            checksum, _, text = line.decode(errors="replace").partition(" ")
-            if checksum == _checksum(text):
-                self._stored |= json.loads(text)
+            with suppress(ValueError, RecursionError):  # A crash cut it off.
+                answers = json.loads(line)
+                if isinstance(answers, dict):
+                    self._stored |= answers
 
     @property
     def num_answers(self) -> int:
@@ -332,11 +321,7 @@ class AnswerJournal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
                 # After an empty line, because a crash may have cut the last one off.
-                file.write(f"\n{_checksum(text)} {text}\n".encode())
+                file.write(f"\n{text}\n".encode())
         except OSError as error:
             self._path = None
             self._on_failure(error)
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -270,5 +270,6 @@ def _workspace(workspace: Workspace) -> Answers:
     list_workspace(workspace, note=damage.append)
     names = ", ".join(activity["name"] for activity in show_status(workspace).activities)
     for sentence in damage:
-        yield False, sentence, "`iiet-orch clean damaged` lists what can go"
+        text, _, remedy = sentence.partition("; ")
+        yield False, text, remedy
     yield True, f"{workspace.root}; {names or 'nothing'} runs in it", ""

@@ -574,9 +574,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
 
 
 def _damaged(workspace: Workspace, _: Note) -> Iterator[Candidate]:
-    from orchestrator.evaluation.store import open_result
     from orchestrator.models.folder import check_checkpoint
-    from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 
     for folder in training_folders(workspace):
         if is_in_use(folder):
@@ -587,17 +585,6 @@ def _damaged(workspace: Workspace, _: Note) -> Iterator[Candidate]:
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
                 yield Candidate(checkpoint, reason, run_locks(folder))
-    for folder in folders_in(workspace.evaluations):
-        try:
-            open_result(folder)
-        except UserError as error:
-            yield Candidate(folder, str(error).removeprefix(f"{folder} "))
-    for file in sorted(workspace.tracked.rglob("*.json")):
-        record = RegisteredModel if file.parent.name == "registered" else TrackedRun
-        try:
-            record.read(file)
-        except UserError as error:
-            yield Candidate(file, str(error).removeprefix(f"{file} "))
 
 
 _FINDERS = {

@@ -1,14 +1,7 @@
-"""Base of all records: frozen values that are stored as JSON, read back and checked.
-
-The file of a record holds a checksum of it, because a flipped bit may leave valid JSON with another
-number: results are checked here and nowhere else.
-"""
+"""Base of all records: frozen values that are stored as JSON, read back and validated."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -31,21 +24,18 @@ from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, damaged, read_json, write_json
 from orchestrator.workspace.layout import absolute_path, portable_path, workspace_root
 
-_CHECKSUM = "sha256_of_content"
-"""Key of the checksum in a record's file."""
 _EXTENSION = "extension"
 """Type of a problem that is no damage: a package is missing or broken."""
 
 
 class Record(BaseModel):
-    """A frozen value whose stored form is checked: unknown and missing fields are errors."""
+    """A frozen value with a stored form, in which unknown and missing fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def write(self, path: Path) -> None:
-        """Write the record as JSON with a checksum."""
-        values = self.stored_at(path)
-        write_json(path, {**values, _CHECKSUM: _checksum(values)})
+        """Write the record as JSON, atomically."""
+        write_json(path, self.stored_at(path))
 
     def stored_at(self, path: Path) -> dict[str, Any]:
         """Return the JSON values for a file; paths in the file's workspace are relative."""
@@ -56,26 +46,18 @@ class Record(BaseModel):
         """Read a record; None if the file is missing.
 
         Raises:
-            DamagedFile: If the file is not what was written.
+            DamagedFile: If the file is no JSON, or its values are not those of such a record.
             UserError: If a package that it needs is missing.
         """
         stored = read_json(path)
         if stored is None:
             return None
-        if stored.pop(_CHECKSUM, None) != _checksum(stored):
-            raise damaged(path, "its content is not what was written")
         try:
             return cls.model_validate(stored, context=workspace_root(path))
         except ValidationError as error:
             if any(problem["type"] == _EXTENSION for problem in error.errors()):
                 raise UserError(f"cannot use {path}: {first_problem(error)}") from None
             raise damaged(path, first_problem(error)) from None
-
-
-def _checksum(values: Mapping[str, Any]) -> str:
-    # Floats survive JSON exactly, so the parsed values give the same text.
-    text = json.dumps(values, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:

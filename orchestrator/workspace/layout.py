@@ -26,7 +26,7 @@ ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
 WORKSPACE_FILE_NAME = "workspace.json"
 """The file in the root of every workspace; it holds the version that wrote the workspace."""
-RECORD_VERSION = 4
+RECORD_VERSION = 5
 """Raise it when stored records get other fields, or weights other names; the recipe's version would
 change what is trained, because data and seeds depend on it."""
 OWN_VERSION = {"recipe_version": RECIPE_VERSION, "record_version": RECORD_VERSION}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -117,8 +118,8 @@ READERS: dict[str, tuple[str, ...]] = {
     "trials/*/result-*.json": ("list", "clean", "plan"),
     "sweeps/s/plan.json": ("list", "list running", "clean", "plan"),
     "sweeps/s/results.json": ("list", "clean", "pick"),
-    "evaluations/*/results_*.json": ("clean", "evaluate", "pick"),
-    "evaluations/*/items.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/results_*.json": ("evaluate", "pick"),
+    "evaluations/*/items.json": ("evaluate", "pick"),
     "evaluations/*/samples_*.jsonl": ("evaluate", "pick"),  # Only --log-samples reads them.
     "exports/full/config.json": ("import",),
     "exports/full/model.safetensors": ("import",),
@@ -128,7 +129,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "runs/*/stopped-early.json": ("list", "plan a race"),
     "evaluations/*.answers": ("list running", "evaluate the rest"),
     "benchmarks/*.json": ("clean",),
-    "tracked/*.json": ("clean", "sync"),
+    "tracked/*.json": ("sync",),
     "sweeps/s/times.json": ("time the models",),
     "sweeps/s/journal.jsonl": ("list", "list running"),
     "sweeps/search/optuna.journal": ("plan a search",),
@@ -215,8 +216,6 @@ SAID = {
 
 
 SAID_OTHERWISE = {
-    "evaluations/*/results_*.json": ("single items are missing or damaged",),
-    "evaluations/*/items.json": ("single items are missing or damaged",),
     # As a killed search leaves it: finished trials enter it again, and the rest is asked for anew.
     "sweeps/search/optuna.journal": ("are not known yet",),
 }
@@ -242,6 +241,10 @@ def _replace_by_folder(path: Path) -> None:
     path.mkdir()
 
 
+NO_JSON = (".bin", ".pt", ".safetensors", ".db")
+"""Ends of the names of files that hold no JSON, of which no part can be of another type."""
+WITH_DIGEST = re.compile(r"tokens/\*/(validation|tokenizer)\.|step_\d+/(config|tokenizer)\.")
+"""Texts in which a single other bit is noticed: those that lie beside weights and tokens."""
 HARMS: dict[str, Callable[[Path], None]] = {
     "cut": _changed(lambda data: data[: len(data) // 2]),
     "flipped": _changed(_flip),
@@ -387,8 +390,12 @@ def _timeless(value: Any) -> Any:
 
 def _harms(pattern: str, number: int, *, is_long: bool) -> list[str]:
     """Return in which ways a file is damaged for its reader of this number."""
-    is_binary = pattern.endswith((".bin", ".pt", ".safetensors", ".db"))
-    harms = [harm for harm in HARMS if not is_binary or harm not in ("nested", "foreign")]
+    harms = [
+        harm
+        for harm in HARMS
+        if (harm not in ("nested", "foreign") or not pattern.endswith(NO_JSON))
+        and (harm != "flipped" or pattern.endswith(NO_JSON) or WITH_DIGEST.search(pattern))
+    ]
     usual = {harms[(list(READERS).index(pattern) + number) % len(harms)]} if number < 2 else set()
     usual |= {"cut"} if number == 0 else set()
     return [harm for harm in harms if (harm in usual) != is_long]

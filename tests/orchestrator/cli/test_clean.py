@@ -14,10 +14,9 @@ from file_modes import only_readable
 from same_run import stop_at
 
 from orchestrator import cli
-from orchestrator.evaluation.store import StoredItems
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
-from orchestrator.workspace.files import checksums_of, new_folder, write_json
+from orchestrator.workspace.files import new_folder, write_json
 from orchestrator.workspace.layout import (
     RAY_FOLDER,
     SWEEP_LOCK_NAME,
@@ -129,21 +128,13 @@ def test_ray_folders_of_ended_commands_go(space, clean):
     assert (running / RAY_FOLDER).exists()
 
 
-def test_damaged_files_go(space, finished_run, clean, capsys):
+def test_damaged_checkpoints_go(space, finished_run, clean, capsys):
     weights = finished_run / "step_00000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    good = space.evaluations / "good"
-    bad = space.evaluations / "bad"
-    for folder in (good, bad):
-        write_json(folder / "results_1.json", {"results": {"task": {"acc,none": 0.5}}})
-        items = StoredItems(items=[], values={}, checksums=checksums_of(folder))
-        items.write(folder / "items.json")
-    write_json(bad / "results_1.json", {"results": {"task": {"acc,none": 0.6}}})
     with only_readable(space.root):
         assert cli.main(["clean", "damaged", "--yes", "-w", str(space.root)]) == 1
     assert "Permission denied" in capsys.readouterr().err
-    assert clean("damaged", "--yes") == ["evaluations/bad", "runs/whole/step_00000004"]
-    assert good.exists()
+    assert clean("damaged", "--yes") == ["runs/whole/step_00000004"]
 
 
 def test_it_asks_first(space, finished_run, capsys, monkeypatch):

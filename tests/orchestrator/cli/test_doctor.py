@@ -112,7 +112,7 @@ def test_what_is_wrong_is_broken_and_has_a_remedy(tmp_path, capsys, monkeypatch)
     (space.runs / "iiet").mkdir(parents=True)
     (space.runs / "iiet" / "job.json").write_text("{")
     [finding] = _broken(space.root, capsys)
-    assert ("job.json" in finding["text"], "clean damaged" in finding["remedy"]) == (True, True)
+    assert ("job.json" in finding["text"], "delete it" in finding["remedy"]) == (True, True)
 
     requirements = ["torch<1", "no-such-library>=2", "not-for-us; extra == 'dev'", "numpy>=1"]
     monkeypatch.setattr(metadata, "requires", lambda name: requirements)
