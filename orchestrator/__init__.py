@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.inspecting import InspectedModel, inspect_model
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
-    from orchestrator.pipelines.reports import ClaimsResult, claims, report
+    from orchestrator.pipelines.reports import report
     from orchestrator.pipelines.sweep_plan import SweepPlan
     from orchestrator.pipelines.sweep_stages import plan_sweep
     from orchestrator.pipelines.sweeps import SweepResult, sweep
@@ -61,7 +61,7 @@ _MODULES = {
     "pipelines.influence": "InfluenceResult measure_influence",
     "pipelines.inspecting": "InspectedModel inspect_model",
     "pipelines.models": "PickResult export import_model pick plan_pick",
-    "pipelines.reports": "ClaimsResult claims report",
+    "pipelines.reports": "report",
     "pipelines.sweep_plan": "SweepPlan",
     "pipelines.sweep_stages": "plan_sweep",
     "pipelines.sweeps": "SweepResult sweep",
@@ -81,11 +81,11 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
-    "BenchmarkResult", "ClaimsResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
+    "BenchmarkResult", "DistillResult", "EvaluatePlan", "InfluenceResult",
     "InspectedModel", "Interrupted", "MeasurementSettings", "ModelEvaluations", "PickResult",
     "PretrainResult", "Progress", "ReportResult", "RunFailed", "Settings",
     "SweepPlan", "SweepResult", "TrainingPlan", "Trial", "UserError", "Workspace", "benchmark",
-    "claims", "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
+    "distill", "evaluate", "export", "generate", "generate_stream", "import_model",
     "inspect_model", "measure_influence", "pick", "plan_distill",
     "plan_evaluate", "plan_pick", "plan_pretrain", "plan_sweep", "prepare", "pretrain",
     "read_settings", "report", "schedule_of_trial", "sweep", "sync", "terminal_progress",

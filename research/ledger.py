@@ -107,10 +107,8 @@ def claims_table(report: Report) -> list[str]:
 def _claim_cells(claim: Report) -> list[str]:
     unit = " % less overhead" if claim["number"] == 3 else " points"
     paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
-    here = claim["about"] if claim["here"] is None else f"{claim['here']:.1f}{unit}"
-    if claim["here"] is not None:
-        what = " % kept" if claim["number"] == 3 else ""
-        here += f" ({claim['low']:.1f} to {claim['high']:.1f}{what})"
+    what = " % kept" if claim["number"] == 3 else ""
+    here = f"{claim['here']:.1f}{unit} ({claim['low']:.1f} to {claim['high']:.1f}{what})"
     return [f"{claim['number']} {claim['text']}", paper, here, claim["verdict"]]
 
 

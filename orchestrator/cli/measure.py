@@ -233,13 +233,6 @@ def report(
     ] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
-    claims: Annotated[
-        bool,
-        typer.Option(
-            "--claims",
-            help="Show only the paper's five claims, each beside what was measured; write nothing.",
-        ),
-    ] = False,
     time_again: Annotated[
         bool,
         typer.Option(
@@ -255,12 +248,6 @@ def report(
     """
     from orchestrator.pipelines import reports
 
-    if claims:
-        if cost or quality:
-            raise UserError("--claims has its own axes; leave --cost and --quality out")
-        if time_again:
-            raise UserError("--claims measures nothing; run `iiet-orch report --time-again` first")
-        return reports.claims(workspace=call.session.workspace, sweeps=sweeps or [])
     return reports.report(
         sweeps=sweeps or [], cost=cost, quality=quality, time_again=time_again, **call.common
     )

@@ -1,4 +1,4 @@
-"""What stored results show: reports of one or several sweeps, and the paper's claims.
+"""What stored results show: reports of one or several sweeps.
 
 Everything is read from the folders of finished sweeps, and only times are measured again if that
 is asked for.
@@ -6,27 +6,18 @@ is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import Field
 
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.trial import SweepTrials
-from orchestrator.reporting.claims import claims_section
-from orchestrator.reporting.front import FrontAxes, parse_axes, reason_against_accuracy
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.front import parse_axes, reason_against_accuracy
 from orchestrator.reporting.results import StoredSweep, load_sweep_results, newest_sweep
-from orchestrator.reporting.sections import Section, render_terminal
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import PLAN_FILE, Workspace, find_workspace
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from orchestrator.workspace.layout import PLAN_FILE, Workspace
 
 
 def report(
@@ -86,58 +77,3 @@ def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep
     settings = read_settings(folder / SETTINGS_NAME)
     results = with_costs(sweep.results, plan, folder, settings, context.progress, again=True)
     return sweep.model_copy(update={"results": tuple(results)})
-
-
-class ClaimsResult(Result):
-    """What sweeps show of the paper's claims."""
-
-    row_key = "claims"
-
-    title: str
-    """The sweeps."""
-    notes: tuple[str, ...]
-    """Notes on how to read the results."""
-    claims: list[dict[str, Any]]
-    """A row for each claim: `number`, `key`, `text`, `paper` (its number, points of accuracy or
-    percent of overhead), `verdict` (`holds`, `does not hold`, `not decided`, `not measured`),
-    `here` (in the paper's unit), `low` and `high` (the 95% interval; of claim 3, that of the share
-    of the teacher's accuracy that is kept, in percent), `about` (the models that are compared, or
-    what is missing)."""
-    section: Section = Field(exclude=True)
-    """What a terminal shows."""
-
-    def shown(self) -> Iterable[RenderableType]:
-        yield ""
-        yield from render_terminal([self.section])
-        yield from (f"  {note}" for note in self.notes)
-
-
-def claims(
-    *,
-    workspace: Workspace | Path | str | None = None,
-    sweeps: Sequence[str] = (),
-) -> ClaimsResult:
-    """Return what sweeps show of the paper's five claims; nothing is written.
-
-    Args:
-        sweeps: Names of sweeps, several on one front; the newest one when empty.
-
-    Raises:
-        UserError: If there is no such sweep.
-    """
-    from orchestrator.reporting.claims import find_claims
-    from orchestrator.reporting.front import sweep_front
-    from orchestrator.reporting.results import suite_notes
-
-    space = find_workspace(workspace)
-    names = dict.fromkeys(sweeps or [newest_sweep(space)])
-    stored_sweeps = [load_sweep_results(space, name) for name in names]
-    front, notes = sweep_front(space, stored_sweeps, FrontAxes())
-    title = f"Claims of the paper in {' + '.join(names)}"
-    section = claims_section(find_claims(front), title)
-    return ClaimsResult(
-        title=title,
-        notes=(*suite_notes(stored_sweeps), *notes),
-        claims=section.data["claims"],
-        section=section,
-    )

@@ -39,7 +39,6 @@ from orchestrator.sweeping.models import (
     check_models,
     check_named_baselines,
     check_sweep,
-    claims_answered,
     named_baselines,
     teacher_and_baselines,
     teachers_by_label,
@@ -160,7 +159,6 @@ def plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
     teacher_configs = {label: jobs[label].model for label in teachers_by_label(settings)}
     if tokens:  # Before anything is trained.
         check_named_baselines(plan.named_baselines, tokens, teacher_configs.values())
-    plan = plan.changed(gaps=[*plan.gaps, claims_answered(settings)])
     teachers, baselines = models_by_role(plan, plan.pretrained)
     if teachers.keys() == teacher_configs.keys():
         return _plan_from_influence(plan, teachers, baselines)

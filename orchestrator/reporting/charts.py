@@ -47,7 +47,6 @@ from orchestrator.terminal.metrics import (
     KV_BYTES,
     NFE,
     NUM_PARAMETERS,
-    OVERHEADS,
     QUALITY,
     RELATIVE_FLOPS,
     STDERR_SUFFIX,
@@ -362,7 +361,7 @@ def menu_fronts(front: Front) -> list[Front]:
     """
     rows = model_rows(front)
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    offered = (front.axes.cost, *COSTS.values(), *(overhead for overhead, _ in OVERHEADS.values()))
+    offered = (front.axes.cost, *COSTS.values())
     costs = [name for name in dict.fromkeys(offered) if name in measured]
     qualities = [
         name for name in measured if name.startswith(QUALITY) and not name.endswith(STDERR_SUFFIX)

@@ -1,8 +1,12 @@
-"""The paper's five claims, each beside what a table of results shows of it.
+"""The paper's five claims, of which a sweep shows those that its models answer.
 
 1. IIET is better than vanilla of the same layers. 2. IIET is better than PCformer. 3. A student of
 IIAD keeps the accuracy at less overhead. 4. The best student at vanilla's speed is better than
 vanilla. 5. IIET keeps by distillation what PCformer loses.
+
+The paper does not compare with r = 0, an IIET that was trained without corrections. Where a sweep
+has it, it stands beside vanilla in claims 1 and 4: what beats vanilla and not r = 0 does not owe it
+to the corrections. Students are distilled ones; controls of the distillation are none.
 
 A claim holds if the 95% interval of a difference lies wholly above zero, and does not hold if it
 lies wholly below; `statistics` draws the items, and the seeds of models that have several. Claim 3
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -60,21 +65,19 @@ COMPARABLE = 1.1
 TOO_SMALL = 1.2
 """Where a model without corrections takes more than this many times vanilla's time, the models are
 too small: their time is not that of the large products."""
-MAX_REASON_LENGTH = 28
-"""Letters of a reason beside a claim that is not measured; longer ones are in the notes alone."""
 CLAIMS_TITLE = "The paper's claims"
-NAMES = {DEFAULT_METHOD: "IIET with corrections", BASELINE_METHOD: "vanilla", PCFORMER: "PCformer"}
 
-Verdict = Literal["holds", "does not hold", "not decided", "not measured"]
+Verdict = Literal["holds", "does not hold", "not decided"]
 VERDICT_NUMBERS: dict[Verdict, int] = {"holds": 1, "not decided": 0, "does not hold": -1}
 """Verdict -> its number as a metric."""
 EXPLANATION = (
     "Differences of accuracies are in points, with their 95% intervals over the same items, and "
     "over seeds where models have several. A claim holds if the interval lies wholly above zero, "
-    "and does not hold if it lies wholly below. Overhead is cost beyond vanilla of the same shape; "
-    "beside what is saved of it stands the interval of the share of the teacher's accuracy that "
-    f"is kept; the claim holds if a student keeps {PAPER_SHARE_OF_FULL:.1%} with a confidence of "
-    f"{CONFIDENCE}, however much it saves."
+    "and does not hold if it lies wholly below. r = 0 is an IIET that was trained without "
+    "corrections, with which the paper does not compare. Overhead is cost beyond vanilla of the "
+    "same shape; beside what is saved of it stands the interval of the share of the teacher's "
+    f"accuracy that is kept; the claim holds if a student keeps {PAPER_SHARE_OF_FULL:.1%} with "
+    f"a confidence of {CONFIDENCE}, however much it saves."
 )
 
 
@@ -83,27 +86,22 @@ class Claim:
     """One claim of the paper, and what was measured."""
 
     number: int
-    """The claim's number; 3 and 4 are measured in NFE and in time."""
+    """The paper's claim that it belongs to."""
     key: str
     """Name of its metric."""
     text: str
     """The sentence in tables that the verdict answers."""
     paper: float | None
     """The paper's number: points of accuracy, or percent of overhead; None if there is none."""
-    verdict: Verdict = "not measured"
-    here: float | None = None
+    verdict: Verdict = "not decided"
+    here: float = math.nan
     """What was measured, in the paper's unit."""
-    low: float | None = None
+    low: float = math.nan
     """Lower end of the 95% interval; for claim 3, of the interval of the kept share, in percent."""
-    high: float | None = None
+    high: float = math.nan
     """Upper end."""
     about: str = ""
-    """The models that are compared; of a claim that is not measured, what is missing."""
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the results say anything of it."""
-        return self.verdict != "not measured"
+    """The models that are compared."""
 
     def judged(self, difference: Interval, about: str) -> Claim:
         """Return the claim with a difference of two shares, and the verdict that follows."""
@@ -122,6 +120,7 @@ class Claim:
 
 CLAIMS = (
     Claim(number=1, key="iiet_over_vanilla", text="IIET beats vanilla", paper=2.65),
+    Claim(number=1, key="iiet_over_r_0", text="IIET beats r = 0", paper=None),
     Claim(number=2, key="iiet_over_pcformer", text="IIET beats PCformer", paper=0.8),
     Claim(
         number=3,
@@ -136,42 +135,45 @@ CLAIMS = (
         paper=55,
     ),
     Claim(number=4, key="student_over_vanilla_nfe", text="beats vanilla at its NFE", paper=1.6),
+    Claim(number=4, key="student_over_r_0_nfe", text="beats r = 0 at its NFE", paper=None),
     Claim(number=4, key="student_over_vanilla_ms", text="beats vanilla at its ms", paper=1.6),
+    Claim(number=4, key="student_over_r_0_ms", text="beats r = 0 at its ms", paper=None),
     Claim(number=5, key="kept_over_pcformer", text="keeps more than PCformer", paper=None),
 )
 """All claims, without what is measured of them; from the third on, they are of students."""
 
 
-class _Missing(Exception):
-    """Why a claim is not measured."""
+class _NotMeasured(Exception):
+    """The models do not answer a claim."""
 
 
 def find_claims(front: Front) -> list[Claim]:
-    """Return what the models of a front show of each claim.
+    """Return the claims that the models of a front answer; none if their teacher has a source, as
+    the claims are of models that do not.
 
     Args:
         front: One sweep, or several that were measured alike, from `with_confidence`.
     """
     if any(row["role"] in (SOURCE, SOURCE_CONTINUED) for row in front.rows):
-        reason = "the teacher starts from a source, and the claims are of models that do not"
-        return [replace(claim, about=reason) for claim in CLAIMS]
+        return []
     evidence = _Evidence(front)
     judges: dict[str, Callable[[Claim], Claim]] = {
-        "iiet_over_vanilla": partial(evidence.iiet_over, BASELINE_METHOD),
-        "iiet_over_pcformer": partial(evidence.iiet_over, PCFORMER),
+        "iiet_over_vanilla": partial(evidence.iiet_over, evidence.vanilla),
+        "iiet_over_r_0": partial(evidence.iiet_over, evidence.r_0),
+        "iiet_over_pcformer": partial(evidence.iiet_over, evidence.pcformer),
         "saved_overhead_nfe": partial(evidence.saved_overhead, NFE),
         "saved_overhead_ms": partial(evidence.saved_overhead, DECODE_MS),
-        "student_over_vanilla_nfe": partial(evidence.student_over_vanilla, NFE),
-        "student_over_vanilla_ms": partial(evidence.student_over_vanilla, DECODE_MS),
+        "student_over_vanilla_nfe": partial(evidence.student_over, evidence.vanilla, NFE),
+        "student_over_r_0_nfe": partial(evidence.student_over, evidence.r_0, NFE),
+        "student_over_vanilla_ms": partial(evidence.student_over, evidence.vanilla, DECODE_MS),
+        "student_over_r_0_ms": partial(evidence.student_over, evidence.r_0, DECODE_MS),
         "kept_over_pcformer": evidence.kept_over_pcformer,
     }
-    judged_claims = []
+    answered_claims = []
     for claim in CLAIMS:
-        try:
-            judged_claims.append(judges[claim.key](claim))
-        except _Missing as reason:
-            judged_claims.append(replace(claim, about=str(reason)))
-    return judged_claims
+        with suppress(_NotMeasured):
+            answered_claims.append(judges[claim.key](claim))
+    return answered_claims
 
 
 class _Evidence:
@@ -185,32 +187,37 @@ class _Evidence:
         iiets = self._trained(DEFAULT_METHOD)
         shape = shape_of(iiets[-1]["trial"].model) if iiets else None
         self._rows = [row for row in self._rows if shape_of(row["trial"].model) == shape]
+        self.vanilla = self._costliest(BASELINE_METHOD, has_corrections=False)
+        self.r_0 = self._costliest(DEFAULT_METHOD, has_corrections=False)
+        self.iiet = self._costliest(DEFAULT_METHOD)
+        self.pcformer = self._costliest(PCFORMER)
 
-    def _trained(self, method: str) -> list[Row]:
+    def _trained(self, method: str, *, has_corrections: bool = True) -> list[Row]:
         """Return the models of a method that were trained from scratch, the costliest last."""
         models = [
-            row for row in self._rows if row["method"] == method and row["trial"].parent is None
+            row
+            for row in self._rows
+            if row["method"] == method
+            and row["trial"].parent is None
+            and ((known(row, OVERHEAD_NFE) or 0) > 0) == has_corrections
         ]
-        if method != BASELINE_METHOD:
-            models = [row for row in models if (known(row, OVERHEAD_NFE) or 0) > 0]
         return sorted(models, key=lambda row: row[NFE])
 
-    def _model(self, method: str) -> Row:
-        """Return the costliest model of a method that was trained from scratch."""
-        models = self._trained(method)
-        if not models:
-            raise _Missing(f"no {NAMES[method]} on this front")
-        return models[-1]
+    def _costliest(self, method: str, *, has_corrections: bool = True) -> Row | None:
+        models = self._trained(method, has_corrections=has_corrections)
+        return models[-1] if models else None
 
     def _students(self, teacher: Row) -> list[Row]:
-        students = [row for row in self._rows if self._teachers.get(row["key"]) == teacher["key"]]
-        if not students:
-            raise _Missing(f"no students of {teacher['label']} on this front")
-        return students
+        """Return the students that were distilled from a teacher."""
+        return [
+            row
+            for row in self._rows
+            if self._teachers.get(row["key"]) == teacher["key"] and _is_distilled(row["trial"])
+        ]
 
     def _check_times(self, cost: str) -> None:
-        if cost == DECODE_MS and (problem := busy_machine(self._rows)):
-            raise _Missing(problem)
+        if cost == DECODE_MS and busy_machine(self._rows):
+            raise _NotMeasured
 
     def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
         """Return the accuracies of all models on the items that all answered, and which numbers
@@ -221,11 +228,9 @@ class _Evidence:
         """
         paired = self._front.paired if half is None else self._halves[half]
         number_of = paired.number_of if paired else {}
-        if lacking := dict.fromkeys(row["label"] for row in rows if row["key"] not in number_of):
-            raise _Missing(f"no values of single items of {', '.join(lacking)}")
-        scores = paired and paired.quality(ACCURACY)
-        if not scores:
-            raise _Missing("no task with an accuracy that all models answered")
+        scores = paired.quality(ACCURACY) if paired else None
+        if scores is None or not number_of.keys() >= {row["key"] for row in rows}:
+            raise _NotMeasured
         return scores, [number_of[row["key"]] for row in rows]
 
     @cached_property
@@ -258,51 +263,42 @@ class _Evidence:
         for student, teacher in pairs:
             scores, (student_number, teacher_number) = self._scores(student, teacher)
             share = scores.cautious_ratio(student_number, teacher_number, num_items=num_items)
-            if share is None:
-                raise _Missing(
-                    f"{teacher['label']} answers so few items right that in some draws of the "
-                    "items it answers none, so no share of its accuracy can be kept"
-                )
+            if share is None:  # In some draws of the items, the teacher answers none right.
+                raise _NotMeasured
             shares.append(share)
         return shares
 
     def _check_gain(self, teacher: Row) -> None:
-        """Raise `_Missing` if the teacher is no better than a model without corrections: a share of
-        its accuracy then says nothing of what a student keeps."""
-        unbeaten = []
+        """Raise `_NotMeasured` if the teacher is no better than a model without corrections.
+
+        A share of its accuracy then says nothing of what a student keeps."""
         paired = self._front.paired
         for row in plain_rivals(self._rows, teacher):
             if paired is None or row["key"] not in paired.number_of:
                 continue
             scores, (teacher_number, number) = self._scores(teacher, row)
             if scores.difference(teacher_number, number).low <= 0:
-                unbeaten.append(row)
-        if unbeaten:
-            rivals = " and ".join(_described(row) for row in unbeaten)
-            raise _Missing(
-                f"no gain of the teacher is shown: {_described(teacher)} is not better than "
-                f"{rivals} by more than the noise, so a share of its accuracy says nothing of what "
-                "a student keeps"
-            )
+                raise _NotMeasured
 
-    def iiet_over(self, method: str, claim: Claim) -> Claim:
-        """Judge whether IIET is better than another method."""
-        iiet = self._model(DEFAULT_METHOD)
-        rival = self._model(method)
+    def iiet_over(self, rival: Row | None, claim: Claim) -> Claim:
+        """Judge whether IIET is better than another model."""
+        iiet = self.iiet
+        if iiet is None or rival is None:
+            raise _NotMeasured
         scores, (iiet_number, rival_number) = self._scores(iiet, rival)
         difference = scores.difference(iiet_number, rival_number)
         return claim.judged(difference, f"{_described(iiet)}; {_described(rival)}")
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
-        full = self._model(DEFAULT_METHOD)
+        full = self.iiet
         overhead, overhead_share = OVERHEADS[cost]
         self._check_times(cost)
-        if (known(full, overhead) or 0) <= 0:
-            raise _Missing("no time of vanilla on this front that is below its IIET's")
+        if full is None or (known(full, overhead) or 0) <= 0:
+            raise _NotMeasured
         cheaper = [row for row in self._students(full) if row.get(overhead_share, math.nan) < 1]
         if not cheaper:
-            raise _Missing(f"no student costs less than {full['label']}")
+            raise _NotMeasured
         shares = self._shares_of_teacher([(row, full) for row in cheaper])
         self._check_gain(full)
         candidates = [
@@ -334,50 +330,50 @@ class _Evidence:
             ),
         )
 
-    def student_over_vanilla(self, cost: str, claim: Claim) -> Claim:
-        """Choose the best student at vanilla's speed by one half of the items, and judge it."""
-        self._model(DEFAULT_METHOD)  # No shape without it.
-        vanilla = self._model(BASELINE_METHOD)
+    def student_over(self, rival: Row | None, cost: str, claim: Claim) -> Claim:
+        """Choose the best student at the rival's cost by one half of the items, and judge it by the
+        other."""
         self._check_times(cost)
-        vanilla_cost = known(vanilla, cost)
-        if vanilla_cost is None:
-            raise _Missing("no time of vanilla on this front")
-        iiets = [row for row in self._rows if row["method"] == DEFAULT_METHOD]
+        rival_cost = known(rival, cost) if rival else None
+        if self.iiet is None or rival is None or rival_cost is None:
+            raise _NotMeasured
         if cost == DECODE_MS:
-            times = [known(row, DECODE_MS) for row in iiets if known(row, OVERHEAD_NFE) == 0]
-            slowness = max((time / vanilla_cost for time in times if time), default=0)
-            if slowness > TOO_SMALL:
-                raise _Missing(
-                    f"too small: r = 0 takes {slowness:.2f} times vanilla's time per token"
-                )
+            vanilla_time = self.vanilla and known(self.vanilla, DECODE_MS)
+            plain_times = [
+                known(row, DECODE_MS) or 0.0
+                for row in self._rows
+                if row["method"] == DEFAULT_METHOD and known(row, OVERHEAD_NFE) == 0
+            ]
+            if not vanilla_time or max(plain_times, default=0.0) > TOO_SMALL * vanilla_time:
+                raise _NotMeasured
         students = [
-            row
-            for row in iiets
-            if row["key"] in self._teachers and row[cost] <= COMPARABLE * vanilla_cost
+            student
+            for teacher in self._trained(DEFAULT_METHOD)
+            for student in self._students(teacher)
+            if student[cost] <= COMPARABLE * rival_cost
         ]
         if not students:
-            raise _Missing(
-                f"no student costs at most {COMPARABLE} times vanilla's {METRICS[cost].unit}"
-            )
+            raise _NotMeasured
 
-        # Vanilla's number is the last one. Both halves number the models alike.
-        choosing_scores, numbers = self._scores(*students, vanilla, half=0)
-        judging_scores, _ = self._scores(*students, vanilla, half=1)
+        # The rival's number is the last one. Both halves number the models alike.
+        choosing_scores, numbers = self._scores(*students, rival, half=0)
+        judging_scores, _ = self._scores(*students, rival, half=1)
         best = int(np.argmax(choosing_scores.observed[numbers[:-1]]))
         num_items = [half.num_items(ACCURACY) if half else 0 for half in self._halves]
         time = known(students[best], DECODE_MS)
-        vanilla_time = known(vanilla, DECODE_MS)
-        ratio = f" takes {time / vanilla_time:.2f} times its time" if time and vanilla_time else ""
+        rival_time = known(rival, DECODE_MS)
+        ratio = f" takes {time / rival_time:.2f} times its time" if time and rival_time else ""
         return claim.judged(
             judging_scores.difference(numbers[best], numbers[-1]),
-            f"{_described(students[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
+            f"{_described(students[best])} beside {_described(rival)}{ratio}; it was chosen of "
             f"{len(students)} on {num_items[0]:,} items, and judged on {num_items[1]:,} others",
         )
 
     def kept_over_pcformer(self, claim: Claim) -> Claim:
         """Judge whether IIET's students keep more than PCformer's students that cost as much."""
-        self._model(DEFAULT_METHOD)  # No shape without it.
-        pcformers = self._students_by_nfe_share(self._model(PCFORMER))
+        if self.iiet is None or self.pcformer is None:
+            raise _NotMeasured
+        pcformers = self._students_by_nfe_share(self.pcformer)
         # The IIET that can be compared most often; of equal ones the costliest.
         families = [
             self._students_by_nfe_share(teacher) for teacher in self._trained(DEFAULT_METHOD)
@@ -385,12 +381,12 @@ class _Evidence:
         iiets = max(families[::-1], key=lambda students: len(students.keys() & pcformers.keys()))
         nfe_shares = sorted(iiets.keys() & pcformers.keys(), reverse=True)
         if not nfe_shares:
-            raise _Missing("no students of both at equal shares of their teachers' NFE")
+            raise _NotMeasured
         iiet_pairs = [iiets[share] for share in nfe_shares]
         pcformer_pairs = [pcformers[share] for share in nfe_shares]
         recipes = {_recipe_of(student["trial"]) for student, _ in iiet_pairs + pcformer_pairs}
         if len(recipes) > 1:
-            raise _Missing("the students of IIET and of PCformer were not distilled alike")
+            raise _NotMeasured
         iiet_share, iiet_draws = _mean_share(self._shares_of_teacher(iiet_pairs))
         pcformer_share, pcformer_draws = _mean_share(self._shares_of_teacher(pcformer_pairs))
         percents = ", ".join(f"{share:.0%}" for share in nfe_shares)
@@ -431,10 +427,15 @@ def _half_of(evaluation: EvaluationResult, half: int) -> EvaluationResult:
     return evaluation.model_copy(update={"results": results})
 
 
+def _is_distilled(trial: Trial) -> bool:
+    """Whether a student learned from its teacher; a control of the distillation did not."""
+    return trial.is_elastic or (trial.job is not None and trial.job.objective == "distill")
+
+
 def _recipe_of(trial: Trial) -> str:
-    """Return how a student was trained, without its seed and its family of schedules."""
-    if trial.job is None:
-        return "elastic" if trial.is_elastic else "pruned"
+    """Return how a student was distilled, without its seed and its family of schedules."""
+    if trial.job is None:  # Its weights are another trial's.
+        return "elastic"
     recipe = trial.job.recipe.model_copy(update={"seed": 0, "elastic": None})
     return repr((trial.is_elastic, trial.job.objective, recipe, trial.job.distillation))
 
@@ -471,9 +472,6 @@ def _cells(claim: Claim) -> tuple[str, str]:
         paper = ""
     else:
         paper = f"-{claim.paper:g}%" if is_overhead else f"{claim.paper:+g}"
-    if claim.here is None or claim.low is None or claim.high is None:
-        short = claim.about.partition(":")[0]
-        return paper, short if len(short) <= MAX_REASON_LENGTH else ""
     if is_overhead:
         return paper, f"{-claim.here:.0f}% ({claim.low:.1f} to {claim.high:.1f}% kept)"
     interval = Interval(claim.here / 100, claim.low / 100, claim.high / 100)
@@ -483,12 +481,12 @@ def _cells(claim: Claim) -> tuple[str, str]:
 def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
     """Return the metrics of a sweep's run: numbers, ends of intervals, and verdicts: 1 holds, 0 is
     not decided, -1 does not hold."""
-    metrics: dict[str, float | None] = {}
+    metrics: dict[str, float] = {}
     for claim in claims:
         name = claim_name(claim.key)
         low_name, high_name = interval_end_names(name)
         metrics[name] = claim.here
         metrics[low_name] = claim.low
         metrics[high_name] = claim.high
-        metrics[f"{name}_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
-    return {name: value for name, value in metrics.items() if value is not None}
+        metrics[f"{name}_verdict"] = VERDICT_NUMBERS[claim.verdict]
+    return metrics

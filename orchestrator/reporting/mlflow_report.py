@@ -253,7 +253,7 @@ def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path)
         notes: Sentences that come first.
         folder: Folder of the picture, `front.svg`.
     """
-    chart = front_chart(front, title=f"Sweep {name}", mark_paper=True)
+    chart = front_chart(front, title=f"Sweep {name}")
     pictures = save_chart(chart, folder / "front", formats=("svg",))
     sentences = [*notes, BEATEN_NOTE, *findings(front)]
     # The curves are in the trials' runs.

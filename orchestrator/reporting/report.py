@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.reporting.claims import Claim, find_claims
+from orchestrator.reporting.claims import find_claims
 from orchestrator.reporting.front import (
     Front,
     FrontAxes,
@@ -117,7 +117,7 @@ def write_sweep_report(
         sweeps=(sweep,),
         front=front,
         curves=read_training_curves(sweep, front.rows),
-        claims=_measured_claims(front),
+        claims=tuple(find_claims(front)),
     )
     files_before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
     if workspace.is_writable:
@@ -163,7 +163,7 @@ def _report_of_several(
             for sweep in sweeps
             for title, curves in read_training_curves(sweep, front.rows).items()
         },
-        claims=_measured_claims(front),
+        claims=tuple(find_claims(front)),
     )
 
 
@@ -189,9 +189,3 @@ def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | Non
         ended = datetime.fromtimestamp((times[1] or times[0]) / 1000, UTC)
         parts.append(f"{ended.day} {ended:%B %Y}")
     return ", ".join(filter(None, parts))
-
-
-def _measured_claims(front: Front) -> tuple[Claim, ...]:
-    """Return the paper's claims, if the models say anything of one."""
-    claims = find_claims(front)
-    return tuple(claims) if any(claim.is_measured for claim in claims) else ()

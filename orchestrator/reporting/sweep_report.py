@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
     "Bars: one standard error. Line: the best quality at each cost budget, without baselines."
-    f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
+)
+PAPER_LEGEND = (
+    f"Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
     f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this full model."
 )
 TABLE_LEGEND = (
@@ -86,7 +88,7 @@ class ReportResult(Result):
     curves: Mapping[str, Sequence[Curve]] = Field(default={}, exclude=True)
     """Title of a chart -> its curves over steps."""
     claims: tuple[InstanceOf[Claim], ...] = Field(default=(), exclude=True)
-    """The paper's claims, if the models say anything of one."""
+    """Those of the paper's claims that the models answer."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -132,7 +134,11 @@ class ReportResult(Result):
             confidence_basis: what the confidences were computed from, or `null`
             retention: key of a model to what it has lost of each task against the teacher's source:
                 `task`, `unit`, `lost` with `low` and `high`, `bound`, `kept`; empty without bounds
-            claims: (optional) the paper's claims, if one was measured; as of `report --claims`
+            claims: (optional) those of the paper's claims that the models answer: `number`, `key`,
+                `text`, `paper` (its number, points of accuracy or percent of overhead; or `null`),
+                `verdict` (`holds`, `does not hold`, `not decided`), `here` (in the paper's unit),
+                `low` and `high` (the 95% interval; of claim 3, that of the share of the teacher's
+                accuracy that is kept, in percent), `about` (the models that are compared)
         """
         return {**super().to_json(), **render_json(self.brief())}
 
@@ -153,7 +159,7 @@ class ReportResult(Result):
 
     def brief(self) -> list[Section]:
         """Return the sections that a terminal shows: the front and its findings, claims."""
-        table = models_table(self.front, self.title)
+        table = models_table(self.front, self.title, has_overhead=bool(self.claims))
         notes = [*self.sentences, *([TABLE_LEGEND] if self.front.members else [])]
         front = Section(tables=[table], notes=notes, data=front_values(self.front))
         return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
@@ -167,7 +173,8 @@ class ReportResult(Result):
         sections = [Section(sentences=[headline, f"{sweeps_text(self.sweeps)}: {counts}."])]
         if front.rows:
             fronts = menu_fronts(front)
-            chart = front_chart(front, fronts=fronts, title=self.title, mark_paper=True)
+            mark_paper = any(claim.paper and claim.number == 3 for claim in self.claims)
+            chart = front_chart(front, fronts=fronts, title=self.title, mark_paper=mark_paper)
             # The page shows the sentences of the axes that its menus choose.
             sentences = [
                 self.sentences if placed is front else sentences_of(placed, self.notes)
@@ -179,7 +186,11 @@ class ReportResult(Result):
                     chart=chart,
                     picture="front",
                     notes=other_sentences,
-                    explanations=[LEGEND, *confidence_note(front)],
+                    explanations=[
+                        LEGEND,
+                        *([PAPER_LEGEND] if mark_paper else []),
+                        *confidence_note(front),
+                    ],
                 )
             )
         else:
@@ -189,7 +200,7 @@ class ReportResult(Result):
         sections.append(
             Section(
                 title="All models, cheapest first",
-                tables=[models_table(front)],
+                tables=[models_table(front, has_overhead=bool(self.claims))],
                 data=front_values(front, self.folder),
             )
         )

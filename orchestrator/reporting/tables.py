@@ -46,11 +46,10 @@ COST_COLUMNS = {
     RELATIVE_FLOPS: 4,
     KV_BYTES: 7,
     DECODE_MS: 3,
-    OVERHEAD_NFE: 14,
-    OVERHEAD_MS: 13,
-    OVERHEAD_NFE_SHARE: 5,
 }
 """Costs with a column of their own, in this order -> priority of the column."""
+OVERHEAD_COLUMNS = {OVERHEAD_NFE: 14, OVERHEAD_MS: 13, OVERHEAD_NFE_SHARE: 5}
+"""Costs beyond vanilla -> priority of the column."""
 BUSY_MARK = "*"
 """Stands behind a time per token that varied too much to decide anything."""
 TASK_TABLES_NOTE = (
@@ -100,10 +99,15 @@ def row_kind(row: Row) -> str:
     return "full" if row["role"] == "teacher" else "dominated"
 
 
-def models_table(front: Front, title: str = "") -> Table:
+def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -> Table:
     """Return the table of the shown models: schedule, costs, qualities, confidences, place.
 
     The columns of the front's axes are never dropped, and empty ones are left out.
+
+    Args:
+        front: The models.
+        title: Title of the table.
+        has_overhead: Show the costs beyond vanilla of the same shape, as the paper's claims do.
     """
     axes = front.axes
     is_percent = axes.quality_metric.is_percent
@@ -158,7 +162,7 @@ def models_table(front: Front, title: str = "") -> Table:
     columns.append((Column("threshold", 9), threshold))
     if axes.cost not in COST_COLUMNS:
         add_number(0, axes.cost)
-    for name, priority in COST_COLUMNS.items():
+    for name, priority in (COST_COLUMNS | (OVERHEAD_COLUMNS if has_overhead else {})).items():
         add_number(priority, name)
     if len({row["num_layers"] for row in front.rows}) > 1:
         columns.append((Column("layers", 4), lambda row: str(row["num_layers"])))

@@ -28,8 +28,6 @@ from orchestrator.planning.machine import Resources, check_available, check_run_
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import (
     BASELINE_METHOD,
-    DEFAULT_METHOD,
-    PCFORMER,
     ModelSettings,
     Settings,
     SweepSettings,
@@ -39,7 +37,6 @@ from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
 from orchestrator.terminal.metrics import COSTS, METRICS
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import join_names
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.source import Source
 from orchestrator.workspace.errors import UserError
@@ -217,31 +214,6 @@ def teacher_and_baselines(
     for variant in baseline_models(settings):
         models[variant.label] = settings_of(baseline_settings, variant)
     return models
-
-
-def claims_answered(settings: Settings) -> str:
-    """Say which of the paper's claims the models of a sweep can answer; see `reporting.claims`."""
-    if settings.has_source:
-        return "the paper's claims are of models without a source, so its models answer none"
-    teachers = {model.method for model in teachers_by_label(settings).values()}
-    baselines = {model.method for model in baseline_models(settings) if model.num_layers is None}
-    # Number of a claim -> methods of the teachers, and of the models beside them, that it needs.
-    needs: dict[int, tuple[set[str], set[str]]] = {
-        1: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
-        2: ({DEFAULT_METHOD}, {PCFORMER}),
-        3: ({DEFAULT_METHOD}, set()),
-        4: ({DEFAULT_METHOD}, {BASELINE_METHOD}),
-        5: ({DEFAULT_METHOD, PCFORMER}, set()),
-    }
-    answered = [
-        str(number)
-        for number, (needed_teachers, needed_models) in needs.items()
-        if needed_teachers <= teachers and needed_models <= teachers | baselines
-    ]
-    if len(answered) == len(needs):
-        return "its models answer all five claims of the paper (`iiet-orch report --claims`)"
-    numbers = join_names(answered) if answered else "none"
-    return f"of the paper's five claims, its models answer {numbers}"
 
 
 # Baselines that the user names

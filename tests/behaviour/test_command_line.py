@@ -99,7 +99,6 @@ MISTAKES = {
     "evaluate missing-folder": "there is no folder",
     "import missing-folder": "is not a model folder",
     "report": "iiet-orch sweep-threshold",
-    "report --claims --cost ms": "leave --cost and --quality out",
     "ui --replace": "--replace is for --sync",
     "report ../../outside": "the sweep '../../outside': a name has letters",
 }  # fmt: skip

@@ -160,7 +160,6 @@ def test_what_is_tracked_has_the_keys_of_the_page(run, space, tmp_path):
     _check("pick", run("pick", "two", "--best", "--to", str(tmp_path / "picked"))[0])
     _check("import", run("import", str(tmp_path / "picked"), "--name", "again")[0])
     _check("ui --sync", run("ui", "--sync")[0])
-    _check("report --claims", run("report", "--claims", "two")[0])
     _check("doctor", run("doctor")[0])
     result = report(workspace=space, sweeps=["two"])
     ended = SweepResult(**dict(result), name="two", failures={}, stopped={})
