@@ -32,7 +32,12 @@ ADAPTERS = {
     "jinja2": ("orchestrator.reporting.sections",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.models.gguf",),
-    "huggingface_hub": ("orchestrator.data", "orchestrator.models", *MODELING),
+    "huggingface_hub": (
+        "orchestrator.data",
+        "orchestrator.models",
+        "orchestrator.reporting.model_card",
+        *MODELING,
+    ),
 }
 """Library -> the only packages or modules that import it."""
 

@@ -17,10 +17,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from yaml import YAMLError
+
 from orchestrator.models.folder import MODEL_PATTERNS
 from orchestrator.workspace.errors import UserError, first_line, mask_secrets
 
 HUB_PREFIX = "hub:"
+MODEL_CARD = "README.md"
+"""File of a model's folder with its card, whose metadata name the license."""
 OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*")
 """Files that hold the same weights once more, for other programs."""
 
@@ -129,7 +133,7 @@ def download(name: Path | str, *, weights: bool = True) -> Path:
                     repository,
                     revision=revision or None,
                     endpoint=_endpoint(),
-                    allow_patterns=list(MODEL_PATTERNS),
+                    allow_patterns=[*MODEL_PATTERNS, MODEL_CARD],
                     ignore_patterns=[*OTHER_FORMATS, *([] if weights else ["*.safetensors"])],
                     local_files_only=problem is not None,
                 )
@@ -139,6 +143,20 @@ def download(name: Path | str, *, weights: bool = True) -> Path:
                 f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE}), and "
                 f"{problem or first_line(error)}"
             ) from None
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the license that a model's card names; None without a readable card."""
+    from huggingface_hub import ModelCard
+
+    path = folder / MODEL_CARD
+    if not path.is_file():
+        return None
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except (OSError, ValueError, YAMLError):  # Anything may be called README.md.
+        return None
+    return str(card.data.license) if card.data.license else None
 
 
 def check_upload(repository: str, token: str | None = None) -> None:

@@ -31,13 +31,13 @@ from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.folder import StoredPrecision
-from orchestrator.models.hub import download, is_hub_name
+from orchestrator.models.hub import download, is_hub_name, license_of
 from orchestrator.models.labels import model_name, name_with_owner
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
-from orchestrator.records.training import model_family
+from orchestrator.records.training import TrainingJob, model_family
 from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
 from orchestrator.reporting.front import FrontAxes, parse_axes
@@ -173,6 +173,8 @@ def import_model(
                     "objective": "import",
                     "imported": {
                         "from": source.name,
+                        "repository": source.name if is_hub_name(folder) else None,
+                        "license": license_of(path) if path.is_dir() else None,
                         "source": key,
                         "model_type": source.model_type,
                         "dtype": source.dtype,
@@ -488,6 +490,8 @@ def model_card(
             tokenizer.encode(prompt, add_special_tokens=False)
         except UserError:  # A tokenizer of depth tasks reads symbols alone.
             prompt = "".join(tokenizer.symbols[:2])
+    ancestors = _with_ancestors(checkpoint)
+    imported = folders.load_provenance(ancestors[-1]).get("imported", {})
     return ModelCard(
         name=f"{config.method} {model_name(checkpoint)}",
         config=config,
@@ -497,7 +501,37 @@ def model_card(
         served=folders.served_schedules(checkpoint),
         full=full if full.corrections != config.corrections else None,
         prompt=prompt,
+        base_model=imported.get("repository") or "",
+        license=imported.get("license") or "",
+        datasets=_hub_datasets(ancestors),
     )
+
+
+def _with_ancestors(checkpoint: Path) -> list[Path]:
+    """Return a checkpoint, and those that its weights started from, as far as they exist."""
+    checkpoints = [checkpoint]
+    while True:
+        job = TrainingJob.of_folder(checkpoints[-1].parent)
+        initial = job and job.initial_folder
+        if not initial or not Path(initial).is_dir():
+            return checkpoints
+        checkpoints.append(Path(initial))
+
+
+def _hub_datasets(checkpoints: Sequence[Path]) -> list[str]:
+    """Return the data sets of the hub that checkpoints were trained on, as far as it is known."""
+    from orchestrator.data.mixture import open_data  # Imports PyTorch.
+
+    names: dict[str, None] = {}
+    for checkpoint in checkpoints:
+        job = TrainingJob.of_folder(checkpoint.parent)
+        if job is None:
+            continue
+        with suppress(UserError):  # The tokens may be gone.
+            for data in open_data(job.tokens_folder).parts:
+                if name := data.profile.get("hub_name"):
+                    names[name] = None
+    return list(names)
 
 
 # Pick

@@ -1,6 +1,7 @@
 """Model card of an exported model: architecture, use, cost, quality, influence, provenance.
 
-Markdown with the front matter that model hubs read. A part that was not measured says so.
+Markdown under the metadata that model hubs read, which the hub's library writes. A part that was
+not measured says so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ OMITTED_PROVENANCE = (
     "checksums", "environment", "recipe", "distillation", "imported", "elastic",
 )  # fmt: skip
 """Parts of a provenance that have their own lines, or mean nothing outside the run's folder."""
+PIPELINE = "text-generation"
+"""What the hub calls the models' task."""
 REQUIREMENTS = ("torch>=2.9", "transformers>=5.24,<6")
 """Packages that the code of an exported folder needs."""
 
@@ -53,6 +56,12 @@ class ModelCard:
     """Type of the weights in the folder."""
     is_rounded: bool = False
     """Whether that type rounds the weights of the model, whose quality was measured."""
+    base_model: str = ""
+    """Repository of the hub, `OWNER/NAME`, that the weights come from; empty if there is none."""
+    license: str = ""
+    """License of that model, as its own card names it; empty if it is not known."""
+    datasets: Sequence[str] = ()
+    """Data sets of the hub that the model was trained on."""
 
     def to_markdown(self) -> str:
         """Return the whole card."""
@@ -73,8 +82,7 @@ class ModelCard:
             ("parameters", cost.num_parameters, ",.0f"),
         ]
         parts = [
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n"
-            f"- iterative-transformer\n- {config.method}\n---",
+            f"---\n{self._metadata()}\n---",
             f"# {self.name}",
             f"A causal language model of method `{config.method}` with "
             f"{format_parameters(cost.num_parameters)} parameters: {config.num_layers} layers of "
@@ -113,6 +121,37 @@ class ModelCard:
             ]
         parts += ["## Provenance", bullets(_provenance(self.provenance)) or "Not recorded."]
         return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+    def _metadata(self) -> str:
+        """Return what the hub reads: origin, license, and the quality as its `model-index`."""
+        from huggingface_hub import EvalResult, ModelCardData  # Takes a while to import.
+
+        evaluation_results = []
+        if self.evaluation is not None:
+            for name, result in self.evaluation.results.items():
+                for metric, value in result.metrics.items():
+                    if metric.endswith(STDERR_SUFFIX):
+                        continue
+                    evaluation_results.append(
+                        EvalResult(
+                            task_type=PIPELINE,
+                            dataset_type=name,
+                            dataset_name=name,
+                            metric_type=metric,
+                            metric_value=value,
+                        )
+                    )
+        metadata = ModelCardData(
+            library_name="transformers",
+            pipeline_tag=PIPELINE,
+            tags=["iterative-transformer", self.config.method],
+            license=self.license or None,
+            base_model=self.base_model or None,
+            datasets=list(self.datasets) or None,
+            model_name=self.name,
+            eval_results=evaluation_results or None,
+        )
+        return str(metadata.to_yaml())
 
     def _schedule(self) -> str:
         corrections = self.config.schedule

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,19 +22,22 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.logging  # noqa: F401 - Its handler keeps the stderr of its import.
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from refusals import refused
 
 from orchestrator import cli
+from orchestrator.data.store import MANIFEST_NAME, open_tokens
 from orchestrator.models.folder import load_config, load_provenance
 from orchestrator.models.hub import DRY_RUN, download, hub_problem, offline
 from orchestrator.models.labels import name_with_owner
 from orchestrator.models.load import load_model
 from orchestrator.models.open import by_label, open_model, open_models
 from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.settings import resolve_settings
+from orchestrator.records.training import StoredJob, TrainingJob
+from orchestrator.settings import TrainingSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import JOB_NAME, Workspace, open_workspace
+from orchestrator.workspace.provenance import RECIPE_VERSION
 
 NAME = "hub:me/tiny"
 TOKEN = "hf_of_the_tests"
@@ -241,6 +245,35 @@ def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     hub.add("you/tiny", folder)
     models = open_models([NAME, "hub:you/tiny"], space, ["1"])
     assert [*by_label(models)] == ["me/tiny r=1", "you/tiny r=1"]
+
+
+def test_the_card_of_a_descendant_names_source_license_and_data_sets(
+    hub, space, push_output, save_tiny, tiny_tokens, tmp_path
+):
+    hub.files["me/tiny"]["README.md"] = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
+    assert run(space.root, "import", NAME, "--name", "plain") == 0
+    tokens = tmp_path / "texts" / tiny_tokens.name
+    shutil.copytree(tiny_tokens, tokens)
+    manifest = open_tokens(tokens).manifest
+    settings = {**manifest.settings, "source": "hub", "hub_name": "me/texts"}
+    manifest.model_copy(update={"settings": settings}).write(tokens / MANIFEST_NAME)
+    parent = next((space.runs / "plain").glob("step_*"))
+    for name in ("iterative", "student"):
+        checkpoint = save_tiny(space.runs / name)
+        job = TrainingJob(
+            run_folder=str(checkpoint.parent),
+            tokens_folder=str(tokens),
+            model=load_config(checkpoint),
+            recipe=TrainingSettings(),
+            initial_folder=str(parent),
+        )
+        stored = StoredJob(recipe_version=RECIPE_VERSION, key=name, essence={}, job=job)
+        stored.write(checkpoint.parent / JOB_NAME)
+        parent = checkpoint
+    assert run(space.root, "export", "student", "--no-measure", "--to", str(tmp_path / "out")) == 0
+    metadata = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (metadata.base_model, metadata.license) == ("me/tiny", "apache-2.0")
+    assert metadata.datasets == ["me/texts"]
 
 
 def test_what_is_in_the_cache_needs_no_network(hub, push_output, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run_without
+from huggingface_hub import ModelCard as HubCard
 from installed_package import install, on_path
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
@@ -257,10 +258,24 @@ def test_cards_read_as_stored(tiny_model, tmp_path):
             full=config,
             influence=InfluenceTable("cosine", ((0.3, 0.1), (0.2,)), ((0.0, 0.0), (0.0,)), 64),
             provenance={"teacher": "abc", "recipe": {"num_steps": 7}, "checksums": {"x": "y"}},
+            base_model="owner/plain",
+            license="apache-2.0",
+            datasets=["owner/texts"],
         ),
     }
     parts = {name: card.to_markdown().splitlines() for name, card in cards.items()}
     assert_as_stored("card.txt", parts, tmp_path)
+
+
+def test_the_hub_reads_the_quality_of_a_card(tiny_model):
+    metrics = {"acc": 0.5, "acc_stderr": 0.1}
+    result = TaskResult(name="choices", version="1", metrics=metrics)
+    evaluation = EvaluationResult(results={"choices": result})
+    card = ModelCard(name="tiny", config=ModelConfig.from_dict(tiny_model), evaluation=evaluation)
+    metadata = HubCard(card.to_markdown()).data
+    assert metadata.license is None, "nobody said one"
+    [read] = metadata.eval_results
+    assert (read.dataset_name, read.metric_type, read.metric_value) == ("choices", "acc", 0.5)
 
 
 def test_the_card_names_the_versions_that_this_project_declares():
