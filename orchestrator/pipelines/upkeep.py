@@ -184,7 +184,10 @@ def _find_entries(
     else:
         planned = trials_by_folder(plans) if kind == "trials" else {}
         for folder in folders_in(workspace.root / kind):
-            training = _noted_training(folder, note)
+            training = _readable_training(folder, note)
+            if training is None:
+                yield _Entry(folder.name, folder, "damaged", {})
+                continue
             state = _trial_state_text(training) if kind == "trials" else _state_text(training)
             yield _training_entry(training, state, planned.get(folder, []))
 
@@ -231,12 +234,13 @@ def _training_entry(
     return _Entry(training.folder.name, training.folder, state, details)
 
 
-def _noted_training(folder: Path, note: Note) -> Training:
-    """Read a training; damage is noted."""
-    training = Training(folder)
-    if training.damage:
-        note(str(training.damage))
-    return training
+def _readable_training(folder: Path, note: Note) -> Training | None:
+    """Read a training; why it cannot be read is noted."""
+    try:
+        return Training(folder)
+    except UserError as error:
+        note(str(error))
+        return None
 
 
 def _state_text(training: Training) -> str:
@@ -323,7 +327,8 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
             activities.append({**known, "sweeps": [], **unknown})
 
     folders_in_use = filter(is_in_use, training_folders(workspace))
-    running = [_noted_training(folder, note) for folder in folders_in_use]
+    trainings = [_readable_training(folder, note) for folder in folders_in_use]
+    running = [training for training in trainings if training]
     plans = sweep_plans(workspace, note) if running else {}
     planned = trials_by_folder(plans)
     for training in running:
@@ -565,8 +570,6 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     from orchestrator.training.schedules import stable_steps
 
     training = Training(folder, check_checkpoint)
-    if training.damage:
-        raise training.damage
     if training.job is None or training.outcome is None:
         return set()
     stable = folder / layout.checkpoint_name(stable_steps(training.job.recipe))

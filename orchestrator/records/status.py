@@ -71,9 +71,10 @@ def seconds_left(plan: SweepTrials, at_once: int) -> float | None:
     for trial in plan.trials:
         if trial.job is None or trial.key in unfinished_keys:
             continue
-        outcome = Training(Path(trial.folder)).outcome
-        if outcome and outcome.train_seconds:
-            seconds.append(outcome.train_seconds)
+        with suppress(UserError):  # A training that cannot be read tells no time.
+            outcome = Training(Path(trial.folder)).outcome
+            if outcome and outcome.train_seconds:
+                seconds.append(outcome.train_seconds)
     if not seconds:
         return None
     mean = sum(seconds) / len(seconds)

@@ -45,8 +45,6 @@ class TrainingState(StrEnum):
     """Begun, and ended because another trial of its sweep was better."""
     FINISHED = "finished"
     """At its last step, whose checkpoint is there."""
-    DAMAGED = "damaged"
-    """What was to be trained, or how it ended, cannot be read."""
 
 
 def checkpoint_is_there(checkpoint: Path) -> None:
@@ -67,26 +65,25 @@ class Training:
             folder: It need not exist.
             check_checkpoint: Called with the last checkpoint of a finished training; if it raises
                 `UserError`, the training has lost its end.
+
+        Raises:
+            DamagedFile: If one of these files cannot be read.
+            UserError: If the folder has an end, and does not say of what.
         """
         self.folder = folder
-        self.job: TrainingJob | None = None
-        """What was to be done; None if the folder does not say, or cannot be read."""
+        self.job = TrainingJob.of_folder(folder)
+        """What was to be done; None if the folder does not say."""
         self.outcome: TrainingOutcome | None = None
         """How it ended, with its checkpoint in this folder; None if it is not finished."""
-        self.damage: UserError | None = None
-        """Why one of these cannot be read."""
         self.lost_end: UserError | None = None
         """Why the last checkpoint does not count, although the training was finished."""
-        try:
-            self.job = TrainingJob.of_folder(folder)
-            stored_outcome = TrainingOutcome.read(folder / DONE_NAME)
-            if stored_outcome and not self.job:
-                raise UserError(f"{folder / JOB_NAME} is missing")
-        except UserError as error:
-            self.damage = error
-            return
+        stored_outcome = TrainingOutcome.read(folder / DONE_NAME)
         if stored_outcome is None:
             return
+        if self.job is None:
+            raise UserError(
+                f"{folder / JOB_NAME} is missing; restore it from a copy, or delete {folder}"
+            )
         # Its stored path is that of the workspace before it was moved.
         last_checkpoint = folder / checkpoint_name(stored_outcome.step)
         try:
@@ -100,8 +97,6 @@ class Training:
     @cached_property
     def state(self) -> TrainingState:
         """How far the training is."""
-        if self.damage:
-            return TrainingState.DAMAGED
         if self.outcome:  # Also of a trial that was stopped early, and trained on later.
             return TrainingState.FINISHED
         if (self.folder / STOPPED_NAME).is_file():

@@ -358,10 +358,7 @@ def training_of(job: TrainingJob) -> Training | None:
     """
     if not job.tokens_folder:
         return None
-    training = Training(job.folder, check_checkpoint)
-    if training.damage:
-        raise training.damage
-    return training
+    return Training(job.folder, check_checkpoint)
 
 
 def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:

@@ -238,8 +238,6 @@ def continued_settings(
     """
     folder = find_pretraining(workspace, run)
     finished = Training(folder)
-    if finished.damage:
-        raise finished.damage
     # If the last checkpoint is lost, an earlier one may be the one to continue.
     reached_its_end = finished.outcome or finished.lost_end
     if finished.job is None or not reached_its_end or not finished.checkpoints:

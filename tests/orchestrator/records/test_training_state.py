@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training_state import DIVERGED_EVENT, Training, TrainingState
+from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, STOPPED_NAME, find_checkpoints
 
@@ -51,8 +53,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], TrainingState]] = {
         TrainingState.FINISHED,
     ),
     "without a training": (_import, TrainingState.IMPORTED),
-    "without its job": (lambda run: (run / JOB_NAME).unlink(), TrainingState.DAMAGED),
-    "with another end": (lambda run: (run / DONE_NAME).write_text("{}"), TrainingState.DAMAGED),
     "missing": (shutil.rmtree, TrainingState.EMPTY),
 }
 
@@ -65,8 +65,20 @@ def test_the_state_is_that_of_the_folder(name, trained_run, tmp_path):
     harm(run)
     training = Training(run)
     assert training.state is state
-    assert (training.damage is not None) == (state is TrainingState.DAMAGED)
     assert training.step == (0 if state is TrainingState.EMPTY else 2)
+
+
+def test_a_file_that_is_missing_or_cannot_be_read_is_named(trained_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    job = (run / JOB_NAME).read_text()
+    (run / JOB_NAME).unlink()
+    with refused(UserError, f"run/{JOB_NAME}", "missing"):
+        Training(run)
+    (run / JOB_NAME).write_text(job)
+    (run / DONE_NAME).write_text("{}")
+    with refused(DamagedFile, f"run/{DONE_NAME}"):
+        Training(run)
 
 
 def test_a_last_checkpoint_counts_if_it_is_intact_for_who_checks_it(trained_run, tmp_path):
