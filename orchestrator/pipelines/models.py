@@ -611,6 +611,7 @@ def plan_pick(
     Args:
         sweep: Name of the sweep; the newest when unset.
         keep: Cheapest that keeps this share of the quality; the rule when none is given, at 0.99.
+            Where the teacher gains nothing over r = 0, r = 0 is taken, if it keeps as much.
         confidence: With `keep`: how sure that must be.
         budget: Best that costs at most this much.
         knee: Farthest above the line between the ends of the front.
@@ -639,7 +640,7 @@ def plan_pick(
     parse_axes(cost, quality)  # A wrong name comes before anything is read.
     workspace = find_workspace(workspace)
     stored = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
-    reason = reason_against_accuracy(workspace, stored.results)
+    reason = reason_against_accuracy(workspace, stored.results, demanded_share=rule.demanded_share)
     axes = parse_axes(cost, quality, against_accuracy=reason)
     front, notes = sweep_front(workspace, [stored], axes, demanded_share=rule.demanded_share)
     if axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):

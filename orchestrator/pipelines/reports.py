@@ -37,7 +37,7 @@ def report(
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost axis: `nfe` (the default), `flops`, `ms` or `kv`.
         quality: Quality axis: `accuracy`, `bits`, `perplexity` or `loss`. The default is
-            `accuracy`, or `bits` where the full model has fewer than 30 right answers.
+            `accuracy`, or `bits` where the accuracy cannot tell the models apart.
         time_again: Measure the time per token of the sweep's models once more, and store it.
 
     Raises:

@@ -229,6 +229,14 @@ def unbeaten_baselines(front: Front) -> list[Row]:
     return unbeaten
 
 
+def plain_choice(front: Front) -> Row | None:
+    """Return the model without corrections to take, because the teacher gains nothing over it; None
+    if it does. This is r = 0, else vanilla, which is another architecture."""
+    unbeaten = unbeaten_baselines(front)
+    same_method = [row for row in unbeaten if row["trial"].schedule is not None]
+    return max(same_method or unbeaten, key=lambda row: row["goodness"], default=None)
+
+
 def _teacher_shows_no_gain(front: Front, teacher: Row, unbeaten: Sequence[Row]) -> str:
     """Say that a teacher is not shown to be better than models without corrections, and what that
     means."""
@@ -245,7 +253,12 @@ def _teacher_shows_no_gain(front: Front, teacher: Row, unbeaten: Sequence[Row]) 
     ]
     if any(trial.job is not None and trial.job.initial_folder for trial in passing):
         text += "; students that pass it were trained for further steps"
-    return f"{text}. A longer training (training.num_steps) may change that."
+    choice = plain_choice(front)
+    assert choice is not None, "one is unbeaten"
+    return (
+        f"{text}. Take {choice['label']} ({_costs_text(front, choice)}). A longer training "
+        "(training.num_steps) may change that."
+    )
 
 
 def _teacher_against(front: Front, teacher: Row, rivals: Sequence[Row]) -> str:
@@ -321,7 +334,7 @@ def better_baselines(front: Front, picked: Row) -> list[str]:
 
 def describe_pick(front: Front, picked: Row) -> str:
     """Return what a person should know of a picked model: its clause, the baselines that are better
-    for as little, and whether a share of its teacher's quality would say anything."""
+    for as little, and which model to take if its teacher gains nothing."""
     unbeaten = unbeaten_baselines(front)
     clauses = [
         describe_model(front, picked, with_share=not unbeaten),
@@ -329,9 +342,11 @@ def describe_pick(front: Front, picked: Row) -> str:
     ]
     if unbeaten:
         names = join_names([row["label"] for row in unbeaten])
+        choice = plain_choice(front)
+        advice = "" if choice is None or choice is picked else f": take {choice['label']}"
         clauses.append(
-            f"no gain of its teacher over {names} is shown, so a share of the teacher's quality "
-            "would say nothing"
+            f"no gain of the teacher over {names} is shown, so a share of the teacher's quality "
+            f"would say nothing{advice}"
         )
     return "; ".join(clauses)
 
@@ -343,7 +358,8 @@ def _quality(front: Front, row: Row) -> str:
 
 # Rules that pick a model.
 #
-# keep      the cheapest that keeps a share of the full model's quality, if asked with a confidence
+# keep      the cheapest that keeps a share of the full model's quality, if asked with a confidence;
+#           where the teacher gains nothing over r = 0, this is r = 0, if it keeps as much
 # budget    the best within a cost
 # knee      the member farthest above the chord from the cheapest to the best
 # best      the member of highest quality
@@ -447,6 +463,13 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
             least = front.picks["cheapest"]["cost"]
             raise UserError(f"no model costs {rule.budget:g} or less; the cheapest costs {least:g}")
         return max(affordable, key=lambda row: (row["goodness"], -row["cost"]))
+    if rule.name == "keep" and (plain := plain_choice(front)) is not None:
+        # A baseline, so it competes for no place on the front.
+        keeps = (front.share_of_full(plain) or 0.0) >= rule.demanded_share
+        if rule.confidence:
+            keeps = (front.confidence_keeps(plain) or 0.0) >= rule.confidence
+        if keeps:
+            return plain
     if rule.name == "keep" and rule.confidence:
         # Candidates off the front count too: one dominated by a hair may be the most certain.
         confident = [

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.retention import Loss, bounds_sentence, find_losses
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
+    INTERVAL_LEVEL,
     NUM_RESAMPLES,
     Interval,
     PairedScores,
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
 
 MIN_RIGHT_ANSWERS = 30
 """With fewer right answers of the full model, accuracy is not the default quality."""
+NUM_ROUGH_RESAMPLES = 1000
+"""Draws that choose the default quality, of which no number of a table is made."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
 
@@ -140,17 +144,20 @@ def parse_axes(
     )
 
 
-def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> str:
+def reason_against_accuracy(
+    workspace: Workspace, trials: Sequence[Trial], *, demanded_share: float = DEMANDED_SHARE
+) -> str:
     """Return why bits per byte are the default quality of these models; empty if accuracy is.
 
-    They are where the full model has too few right answers to tell models apart, and every model
-    has bits per byte.
+    They are where every model has them, and the accuracy cannot tell models apart: the full model
+    has too few right answers, or the loss of accuracy is less well known than it may be large.
+
+    Args:
+        workspace: Holds the values of single items.
+        trials: Models with what was measured.
+        demanded_share: Share of the full model's quality that a model must keep.
     """
-    full = teacher_or_costliest(
-        trials,
-        role=lambda trial: trial.role,
-        cost=lambda trial: trial.numbers.get(NFE, 0.0),
-    )
+    full = teacher_or_costliest(trials, role=lambda trial: trial.role, cost=_nfe)
     if full is None or any(BITS_PER_BYTE not in trial.numbers for trial in trials):
         return ""
     evaluation = load_item_values(workspace, [full]).get(full.key)
@@ -160,13 +167,41 @@ def reason_against_accuracy(workspace: Workspace, trials: Sequence[Trial]) -> st
     for result in evaluation.averaged.values():
         if result.accuracy_metric:
             num_right += round(result.metrics[result.accuracy_metric] * result.num_items)
-    if num_right >= MIN_RIGHT_ANSWERS:
+    if num_right < MIN_RIGHT_ANSWERS:
+        return (
+            f"Quality is bits per byte, because the full model ({full.name}) answers {num_right} "
+            f"of {evaluation.num_accuracy_items:,} items right, too few to tell models apart by "
+            f"their accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
+        )
+
+    # The interval of what cheaper models lose: of the median, as some may answer all items alike.
+    cheaper = [
+        trial for trial in trials if trial.role not in BESIDE_ROLES and _nfe(trial) < _nfe(full)
+    ]
+    items = load_item_values(workspace, [full, *cheaper])
+    paired = pair_scores(
+        {key: [evaluation] for key, evaluation in items.items()}, num_resamples=NUM_ROUGH_RESAMPLES
+    )
+    scores = paired.quality(ACCURACY) if paired and len(items) > 1 else None
+    if paired is None or scores is None:
+        return ""
+    number_of = paired.number_of
+    number_of_full = number_of.pop(full.key)
+    losses = [scores.difference(number_of_full, number) for number in number_of.values()]
+    width = median(loss.high - loss.low for loss in losses)
+    allowed = (1 - demanded_share) * scores.observed[number_of_full]
+    if width <= allowed:
         return ""
     return (
-        f"Quality is bits per byte, because the full model ({full.name}) answers {num_right} of "
-        f"{evaluation.num_accuracy_items:,} items right, too few to tell models apart by their "
-        f"accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
+        f"Quality is bits per byte, because {paired.num_items(ACCURACY):,} items tell the accuracy "
+        f"that a cheaper model loses only within {100 * width:.1f} points ({INTERVAL_LEVEL:.0%} "
+        f"interval over the items, median of the models), and to keep {100 * demanded_share:.4g}% "
+        f"allows to lose {100 * allowed:.1f}; `--quality accuracy` shows it."
     )
+
+
+def _nfe(trial: Trial) -> float:
+    return float(trial.numbers.get(NFE, 0.0))
 
 
 @dataclass(frozen=True)

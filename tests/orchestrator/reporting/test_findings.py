@@ -18,6 +18,7 @@ from orchestrator.reporting.findings import (
     describe_pick,
     findings,
     pick_from_front,
+    plain_choice,
 )
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.tables import models_table
@@ -117,12 +118,14 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
     [warning, *other_sentences] = findings(measured)
     assert warning.startswith("The teacher differs from r = 0 from scratch by less than")
     assert_names(warning, "beats vanilla", "no gain over r = 0 from scratch is shown")
+    assert "Take r = 0 from scratch (6 of 24 NFE)" in warning
     assert not any("% of the teacher's" in sentence for sentence in [warning, *other_sentences])
     assert not any("confidence" in sentence for sentence in [warning, *other_sentences])
     assert any(sentence.startswith("vanilla") for sentence in other_sentences)
     picked = pick_from_front(measured, PickRule(name="cheapest"))
     pick_text = describe_pick(measured, picked)
-    assert_names(pick_text, "no gain of its teacher over r = 0 from scratch is shown")
+    assert_names(pick_text, "no gain of the teacher over r = 0 from scratch is shown")
+    assert pick_text.endswith("take r = 0 from scratch")
     assert "% of the teacher's" not in pick_text
 
     # Separate errors of 1.2 points resolve nothing, so the values alone decide.
@@ -151,6 +154,32 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
         ]
         [first_sentence, *_] = findings(sample_front(results, by_loss))
         assert (" keeps " in first_sentence) == is_beaten
+
+
+def test_where_corrections_gain_nothing_the_rule_takes_r_0_if_it_keeps_as_much(
+    sample_results, sample_evaluations
+):
+    def picked(accuracy_of_r_0: float, **rule: float) -> str:
+        """Return what is picked where r = 0 answers the first share of the items right."""
+        results = []
+        answers = {**sample_evaluations}
+        for result in sample_results:
+            is_r_0 = result.label == "r = 0 from scratch"
+            results.append(with_accuracy(result, accuracy_of_r_0) if is_r_0 else result)
+            if is_r_0:
+                same = accuracy_of_r_0 == teacher.numbers["quality/accuracy"]
+                answers[result.key] = answers[teacher.key if same else result.key]
+        front = with_confidence(sample_front(results), answers, num_resamples=200)
+        return str(pick_from_front(front, PickRule(name="keep", **rule))["label"])
+
+    [teacher] = [result for result in sample_results if result.role == "teacher"]
+    as_good = teacher.numbers["quality/accuracy"]
+    assert picked(as_good) == "r = 0 from scratch"
+    assert picked(as_good, confidence=0.9) == "r = 0 from scratch"
+    assert picked(as_good, demanded_share=1.001) == "3,2,2,1,1,1", "it keeps less"
+    assert picked(0.42) == "0,1,1,1,1,1", "the teacher gains"
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=200)
+    assert plain_choice(front) is None
 
 
 def test_a_baseline_that_is_better_and_costs_no_more_is_said_of_a_pick(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from refusals import assert_names, refused
@@ -168,6 +170,33 @@ def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep
     numbers = {n: v for n, v in other_results[0].numbers.items() if n != "quality/bits_per_byte"}
     other_results[0] = other_results[0].model_copy(update={"numbers": numbers})
     assert reason_against_accuracy(workspace, [teacher, *other_results]) == ""
+
+
+@pytest.mark.parametrize(("share_changed", "in_bits"), [(0.3, True), (0.0, False)])
+def test_an_accuracy_that_is_less_well_known_than_it_may_change_is_no_default(
+    workspace, sweep, share_changed, in_bits
+):
+    random = np.random.default_rng(0)
+    teachers_answers = random.random(1000) < 0.4
+    evaluations = {}
+    for result in sweep.results:
+        is_changed = (random.random(1000) < share_changed) & (result.role != "teacher")
+        right = (teachers_answers ^ is_changed).astype(float)
+        task = TaskResult(
+            name="lastword", version="1", num_items=1000, metrics={"acc": right.mean()},
+            items=[str(n) for n in range(1000)], values={"acc": right.tolist()},
+        )  # fmt: skip
+        evaluations[result.key] = EvaluationResult(results={"lastword": task})
+    results = with_items(workspace, sweep.results, evaluations)
+    reason = reason_against_accuracy(workspace, results)
+    assert bool(reason) == in_bits
+    if in_bits:
+        # 30 % of 1,000 items differ: 1.96 errors of the difference are 3.4 points to each side.
+        assert_names(reason, "1,000 items", "99%", "to lose 0.4")
+        [width] = re.findall(r"within ([0-9.]+) points", reason)
+        assert float(width) == pytest.approx(6.7, abs=0.5)
+    # Who may lose half needs to know less.
+    assert reason_against_accuracy(workspace, results, demanded_share=0.5) == ""
 
 
 @pytest.mark.slow
