@@ -34,10 +34,11 @@ from orchestrator.data.store import (
     PreparedData,
     SplitCounts,
     TokenStore,
-    checked_manifest,
     finish_folder,
     is_complete,
     open_tokens,
+    read_manifest,
+    verify_data,
 )
 from orchestrator.models.tokenizer import num_token_ids
 from orchestrator.settings import DataSettings
@@ -224,7 +225,7 @@ def write_mixture(
     if not is_complete(folder):
         train = SplitCounts()
         validation = SplitCounts()
-        for manifest in map(checked_manifest, texts.values()):
+        for manifest in map(read_manifest, texts.values()):
             train += manifest.train
             validation += manifest.validation
         with new_folder(folder) as temporary:
@@ -246,14 +247,14 @@ def _order_of(settings: DataSettings) -> SourceOrder:
 
 
 def open_data(folder: Path | str) -> PreparedData:
-    """Open a folder of any prepared data; check the sizes of its files, but not their content.
+    """Open a folder of any prepared data and verify its files, see `verify_data`.
 
     Raises:
-        UserError: If the folder is missing, incomplete or damaged, or the package of a mixture's
-            source is not installed.
+        UserError: If the folder is missing or damaged, or the package of a mixture's source is not
+            installed.
     """
     folder = Path(folder)
-    manifest = checked_manifest(folder)
+    manifest = verify_data(folder)
     if manifest.settings.get("source") not in ("depth", "mixture"):
         return open_tokens(folder)
     try:

@@ -106,7 +106,7 @@ def _write(
         return folder
     index = _index_file(key, parent)
     if index.exists():
-        progress.note(f"the tokens that {index} names are missing or damaged; preparing them again")
+        progress.note(f"the tokens that {index} names are missing; preparing them again")
     # Nobody else writes under the lock, so these folders are left from killed processes.
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if not can_resume(leftover):

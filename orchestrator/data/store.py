@@ -40,7 +40,6 @@ TEXTS_NAME = "validation.jsonl"
 """The held-out documents."""
 VALIDATION_TARGETS_NAME = "validation_targets.bin"
 """File of text with prompts: a byte for each validation token, 1 where it is a target."""
-FORMAT_VERSION = 1
 MAPS_KEPT = 256
 """Files of one side of the split that are mapped at the same time; each takes a file descriptor."""
 
@@ -75,7 +74,6 @@ class SplitCounts(BaseModel):
 class Manifest(Record):
     """What a folder holds."""
 
-    format: int = FORMAT_VERSION
     fingerprint: str
     """Hash of documents, split and tokenizer."""
     settings: dict[str, Any]
@@ -86,10 +84,8 @@ class Manifest(Record):
     end_of_text_id: int
     train: SplitCounts
     validation: SplitCounts
-    sizes: dict[str, int]
-    """Bytes of each file."""
     sha256: dict[str, str]
-    """Hash of each file."""
+    """SHA-256 of each file."""
     train_files: tuple[str, ...] = (TRAIN_NAME,)
     """Names of the files of training tokens, in their order; of data without text there are no such
     files."""
@@ -314,17 +310,13 @@ def gather(tokens: FileArray, starts: np.ndarray, length: int) -> Tensor:
 
 
 def open_tokens(folder: Path | str) -> TokenStore:
-    """Open a folder of tokens; check the sizes of its files, but not their content.
-
-    Raises:
-        UserError: If the folder is missing, incomplete or damaged.
-    """
+    """Open a folder of tokens and verify its files, see `verify_data`."""
     folder = Path(folder)
-    manifest = checked_manifest(folder)
+    manifest = verify_data(folder)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     train = FileArray([folder / name for name in manifest.train_files], dtype)
     validation = FileArray([folder / VALIDATION_NAME], dtype)
-    if VALIDATION_TARGETS_NAME not in manifest.sizes:
+    if VALIDATION_TARGETS_NAME not in manifest.sha256:
         return TokenStore(folder, manifest, train, validation)
     is_target = np.dtype(np.bool_)
     train_targets = FileArray(
@@ -372,7 +364,6 @@ def finish_folder(
         end_of_text_id=end_of_text_id(tokenizer),
         train=train or SplitCounts(),
         validation=validation or SplitCounts(),
-        sizes={name: (folder / name).stat().st_size for name in sha256},
         sha256=sha256,
         train_files=tuple(train_files),
         texts=dict(texts or {}),
@@ -385,45 +376,41 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def checked_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a folder, and check that its files have the sizes in it.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder; no other file is looked at.
 
     Raises:
-        UserError: If the folder is missing or of another version.
-        DamagedFile: If a file is missing or has another size.
+        UserError: If the folder is missing.
+        DamagedFile: If the manifest is not what was written.
     """
     manifest = Manifest.read(folder / MANIFEST_NAME)
     if manifest is None:
         raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
-    if manifest.format != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} was written by another version of the program; delete it and run "
-            "`iiet-orch prepare` again"
-        )
-    for name, size in manifest.sizes.items():
-        file = folder / name
-        if not file.is_file():
-            raise damaged(folder, f"{name} is missing")
-        if file.stat().st_size != size:
-            raise damaged(folder, f"{name} has {file.stat().st_size} bytes instead of {size}")
-    for text_folder in manifest.text_folders(folder).values():
-        checked_manifest(text_folder)
     return manifest
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a folder holds data whose files have the sizes in the manifest."""
-    try:
-        checked_manifest(folder)
-    except UserError:
-        return False
-    return True
+    """Return whether there is such a folder, and one of each text of a mixture.
+
+    A folder gets its name when all of its files are written; they are not verified here.
+
+    Raises:
+        DamagedFile: If a manifest is not what was written.
+    """
+    manifest = Manifest.read(folder / MANIFEST_NAME)
+    return manifest is not None and all(map(is_complete, manifest.text_folders(folder).values()))
 
 
-def verify_data(folder: Path, *, always: bool = False, remember: bool = False) -> None:
-    """Raise a `DamagedFile` if a file's content has changed; see `files.damaged_file`."""
-    manifest = checked_manifest(folder)
+def verify_data(folder: Path, *, always: bool = False, remember: bool = False) -> Manifest:
+    """Verify the content of a folder's files, see `files.damaged_file`; return its manifest.
+
+    Raises:
+        UserError: If the folder is missing.
+        DamagedFile: If a file is missing or has changed.
+    """
+    manifest = read_manifest(folder)
     for text_folder in manifest.text_folders(folder).values():
         verify_data(text_folder, always=always, remember=remember)
     if damage := damaged_file(folder, manifest.sha256, always=always, remember=remember):
         raise damaged(folder, damage)
+    return manifest
