@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from operator import attrgetter
 from typing import Self, get_args
 
@@ -260,8 +259,6 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
     if sweep.asha and sweep.seeds:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
-    if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
-        yield "search.sampler: it needs scipy; run `pip install scipy`, or set nsga2 or tpe"
 
 
 def _of_elastic_sweep(settings: Settings) -> Iterator[str]:

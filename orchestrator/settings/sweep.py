@@ -205,10 +205,5 @@ class SearchSettings(Section):
     """Most schedules, with any count in any layer, to try after those of the threshold sweep."""
     objective: Literal["accuracy", "bits_per_byte", "validation_loss"] = "accuracy"
     """Quality to optimize together with the number of evaluations."""
-    sampler: Literal["nsga2", "tpe", "gp"] = "nsga2"
-    """Optuna's sampler: the genetic one, the tree-structured Parzen estimator, or Gaussian
-    processes, which take seconds per suggestion."""
-    population_size: StrictInt = Field(default=8, ge=2)
-    """Schedules of one generation of `nsga2`."""
     seed: StrictInt = Field(default=0, ge=0, le=MAX_SEED)
-    """Seed of the sampler."""
+    """Seed of Optuna's sampler."""

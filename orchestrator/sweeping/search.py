@@ -1,4 +1,4 @@
-"""Search free schedules, any number of corrections in any layer, with Optuna's samplers.
+"""Search free schedules, any number of corrections in any layer, with Optuna.
 
 The study is stored in the sweep's folder, where `optuna-dashboard` can open it. The students of the
 family enter it as finished trials. A suggestion that is known already is closed at once, so that it
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -30,8 +29,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_named, damaged
 
 STUDY_FILE = "optuna.journal"
-GENERATION = "NSGAIISampler:generation"
-"""Attribute without which NSGA-II ignores a trial that is added."""
 MAX_DUPLICATES = 20
 """After this many known points in a row, an unknown one is tried instead of the sampler's."""
 
@@ -144,7 +141,10 @@ class ScheduleSearch:
                 load_if_exists=True,
             )
             self._take_over(study)
-            study.sampler = _sampler(self._settings, self._num_family, len(study.trials))
+            # Optuna's default sampler, with a seed, so that the same search suggests the same. A
+            # search that goes on takes another seed; the same one would suggest the same again.
+            seed = (self._settings.seed + len(study.trials)) % (MAX_SEED + 1)
+            study.sampler = optuna.samplers.TPESampler(seed=seed)
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
                 study.tell(stored.number, state=TrialState.FAIL)
             self._study = study
@@ -192,7 +192,6 @@ class ScheduleSearch:
             return
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         entered = {self._schedule(stored) for stored in complete}
-        newest = max((stored.system_attrs.get(GENERATION, 0) for stored in complete), default=0)
         for schedule, trial in self._trials.items():
             result = results.get(trial.key)
             values = self._values(result) if result else None
@@ -202,7 +201,6 @@ class ScheduleSearch:
                         params=self._point(schedule),
                         distributions=self._space,
                         values=values,
-                        system_attrs={GENERATION: newest},
                     )
                 )
 
@@ -237,21 +235,6 @@ class ScheduleSearch:
                 yield
         except (AssertionError, OptunaError) as error:
             raise damaged(self._path, repr(error)) from None
-
-
-def _sampler(
-    settings: SearchSettings, num_family: int, num_before: int
-) -> optuna.samplers.BaseSampler:
-    # A sampler that starts again with the same seed would suggest the same again.
-    seed = (settings.seed + num_before) % (MAX_SEED + 1)
-    if settings.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=settings.population_size, seed=seed)
-    with warnings.catch_warnings():  # Optuna 4 calls both experimental; Optuna 5 has them as here.
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        if settings.sampler == "gp":
-            return optuna.samplers.GPSampler(n_startup_trials=num_family, seed=seed)
-        # Layer by layer, it would suggest the ends of the front again and again.
-        return optuna.samplers.TPESampler(n_startup_trials=num_family, multivariate=True, seed=seed)
 
 
 def _layer_name(layer: int) -> str:

@@ -105,7 +105,7 @@ def test_a_search_continues_from_the_family(workspace):
     def trained() -> set[Path]:
         return set(workspace.trials.glob("*/done.json"))
 
-    options = ("search.num_trials=2", "search.population_size=2")
+    options = ("search.num_trials=2",)
     run(workspace, "toy")
     before = trained()
     assert "2 more of 27" in plan(*options)

@@ -133,7 +133,7 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
     (workspace.sweeps / "copy" / PLAN_FILE).unlink()
     for names, reason in (
         ([tiny_plan.name, "copy"], "measures one sweep; got 2"),
-        (["copy"], r"copy has no plan\.json; delete .*times\.json"),
+        (["copy"], r"copy has lost its plan\.json"),
     ):
         with pytest.raises(UserError, match=f"--time-again:? {reason}"):
             report(workspace=workspace, sweeps=names, time_again=True)
