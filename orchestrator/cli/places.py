@@ -241,6 +241,7 @@ def init(
     )
     from orchestrator.workspace.files import write_text
 
+    notes: list[str] = []
     if (data is not None) + (hub is not None) + (source is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
     if source is not None:
@@ -258,11 +259,13 @@ def init(
         call.set("data.files", data)
         settings = starting_settings(size or "tiny", call.options)
         if settings.data.source == "files":
-            from orchestrator.data.text import find_files, read_file
+            from orchestrator.data.text import TEXT_SUFFIXES, find_files, read_file, unread_note
 
             for path in find_files(settings.data):
-                if path.suffix == ".txt":  # Raises if it is not text.
+                if path.suffix in TEXT_SUFFIXES:  # Raises if it is not text.
                     next(read_file(path, settings.data.text_field), None)
+            if unread := unread_note(settings.data):
+                notes.append(unread)
         chosen_tokenizer = settings.data.tokenizer
         if chosen_tokenizer != "train" and not chosen_tokenizer.startswith("hub:"):
             from orchestrator.models.tokenizer import load_tokenizer
@@ -277,4 +280,5 @@ def init(
     if file.exists() and not (force and file.is_file()):
         raise UserError(f"{file} exists; give another name, or replace a file with --force")
     write_text(file, text)
-    return call.answer({}, [f"written: {file}", f"next: iiet-orch sweep {file} --dry-run"])
+    notes += [f"written: {file}", f"next: iiet-orch sweep {file} --dry-run"]
+    return call.answer({}, notes)

@@ -32,7 +32,7 @@ from orchestrator.data.store import (
     token_dtype,
     verify_data,
 )
-from orchestrator.data.text import find_files, source_state, text_source
+from orchestrator.data.text import find_files, source_state, text_source, unread_note
 from orchestrator.data.tokenize import (
     TOKENIZER_CHARACTERS,
     OpenRunner,
@@ -154,7 +154,9 @@ def _summary(folder: Path, settings: DataSettings) -> str:
     cuts = ""
     if settings.source in ("python", "files", "hub") and settings.passage_characters is not None:
         cuts = f"; long ones are cut by data.passage_characters={settings.passage_characters}"
-    return f"{origin}{data.describe()}, vocabulary {data.vocab_size:,}{cuts}"
+    unread = unread_note(settings)
+    others = f"; {unread}" if unread else ""
+    return f"{origin}{data.describe()}, vocabulary {data.vocab_size:,}{cuts}{others}"
 
 
 # Find

@@ -4,10 +4,10 @@ A source has shards, which threads share; a shard gives its documents always in 
 The split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
 
 A record of a `.jsonl` or `.parquet` file is a document; one of a `.jsonl` file may be a prompt with
-its completion, of which the completion alone is learned. A `.txt` file is split at `<|endoftext|>`
-marks if it has any; otherwise at blank lines, if most blocks are a short title line followed by
-text; otherwise the whole file is one document. Local files are read directly: the `datasets`
-library reads JSON in blocks, which do not tell the line of an error.
+its completion, of which the completion alone is learned. A file of text (`.txt`, `.md`, `.rst`) is
+split at `<|endoftext|>` marks if it has any; otherwise at blank lines, if most blocks are a short
+title line followed by text; otherwise the whole file is one document. Local files are read
+directly: the `datasets` library reads JSON in blocks, which do not tell the line of an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import io
 import json
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ from orchestrator.models.folder import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from orchestrator.models.hub import is_hub_name, require_hub
 from orchestrator.models.tokenizer import ModelTokenizer, tokenizer_path
 from orchestrator.settings import DataSettings
+from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError, quoted, shortened
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.provenance import content_key
@@ -39,7 +41,9 @@ DOCUMENT_MARK = "<|endoftext|>"
 TITLE_CHARACTERS = 100
 ASSUMED_BYTES_PER_DOCUMENT = 4000
 """Mean size of a document of the hub, assumed without a request."""
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+MAX_ENDINGS_SHOWN = 5
 PACKAGES_TO_DECOMPRESS = {".zst": "zstandard", ".lz4": "lz4"}
 """Packages that the `datasets` library imports for compressed files."""
 HOLDS_NUL = "it holds NUL bytes, so it is UTF-16 or no text at all; convert it to UTF-8 first"
@@ -339,6 +343,35 @@ def find_files(settings: DataSettings) -> list[Path]:
     return sorted(all_files)
 
 
+def unread_note(settings: DataSettings) -> str | None:
+    """Say which files of the folders in `data.files` are not read for their endings; None if all
+    are. Hidden files do not count.
+
+    Raises:
+        UserError: If a file or folder does not exist.
+    """
+    if settings.source == "mixture" and "files" in settings.texts:
+        settings = settings.texts["files"]
+    if settings.source != "files":
+        return None
+    read = set(find_files(settings))
+    unread: set[Path] = set()
+    for pattern in settings.files:
+        folder = Path.cwd() / expand_user(pattern)
+        for file in folder.rglob("*") if folder.is_dir() else ():
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.is_file() and not is_hidden and file.resolve() not in read:
+                unread.add(file.resolve())
+    if not unread:
+        return None
+    num_by_ending = Counter(file.suffix or "without an ending" for file in unread)
+    shown = [f"{name} {number:,}" for name, number in num_by_ending.most_common(MAX_ENDINGS_SHOWN)]
+    if len(num_by_ending) > MAX_ENDINGS_SHOWN:
+        shown.append("...")
+    files = format_count(len(unread), "other file is", "other files are")
+    return f"{files} not read ({', '.join(shown)})"
+
+
 def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
     """Yield the pieces of a file that threads can read apart: first, end and bytes.
 
@@ -377,7 +410,7 @@ def read_file(
     position = first
     line = b""
     try:
-        if path.suffix == ".txt":
+        if path.suffix in TEXT_SUFFIXES:
             text = path.read_text(encoding="utf-8-sig")
             if "\0" in text:
                 raise RecordError(HOLDS_NUL)
@@ -549,7 +582,7 @@ def record_text(record: Any, text_field: str) -> str:
 
 
 def split_text_file(text: str) -> list[str]:
-    """Return the documents of a `.txt` file; see the module's docstring for the rule."""
+    """Return the documents of a file of text; see the module's docstring for the rule."""
     text = text.replace("\r\n", "\n")
     if DOCUMENT_MARK in text:
         return text.split(DOCUMENT_MARK)

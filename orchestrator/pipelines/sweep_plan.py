@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field
 
 from orchestrator.data.preparation import expected_tokens
+from orchestrator.data.text import unread_note
 from orchestrator.evaluation.tasks import needs_lm_eval
 from orchestrator.pipelines.influence import InfluencePlan
 from orchestrator.pipelines.training import TrainingPlan
@@ -203,6 +204,8 @@ class SweepPlan(Result):
         sweep = self.placed.sweep
         suite = self.trials.trials[0].suite
         notes = [*trial_plans.plan_sentences(self.trials, sweep, self.states), *self.gaps]
+        if unread := unread_note(self.settings.data):
+            notes.append(unread)
         notes += self._training_notes()
         prices = self.control_prices
         sentences = self.retrofit.sentences if self.retrofit else {}

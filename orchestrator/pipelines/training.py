@@ -28,6 +28,7 @@ from orchestrator.data.preparation import (
     tokens_folder_of,
 )
 from orchestrator.data.preparation import prepare as prepare_tokens
+from orchestrator.data.text import unread_note
 from orchestrator.models.folder import is_checkpoint, load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.open import open_model
@@ -113,6 +114,8 @@ class TrainingPlan(Result):
     workspace: Workspace
     tokens: ExpectedTokens | None = None
     """Tokens of a pretraining, prepared or not."""
+    unread: str | None = None
+    """Which files beside those of the text are not read, if there are any."""
     name: str | None = None
     """Name of a single run's folder, if one was given."""
     is_continued: bool = False
@@ -270,6 +273,7 @@ class TrainingPlan(Result):
             workers = format_count(devices.num_workers, "GPU" if devices.on_gpus else "CPU worker")
             rows = [
                 *training_rows(training, self.tokens),
+                *([("other files", self.unread)] if self.unread else []),
                 *self._source_rows,
                 *([("dropped layers", self._dropped_text)] if self.layers else []),
                 ("state", self.state(label)),
@@ -409,6 +413,8 @@ def plan_pretrain(
         tokens = find_prepared(settings.data, space.tokens)
     models = {settings.model.method: settings}
     options: dict[str, Any] = {"name": name, "local": local, "mfu": mfu, **source_options}
+    if earlier is None:
+        options["unread"] = unread_note(settings.data)
     return plan_models(models, space, tokens, earlier=earlier, **options)
 
 

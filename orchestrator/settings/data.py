@@ -101,8 +101,8 @@ class DataSettings(Section):
     `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, and depth tasks. Shares sum
     to 1 and are rounded to thousandths."""
     files: tuple[str, ...] = ()
-    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`) or `.parquet`
-    files; a folder means all such files in it and below it."""
+    """Paths or glob patterns of `.txt`, `.md`, `.rst`, `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`) or
+    `.parquet` files; a folder means all such files in it and below it."""
     hub_name: str = ""
     """For `source: hub`: name of a data set on the hub, such as `cerebras/SlimPajama-627B`, or a
     folder that the `datasets` library can read."""
@@ -118,8 +118,9 @@ class DataSettings(Section):
     """Read at most this many documents (default: all)."""
     passage_characters: StrictInt | None = Field(default=None, ge=100, le=MAX_COUNT)
     """Cut each document of more than twice this many characters, such as a book, at ends of
-    paragraphs into passages of at least this many. A passage is a document of its own: it ends with
-    the end-of-text token, and may be held out (default: documents stay whole)."""
+    paragraphs into passages of this many or somewhat more; the last one has the rest. A passage
+    is a document of its own: it ends with the end-of-text token, and may be held out (default:
+    documents stay whole)."""
     validation_fraction: StrictFloat = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"

@@ -24,6 +24,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Some text.")
+    (tmp_path / "text" / "b.pdf").touch()
     return tmp_path
 
 
@@ -88,6 +89,7 @@ def test_init_writes_a_valid_commented_file(size, tmp_path, capsys):
     options = ["--data", "text", "--size", size, "--steps", "2000", "--gpus", "1"]
     printed = _printed(capsys, "config", "init", "mine.yaml", *options)
     assert "next: iiet-orch sweep mine.yaml --dry-run" in printed
+    assert "1 other file is not read (.pdf 1)" in printed
     settings = read_settings(tmp_path / "mine.yaml")
     assert (settings.data.source, settings.data.files) == ("files", ("text",))
     assert (settings.model.preset, settings.training.num_steps) == (size, 2000)

@@ -14,6 +14,8 @@ from sample_texts import lines_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.store import open_tokens, verify_data
+from orchestrator.data.text import unread_note
+from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
 from orchestrator.workspace.errors import DamagedFile, UserError
@@ -57,6 +59,25 @@ def test_the_summary_says_how_many_files_gave_the_documents_and_what_cut_them(wo
     lines = progress.summaries
     assert all(line.startswith("1 file gave 200 documents, ") for line in lines)
     assert ["data.passage_characters=100" in line for line in lines] == [False, False, True]
+
+
+def test_files_that_are_not_read_are_counted_by_their_endings(workspace, settings, tmp_path):
+    names = ("b.html", "deeper/c.html", "d.pdf", "README", ".hidden/e.html", ".f.html")
+    for name in names:
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).touch()
+    (tmp_path / "a.txt").rename(tmp_path / "texts" / "a.txt")
+    folder = settings.model_copy(update={"files": (str(tmp_path / "texts"),)})
+    note = "4 other files are not read (.html 2, .pdf 1, without an ending 1)"
+    progress = KeptProgress()
+    prepare(folder, workspace, progress)
+    assert progress.summaries[0].endswith(note)
+    assert plan_pretrain(Settings(data=folder), workspace=workspace).unread == note
+    assert note in plan_sweep(Settings(data=folder), workspace=workspace).notes
+    mixture = {"source": "mixture", "shares": {"files": 0.9, "phop_2": 0.1}}
+    assert unread_note(folder.model_copy(update=mixture)) == note
+    named = {"files": (str(tmp_path / "texts" / "*.txt"),)}
+    assert unread_note(folder.model_copy(update=named)) is None, "who names files wants these"
 
 
 @pytest.mark.slow

@@ -57,7 +57,9 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         file.write(lines)
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+    for name in ("a.md", "a.rst"):
+        (tmp_path / name).write_text("<|endoftext|>".join(expected))
+    for name in ("a.txt", "a.md", "a.rst", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
         assert texts(files(tmp_path / name, text_field="body")) == expected, name
     (tmp_path / "b.jsonl").write_text('{"text": " bad \\ud800 half "}\n{"text": " "}')
     assert texts(files(tmp_path / "b.jsonl")) == ["bad ? half"]
@@ -99,7 +101,7 @@ def test_titled_blocks_are_documents_and_a_book_is_cut_at_paragraph_ends_if_aske
 
 def test_names_folders_and_patterns(tmp_path):
     (tmp_path / "corpus" / "deeper").mkdir(parents=True)
-    for name in ("a[1].txt", "deeper/b.jsonl", "notes.md"):
+    for name in ("a[1].txt", "deeper/b.jsonl", "notes.html"):
         (tmp_path / "corpus" / name).write_text(f'{{"text": "{name}"}}')
     first = tmp_path / "corpus" / "a[1].txt"
     second = tmp_path / "corpus" / "deeper" / "b.jsonl"
