@@ -92,7 +92,7 @@ CONFIG = {
 }
 
 TRIAL = "trial"
-FULL_MODEL = "full model"
+TEACHER = "teacher"
 BASELINE = "baseline"
 STAR = "M0,-1L.24,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31L-.24,-.32Z"
 CROSS = "M-1,-1L1,1M1,-1L-1,1"
@@ -227,7 +227,7 @@ def front_chart(
     paper = [_paper_place(front, placed) if mark_paper else None for placed in fronts]
 
     sweeps = front.sweeps
-    groups = [*(sweeps or [TRIAL]), FULL_MODEL, BASELINE]
+    groups = [*(sweeps or [TRIAL]), TEACHER, BASELINE]
     colors = [*islice(cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
     shapes = [*islice(cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
     if mark_paper and front.axes.quality_metric.is_percent:
@@ -319,7 +319,7 @@ def front_chart(
         "low": "datum.y - datum.error",
         "high": "datum.y + datum.error",
         "is_member": "indexof(datum.members, pair) >= 0",
-        "is_full": f"datum.group == '{FULL_MODEL}'",
+        "is_full": f"datum.group == '{TEACHER}'",
         "is_baseline": f"datum.group == '{BASELINE}'",
         "is_bold": "datum.is_member || datum.is_full || datum.is_baseline",
         "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : '{PAPER}'",
@@ -458,7 +458,7 @@ def _front_data(
             if point not in named and (len(placed.members) <= MAX_NAMES or key in picks):
                 names[key] = labels[key]
             named.add(point)
-        if knee := placed.picks.get("knee"):
+        if knee := placed.named_picks.get("knee"):
             marks[knee["key"]]["knees"].append(pair)
             names[knee["key"]] += " (knee)"
         beside_front = [
@@ -470,7 +470,7 @@ def _front_data(
             places = place_names(placed, names, (width, height), paper[pair])
             for key, marks_of_model in marks.items():
                 marks_of_model["places"].append(places.get(key, -1))
-    groups = {"teacher": FULL_MODEL, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
+    groups = {"teacher": TEACHER, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
     drawn_rows = []
     for row in rows:
         key = row["key"]
@@ -483,7 +483,7 @@ def _front_data(
             | {"color": color, **marks[key], "tip": _tooltip(row), "key": key}
         )
     # Trials first, so that full models and baselines are drawn above them.
-    return sorted(drawn_rows, key=lambda row: row["group"] in (FULL_MODEL, BASELINE))
+    return sorted(drawn_rows, key=lambda row: row["group"] in (TEACHER, BASELINE))
 
 
 def place_names(

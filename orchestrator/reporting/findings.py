@@ -59,7 +59,7 @@ def findings(front: Front) -> list[str]:
     if cheaper is not None and confidence is not None and has_meaningful_shares:
         sentences.append(_how_sure(front, full, cheaper, confidence))
     for name, pick in (("knee of the front", "knee"), ("best model", "best")):
-        row = front.picks.get(pick)
+        row = front.named_picks.get(pick)
         if row is not None and row is not cheaper and row is not full:
             description = describe_model(front, row, with_share=has_meaningful_shares)
             sentences.append(f"The {name} is {description}.")

@@ -169,8 +169,8 @@ def reason_against_accuracy(
             num_right += round(result.metrics[result.accuracy_metric] * result.num_items)
     if num_right < MIN_RIGHT_ANSWERS:
         return (
-            f"Quality is bits per byte, because the full model ({full.name}) answers {num_right} "
-            f"of {evaluation.num_accuracy_items:,} items right, too few to tell models apart by "
+            f"Quality is bits per byte, because {full.name} answers {num_right} of "
+            f"{evaluation.num_accuracy_items:,} items right, too few to tell models apart by "
             f"their accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
         )
 
@@ -300,6 +300,15 @@ class Front:
         knee = max(self.members, key=above_chord)
         return {"knee": knee, **picks} if above_chord(knee) > 1e-12 else picks
 
+    @property
+    def named_picks(self) -> dict[str, Row]:
+        """The picks that tables and pictures name: without a knee that keeps less than demanded."""
+        picks = dict(self.picks)
+        share = self.share_of_full(picks["knee"]) if "knee" in picks else None
+        if share is not None and share < self.demanded_share:
+            del picks["knee"]
+        return picks
+
     @cached_property
     def sweeps(self) -> list[str]:
         """The sweeps of the models; empty if all are from one."""
@@ -354,7 +363,7 @@ class Front:
             return f"beats {num_beaten} ●" if num_beaten else ""
         if not row["on_front"]:
             return ""
-        return " ".join(["●", *(name for name, pick in self.picks.items() if pick is row)])
+        return " ".join(["●", *(name for name, pick in self.named_picks.items() if pick is row)])
 
     def on(self, axes: FrontAxes) -> Front:
         """Return the same models on other axes, with the confidences that hold there, too.

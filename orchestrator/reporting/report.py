@@ -168,7 +168,7 @@ def _report_of_several(
 
 
 def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | None) -> str:
-    """Return data, model, tokens and date of a sweep, as far as they are known, or its name."""
+    """Return name, data, model, tokens and date of a sweep, as far as they are known."""
     settings = sweep.facts.get(SETTINGS_TITLE, {})
     data = ""
     for setting in ("data.depth.tasks", "data.hub_name", "data.files", "data.source"):
@@ -188,4 +188,4 @@ def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | Non
     if times:
         ended = datetime.fromtimestamp((times[1] or times[0]) / 1000, UTC)
         parts.append(f"{ended.day} {ended:%B %Y}")
-    return ", ".join(filter(None, parts))
+    return f"{sweeps_text([sweep])}: {', '.join(filter(None, parts))}"

@@ -380,10 +380,10 @@ STUDENT_CHARTS = {
 }
 """Title -> metric; the report shows the first chart that has a curve. Short trainings are validated
 too rarely for the first one."""
-BASELINE_CHART = "Validation loss of full model and baselines"
+BASELINE_CHART = "Validation loss of teacher and baselines"
 ACCURACY_CHARTS = (
     "Validation accuracy while training",
-    "Validation accuracy of full model and baselines",
+    "Validation accuracy of teacher and baselines",
 )
 """Titles for the students, and for the others; only where data have answers."""
 MAX_CURVE_POINTS = 400

@@ -48,18 +48,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LEGEND = (
-    "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
+    "Star: teacher. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
     "Bars: one standard error. Line: the best quality at each cost budget, without baselines."
 )
 PAPER_LEGEND = (
     f"Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
-    f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this full model."
+    f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this teacher."
 )
-TABLE_LEGEND = (
-    "of full: quality as a share of the full model's; ●: on the front; knee: farthest above the "
-    "line from cheapest to best"
-)
-"""What a terminal says of the table's columns."""
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
     "a layer's last one backwards."
@@ -160,7 +155,7 @@ class ReportResult(Result):
     def brief(self) -> list[Section]:
         """Return the sections that a terminal shows: the front and its findings, claims."""
         table = models_table(self.front, self.title, has_overhead=bool(self.claims))
-        notes = [*self.sentences, *([TABLE_LEGEND] if self.front.members else [])]
+        notes = [*self.sentences, *table_legend(self.front)]
         front = Section(tables=[table], notes=notes, data=front_values(self.front))
         return [front, claims_section(self.claims, CLAIMS_TITLE)] if self.claims else [front]
 
@@ -169,8 +164,8 @@ class ReportResult(Result):
         relative."""
         front = self.front
         headline, *other_sentences = self.sentences
-        counts = f"{len(front.rows)} models, {len(front.members)} on the front"
-        sections = [Section(sentences=[headline, f"{sweeps_text(self.sweeps)}: {counts}."])]
+        counts = f"{len(front.rows)} models, {len(front.members)} on the front."
+        sections = [Section(sentences=[headline, f"{names_explained(front)} {counts}"])]
         if front.rows:
             fronts = menu_fronts(front)
             mark_paper = any(claim.paper and claim.number == 3 for claim in self.claims)
@@ -217,7 +212,7 @@ class ReportResult(Result):
         return sections + [replace(section, is_folded=True) for section in folded]
 
     def _influence_section(self, influence: InfluenceTable) -> Section:
-        knee = self.front.picks.get("knee")
+        knee = self.front.named_picks.get("knee")
         chart = influence_chart(
             influence.value_rows,
             metric=influence.metric,
@@ -260,6 +255,32 @@ def sentences_of(front: Front, notes: Sequence[str]) -> tuple[str, ...]:
     """Return what a front says in one sentence, the notes, then the other findings."""
     headline, *further_findings = findings(front)
     return (headline, *notes, *further_findings)
+
+
+def names_explained(front: Front) -> str:
+    """Return what the names of models and NFE are, in one line."""
+    members_first = sorted(front.rows, key=lambda row: (not row["on_front"], -row["cost"]))
+    schedules = [
+        row["label"] for row in members_first if row["label"] == row["trial"].schedule_text
+    ]
+    nfe = "NFE counts the runs of layers per token"
+    if not schedules:
+        return f"{nfe}."
+    name = schedules[0]
+    layers = " (0*12: 12 layers without)" if "*" in name else ""
+    return f"A name such as {name} counts the corrections of each layer{layers}; {nfe}."
+
+
+def table_legend(front: Front) -> list[str]:
+    """Return what a terminal says of the table's columns; nothing without a front."""
+    if front.full is None or not front.members:
+        return []
+    full = front.full["label"]
+    knee = "; knee: farthest above the line from cheapest to best"
+    return [
+        f"of {full}: how much of its quality is kept; ●: on the front"
+        f"{knee if 'knee' in front.named_picks else ''}"
+    ]
 
 
 def sweeps_text(sweeps: Sequence[StoredSweep]) -> str:

@@ -172,7 +172,9 @@ def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -
     columns.append((Column(axes.quality_metric.heading), lambda row: quality_text(front, row)))
     if axes.quality != BITS_PER_BYTE:
         add_number(5, BITS_PER_BYTE)
-    columns.append((Column("of full", 2), share_of_full))
+    columns.append(
+        (Column(f"of {front.full['label'] if front.full else 'full'}", 2), share_of_full)
+    )
     columns.append((Column(f"vs {full}", 6), difference))
     columns.append((Column("retention", 1, is_text=True), retention))
     columns.append((Column("lost against source", 7, is_text=True), lost))

@@ -15,9 +15,9 @@ from sample_trials import sample_front, sample_trial
 
 from orchestrator.reporting.charts import (
     BASELINE,
-    FULL_MODEL,
     NAME_WIDTHS,
     PAPER_MARK,
+    TEACHER,
     Spec,
     curves_chart,
     front_chart,
@@ -78,7 +78,7 @@ def test_the_subtitle_says_whose_line_it_is(sample_results):
 def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     front = sample_front(sample_results)
     svg = drawn(front_chart(front, title="Toy", mark_paper=True))
-    assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= texts_in(svg)
+    assert {"Toy", "trial", TEACHER, BASELINE, PAPER_MARK} <= texts_in(svg)
     names = names_in(svg)
     assert {"0,1,1,1,1,1 (knee)", "0,0,0,0,0,0", "vanilla", "teacher"} <= set(names)
     off_front = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
@@ -180,7 +180,7 @@ def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results):
     half = [result for result in sample_results if result.role == "trial"][::2]
     sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
     svg = drawn(front_chart(sample_front(sample_results, sweep_of=sweep_of)))
-    assert {"first", "second", FULL_MODEL} <= texts_in(svg)
+    assert {"first", "second", TEACHER} <= texts_in(svg)
     steps = re.findall(r'<path d="M[^"]*L[^"]*" stroke="#\w+" stroke-width="([\d.]+)"', svg)
     assert steps == ["2"], "one line: the front of all"
 

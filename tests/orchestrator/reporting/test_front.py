@@ -17,6 +17,7 @@ from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
 from orchestrator.records.trial import Role, Trial
+from orchestrator.reporting.charts import front_chart
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
     Front,
@@ -123,6 +124,18 @@ def test_picks():
     front = sample_front([lacking, unsure, result(6, 0.5)])
     assert {row["key"] for row in front.unmeasured} == {"x", unsure.key}
     assert places(front) == [(6, 0.5)]
+
+
+@pytest.mark.parametrize(("accuracy", "is_named"), [(0.49, False), (0.4951, True)])
+def test_a_knee_that_keeps_less_than_demanded_is_not_named(accuracy, is_named):
+    front = front_of((6, 0.30), (8, accuracy), (24, 0.50), teacher=(24, 0.50))
+    knee = front.picks["knee"]
+    assert knee["cost"] == 8, "it can be picked"
+    assert ("knee" in front.verdict(knee)) == is_named
+    assert not any("knee" in sentence for sentence in findings(front))
+    rows = front_chart(front)["data"]["values"]
+    named = [row["key"] for row in rows if 0 in row["knees"]]  # On the first pair of axes.
+    assert (knee["key"] in named) == is_named
 
 
 def test_the_share_of_a_loss_is_inverted():

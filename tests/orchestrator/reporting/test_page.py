@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from browser import BROWSER, page_text
+from refusals import assert_names
 from sample_trials import sample_front
 
 from iiet.pruning import InfluenceTable
@@ -18,7 +19,7 @@ from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sections import chart_scripts, render_page, sort_value
-from orchestrator.reporting.sweep_report import ReportResult
+from orchestrator.reporting.sweep_report import ReportResult, names_explained
 from orchestrator.terminal.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
@@ -68,6 +69,14 @@ def test_the_page_needs_no_network(front):
     assert page == page_of(front), "the same results give the same bytes"
 
 
+def test_a_line_below_the_headline_says_what_names_and_nfe_are(front):
+    shown = re.sub(r"<[^>]+>", " ", page_of(front).partition('class="chart"')[0])
+    headline, _, line = shown.partition("The headline.")
+    assert "toy" in headline
+    assert_names(line, "A name such as 3,2,2,1,1,1 counts the corrections of each layer", "NFE")
+    assert names_explained(sample_front([])).startswith("NFE")
+
+
 def test_text_from_outside_cannot_become_markup(sample_results):
     bad = "</script><script>alert(1)</script>"
     renamed = sample_results[1].model_copy(update={"label": bad})
@@ -100,7 +109,7 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
     titles = re.findall(
         r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', page.partition("</thead>")[0]
     )
-    assert titles == ["schedule", "sweep", "NFE", "accuracy %", "of full", "front"]
+    assert titles == ["schedule", "sweep", "NFE", "accuracy %", "of teacher", "front"]
     for cells in (["900 B", "6 KiB", "1.5 MiB", "1 GiB"], ["8.6 K", "340 M", "1.34 B"]):
         assert sorted(cells, key=lambda text: float(sort_value(text))) == cells
 
@@ -151,4 +160,4 @@ def test_a_browser_draws_front_and_curves(sample_results, tmp_path):
     assert widths.count("2") == 1, "the front of all"
     assert widths.count("1.8") == 2, "two curves"
     assert dom.count("<select") == 2, "menus of the axes"
-    assert {"first", "second", "full model"} <= set(re.findall(r"<text[^>]*>([^<]*)<", dom))
+    assert {"first", "second", "teacher"} <= set(re.findall(r"<text[^>]*>([^<]*)<", dom))

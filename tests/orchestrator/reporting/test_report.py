@@ -102,7 +102,7 @@ def test_files_are_written_and_read_back_without_the_trials(workspace, sweep):
     rewritten = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in rewritten.files} == before
 
-    assert written.title.startswith("phop_3, iiet 3,3,3,3,3,3, ")
+    assert written.title.startswith("Sweep toy: phop_3, iiet 3,3,3,3,3,3, ")
     # Other axes get their own folder.
     on_other_axes = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
     assert on_other_axes.folder == written.folder / "perplexity-ms"
