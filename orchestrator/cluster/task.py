@@ -29,7 +29,7 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
 
 T = TypeVar("T")
 AnswerT = TypeVar("AnswerT")
@@ -60,6 +60,28 @@ def joined_cluster(
     with ray_cluster(cluster, folder=folder, say=progress.start) as resources:
         check(resources)
         yield
+
+
+def lack_of_resources(
+    cluster: ClusterSettings, check: Callable[[Resources | None], None]
+) -> str | None:
+    """Return why the cluster that the settings name, or this machine, lacks what a check asks for;
+    None if it has that.
+
+    A cluster is joined for it, as a run joins it, but nothing is written to the workspace.
+
+    Args:
+        check: Raises `UserError` if there are too few CPUs or GPUs; takes None for this machine.
+    """
+    try:
+        if cluster.ray_address == LOCAL:
+            check(None)
+        else:
+            with ray_cluster(cluster) as resources:
+                check(resources)
+    except (UserError, RunFailed) as error:
+        return str(error)
+    return None
 
 
 # Shards of text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
+from orchestrator.cluster.task import lack_of_resources
 from orchestrator.data.preparation import expected_tokens
 from orchestrator.data.text import unread_note
 from orchestrator.evaluation.tasks import needs_lm_eval
@@ -192,11 +193,18 @@ class SweepPlan(Result):
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
-        """Place -> why the trainings do not fit there; None if they do. First this machine."""
-        check = partial(check_devices, self.placed, pretrains=bool(self.pretraining_left))
-        address = self.settings.cluster.ray_address
-        root = self.workspace.root
-        return find_problems(self.trainings_left, self.price.disk, root, address, check)
+        """Place -> why the trainings do not fit there; None if they do."""
+        lack = None
+        if self.trainings_left:
+            check = partial(check_devices, self.placed, pretrains=bool(self.pretraining_left))
+            lack = lack_of_resources(self.settings.cluster, check)
+        return find_problems(
+            self.trainings_left,
+            self.price.disk,
+            self.workspace.root,
+            self.settings.cluster.ray_address,
+            lack,
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pydantic import Field, field_serializer
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
-from orchestrator.cluster.task import job_runner, joined_cluster, shard_runner
+from orchestrator.cluster.task import job_runner, joined_cluster, lack_of_resources, shard_runner
 from orchestrator.data.preparation import (
     ExpectedTokens,
     expected_tokens,
@@ -46,6 +46,7 @@ from orchestrator.reporting.command_tables import price_rows, training_rows
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
@@ -206,7 +207,7 @@ class TrainingPlan(Result):
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
-        """Place -> why the trainings do not fit there; None if they do. First this machine."""
+        """Place -> why the trainings do not fit there; None if they do."""
         return self._problems_of(self.trainings_left, self.price)
 
     def _problems_of(self, trainings: Sequence[Estimate], price: Price) -> dict[str, str | None]:
@@ -214,9 +215,17 @@ class TrainingPlan(Result):
         smallest_cluster = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
         devices = run_devices(smallest_cluster)
         on_fewest = [replace(training, devices=devices) for training in trainings]
+        lack = self.lack if trainings else None
+        address = LOCAL if self.local else self.cluster.ray_address
+        return find_problems(on_fewest, price.disk, self.workspace.root, address, lack)
+
+    @cached_property
+    def lack(self) -> str | None:
+        """Why there is no place for the workers; a cluster is asked once for all trainings."""
         check = partial(check_run_resources, self.cluster, local=self.local)
-        root = self.workspace.root
-        return find_problems(on_fewest, price.disk, root, self.cluster.ray_address, check)
+        if self.local:
+            return lack_of_resources(ClusterSettings(address=LOCAL), check)
+        return lack_of_resources(self.cluster, check)
 
     def state(self, label: str) -> str:
         """Say whether a training is finished, or where it begins."""

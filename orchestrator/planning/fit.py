@@ -1,11 +1,11 @@
 """Whether trainings fit the machine, and which settings take less.
 
-On a cluster that is joined, only the disk is checked: its memory is not known here.
+On a cluster that is joined, only disk, CPUs and GPUs are checked: its memory is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes
 from orchestrator.training.world import ASSUMED_GPU, ASSUMED_GPU_BYTES
-from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
+from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 from orchestrator.workspace.files import free_disk
 
 if TYPE_CHECKING:
@@ -31,31 +31,27 @@ def find_problems(
     disk: Mapping[str, int],
     folder: Path,
     address: str,
-    *checks: Callable[[], None],
+    lack: str | None,
 ) -> dict[str, str | None]:
     """Return place -> why trainings do not fit there, None if they do.
 
-    The first place is this machine. Without the GPUs that are asked for, an assumed one is another.
+    The first place is this machine or the cluster. Where the GPUs that are asked for are not
+    installed here, an assumed one is another.
 
     Args:
         trainings, disk: As in `reasons_not_to_fit`.
         folder: A folder on the workspace's disk; it need not exist.
-        address: Of the Ray cluster; on one that is joined, only the disk is checked.
-        checks: Raise `UserError` if this machine has too few CPUs or GPUs.
+        address: Of the Ray cluster.
+        lack: Why this machine or the cluster has too few CPUs or GPUs; None if it has enough.
     """
-    reasons: list[str] = []
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            reasons.append(str(error))
+    reasons = [lack] if lack else []
     gpus = tuple(gpu.free_bytes for gpu in machine.installed_gpus())
     free = machine.FreeBytes(memory=machine.free_memory(), gpus=gpus, disk=free_disk(folder))
     if address == LOCAL:
         place = "this machine"
         reasons += reasons_not_to_fit(trainings, disk, free)
     else:
-        place = "this machine (the cluster's memory is unknown)"
+        place = f"the cluster at {address} (its memory is unknown)"
         reasons += reasons_not_to_fit((), disk, free)
     places = {place: reasons}
     if any(training.devices.on_gpus for training in trainings) and not free.gpus:

@@ -6,11 +6,15 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from commands import settings_options
+from local_servers import free_port
+from pretended_cluster import pretended_cluster
 from pretended_ray import idle_ray, train_here
 from refusals import assert_names
 from sample_texts import help_texts, lines_of
@@ -21,8 +25,10 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweep_stages import plan_sweep
+from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
+from orchestrator.settings.files import read_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace
 
@@ -60,9 +66,37 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, caps
     (_, longest), (only, _) = training
     assert longest == only
     monkeypatch.setenv("COLUMNS", "80")
-    words = ["pretrain", "--dry-run", "--config", "paper-340m", "--address", "10.0.0.1:1"]
+    words = ["pretrain", "--dry-run", "--config", "paper-340m"]
     assert cli.main([*words, "-w", str(tmp_path)]) == 0
     assert re.search(r"\n  parameters {2,24}341", capsys.readouterr().out), "room for the texts"
+
+
+def test_a_dry_run_says_that_no_cluster_answers(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    for plan in (plan_pretrain, plan_sweep):
+        settings = read_settings("toy", [f"cluster.address={address}", "cluster.num_gpus=8"])
+        (place, problem), *_ = plan(settings, workspace=tmp_path).problems.items()
+        assert address in place
+        assert f"no Ray cluster answers at {address}" in str(problem)
+    assert plan_pretrain(settings, workspace=tmp_path, local=True).problems["this machine"]
+
+
+@pytest.mark.long
+def test_a_dry_run_asks_the_cluster_for_its_gpus(tmp_path):
+    with pretended_cluster() as environment:
+        for num_gpus, fits in ((2, True), (8, False)):
+            words = ["pretrain", "--dry-run", "--json", "--gpus", str(num_gpus), "-w", "space"]
+            done = subprocess.run(
+                [sys.executable, "-m", "orchestrator.cli", *words],
+                env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            (place, problem), *_ = json.loads(done.stdout)["problems"].items()
+            assert environment["RAY_ADDRESS"] in place
+            assert (problem is None) is fits
+            if not fits:
+                assert_names(problem, "cluster.num_gpus=8", "4 CPUs and 2 GPUs")
+    assert not (tmp_path / "space").exists()
 
 
 SEVEN_BILLION = (

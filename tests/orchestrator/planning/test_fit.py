@@ -28,7 +28,7 @@ from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.world import World
-from orchestrator.workspace.errors import DeviceError, UserError
+from orchestrator.workspace.errors import DeviceError
 
 GIB = 2**30
 ONE_PER_PASS = "training.num_sequences_per_pass=1"
@@ -152,17 +152,14 @@ def test_a_teacher_of_more_layers_takes_its_own_weights():
 
 
 def test_each_place_has_its_own_problems():
-    def refuse() -> None:
-        raise UserError("no GPU here")
-
     on_gpu = [request(ONE_PER_PASS, on_gpus=True)]
-    problems = find_problems(on_gpu, {}, Path(), LOCAL, refuse)
+    problems = find_problems(on_gpu, {}, Path(), LOCAL, "no GPU here")
     assert problems == {"this machine": "no GPU here", "an H100": None}
     huge = [request("training.num_tokens_per_step=16777216")]
-    (problem,) = find_problems(huge, {}, Path(), LOCAL).values()
+    (problem,) = find_problems(huge, {}, Path(), LOCAL, None).values()
     assert "training would take about" in str(problem)
-    far = find_problems(huge, {}, Path(), "ray.example:6379")
-    assert list(far.values()) == [None]
+    far = find_problems(huge, {}, Path(), "ray.example:6379", "no GPU there")
+    assert far == {"the cluster at ray.example:6379 (its memory is unknown)": "no GPU there"}
 
 
 CUDA_MESSAGE = (
