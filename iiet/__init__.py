@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from iiet.fast import plain_formulas as plain_formulas
     from iiet.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
     from iiet.influence import influence_table as influence_table
+    from iiet.left_out import decoder_of_kept_layers as decoder_of_kept_layers
     from iiet.losses import cross_entropy as cross_entropy
     from iiet.losses import hidden_state_error as hidden_state_error
     from iiet.losses import kl_divergence as kl_divergence
@@ -56,6 +57,7 @@ _NAMES_OF_MODULE = {
     "exporting": "export",
     "fast": "plain_formulas",
     "influence": "INFLUENCE_METRICS influence_table",
+    "left_out": "decoder_of_kept_layers",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
     "pruning": (

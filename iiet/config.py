@@ -183,8 +183,9 @@ class ModelConfig:
     context_length: int
     """Longest sequence in tokens, prompt and continuation together; longer ones are refused."""
     schedule: IterationSchedule | None = None
-    """Corrections per layer, in any form that `IterationSchedule.parse` reads. Required where the
-    method makes corrections, else None or zeros. Of PCformer, levels; None gives the full one."""
+    """Corrections per layer, in any form that `IterationSchedule.parse` reads; no layer is left
+    out, as a model contains the kept layers alone. Required where the method makes corrections,
+    else None or zeros. Of PCformer, levels; None gives the full one."""
     method_options: Any = None
     """Options of the method, an instance of `facts_of(method).Options`; None for its defaults."""
     tie_embeddings: bool = True
@@ -289,6 +290,28 @@ class ModelConfig:
         """Return the config under another iteration schedule; one that does not fit is a
         ValueError."""
         changes: Any = {"schedule": schedule}
+        return replace(self, **changes)
+
+    def of_kept_layers(self, schedule: ScheduleLike) -> ModelConfig:
+        """Return the config of the model that consists of the layers that a schedule keeps.
+
+        `schedule` is relative to the layers of this config; the kept ones make as many corrections
+        as it says (`iiet.left_out`).
+
+        Raises:
+            ValueError: the schedule does not fit the number of layers, or the method.
+        """
+        schedule = IterationSchedule.parse(schedule, num_layers=self.num_layers)
+        of_kept_layers = schedule.of_kept_layers()
+        changes: dict[str, Any] = {
+            "num_layers": schedule.num_kept_layers, "schedule": of_kept_layers
+        }  # fmt: skip
+        if self.schedule is None and not of_kept_layers.num_corrections:
+            changes["schedule"] = None
+        for name in ("rotary_layers", "sliding_windows"):  # A value for each layer.
+            values = getattr(self, name)
+            if values is not None:
+                changes[name] = tuple(values[layer] for layer in schedule.kept_layers)
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -416,7 +439,7 @@ def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
 
 
 def _method_problems(config: ModelConfig) -> list[str]:
-    schedule = config.schedule
+    schedule: Any = config.schedule
     if config.method not in METHODS:
         return [
             f"method must be one of {', '.join(METHODS)}, got {config.method!r}; a method of "
@@ -428,6 +451,8 @@ def _method_problems(config: ModelConfig) -> list[str]:
             f"method_options must be a {method.Options.__name__} or None for method "
             f"{config.method!r}, got {config.method_options!r}"
         ]
+    if not isinstance(schedule, IterationSchedule | None):
+        return []  # It was not read, because the number of layers is wrong.
     return schedule_problems(config.method, method, schedule)
 
 
@@ -435,6 +460,12 @@ def schedule_problems(
     method: str, facts: MethodFacts, schedule: IterationSchedule | None
 ) -> list[str]:
     """Describe why a method, of which these are the facts, cannot run under a schedule."""
+    if schedule is not None and schedule.left_out_layers:
+        return [
+            f"schedule {schedule} leaves layers out, which a model does not contain; make the "
+            "smaller model with iiet.decoder_of_kept_layers, or its config with "
+            "ModelConfig.of_kept_layers"
+        ]
     if not facts.has_corrections:
         if schedule is None or not schedule.num_corrections:
             return []

@@ -22,7 +22,7 @@ from iiet.checks import check_rules, is_nan, is_number_from
 from iiet.config import ModelConfig
 from iiet.facts import LayerCounts, facts_of
 from iiet.freezing import TrainedLayers, freeze, trained_part
-from iiet.schedule import ScheduleLike
+from iiet.schedule import IterationSchedule, ScheduleLike
 
 if TYPE_CHECKING:
     from iiet.cache import KvStrategy
@@ -91,7 +91,8 @@ def inference_cost(
 
     Args:
         config: the model.
-        schedule: the config's own if None.
+        schedule: the config's own if None. One that leaves layers out costs what the model of the
+            kept layers does.
         context_length: tokens read (prefill) or seen (decode); the config's if None.
         batch_size: rows of a decoding step.
         bytes_per_value: of weights, keys and values: 4 for float32, 2 for bfloat16.
@@ -149,10 +150,16 @@ def training_flops_per_token(
 
     Args:
         config: the model; its own schedule says which layers are trained.
-        schedule: that of the step; the config's own if None.
+        schedule: that of the step; the config's own if None. One that leaves layers out is that of
+            a model of the kept layers, whose own it is.
         context_length: tokens read; the config's if None.
         trained: which weights are trained.
     """
+    if schedule is not None:
+        schedule = IterationSchedule.parse(schedule, num_layers=config.num_layers)
+        if schedule.left_out_layers:
+            config = config.of_kept_layers(schedule)
+            schedule = None
     part = trained_part(config.corrections, trained)
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)
@@ -268,11 +275,19 @@ def _counted_sizes(config: ModelConfig) -> _Sizes:
     )
 
 
+def _under(config: ModelConfig, schedule: ScheduleLike) -> ModelConfig:
+    """Return the config under a schedule, of the kept layers where it leaves some out."""
+    schedule = IterationSchedule.parse(schedule, num_layers=config.num_layers)
+    if schedule.left_out_layers:
+        return config.of_kept_layers(schedule)
+    return config.with_schedule(schedule)  # Its own checks then apply.
+
+
 def _checked(
     config: ModelConfig, schedule: ScheduleLike | None, context_length: int | None
 ) -> tuple[ModelConfig, int]:
-    if schedule is not None:  # The config's own checks then apply.
-        config = config.with_schedule(schedule)
+    if schedule is not None:
+        config = _under(config, schedule)
     if context_length is None:
         context_length = config.context_length
     if not 1 <= context_length <= config.context_length:

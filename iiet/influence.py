@@ -1,14 +1,15 @@
-"""Influence: how much each correction of each layer matters, measured on a calibration set.
+"""Influence: how much each correction, and each whole layer, matters, on a calibration set.
 
 In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
 standard error over batches, and its residual, whose decline says how well the iteration contracts;
-and for each layer its block influence, by which whole layers can be dropped.
+and for each layer the influence of the whole of it, by which layers can be left out.
 
-A *metric* says what makes a correction matter. It gets a batch and the decoder, and returns one
-value per layer and correction. `cosine` and `relative` compare consecutive evaluations of a layer
-as the decoder makes them, or where corrections are damped what they leave, in one forward pass that
-keeps only the last output. `loss` ends layers early, one correction at a time: one forward pass per
-correction. Other packages add metrics by entry points of the group `iiet.influence_metrics`.
+A *metric* says what makes a correction or a layer matter. It gets a batch and the decoder, and
+returns one value per layer and correction, or per layer. `cosine` and `relative` compare
+consecutive evaluations of a layer as the decoder makes them, or where corrections are damped what
+they leave, and a layer's input and output, in one forward pass that keeps only the last output.
+`loss` ends layers early, one correction at a time, and leaves layers out: one forward pass for
+each. Other packages add metrics by entry points of the group `iiet.influence_metrics`.
 
 Means over batches are made by `math.fsum`, so they do not depend on the order.
 Source: this project.
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import compress
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -31,17 +34,20 @@ from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
 from iiet.facts import MetricFacts, metric_facts_of
+from iiet.left_out import decoder_of_kept_layers
 from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
-from iiet.pruning import InfluenceTable, Rows
+from iiet.pruning import InfluenceTable, LeavingRound, Rows
 
 __all__ = [
     "INFLUENCE_METRICS",
     "BatchInfluence",
     "Comparison",
     "InfluenceMetric",
+    "LayerInfluence",
     "MeasuredBatch",
     "influence_table",
+    "leave_out_one_at_a_time",
 ]
 
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -57,12 +63,32 @@ class BatchInfluence(NamedTuple):
     """What stopping a layer before each correction costs in accuracy; empty if not measured."""
 
 
-class MeasuredBatch:
-    """A batch, and the decoder that is measured on it under its own iteration schedule."""
+class LayerInfluence(NamedTuple):
+    """What a metric finds of whole layers in one batch."""
 
-    def __init__(self, decoder: Decoder, batch: Batch, *, needs_targets: bool) -> None:
+    values: tuple[float, ...]
+    """Influence of each layer, as means over the positions that count."""
+    accuracy_lost: tuple[float, ...] = ()
+    """What leaving each layer out costs in accuracy; empty if not measured."""
+
+
+class MeasuredBatch:
+    """A batch, and the decoder that is measured on it under its own iteration schedule.
+
+    `without_layer` returns the decoder without a layer, the first being 0.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        *,
+        needs_targets: bool,
+        without_layer: Callable[[int], Decoder],
+    ) -> None:
         self.decoder = decoder
         self.batch = batch
+        self._without_layer = without_layer
         counted = batch.counted if needs_targets else batch.teacher_mask
         self.counted = torch.ones_like(batch.targets).bool() if counted is None else counted
         """Positions that the means run over, (batch, time) of bool."""
@@ -71,7 +97,7 @@ class MeasuredBatch:
         self.residuals: Rows = ()
         """Relative residual of each correction, after `run`."""
         self.layer_values: tuple[float, ...] = ()
-        """Block influence of each layer, after `run`."""
+        """Of each layer the mean of `compare` of its input and output, after `run` with one."""
 
     def run(self, compare: Compare | None = None) -> tuple[Tensor, Rows]:
         """Run the layers under the full schedule.
@@ -80,8 +106,8 @@ class MeasuredBatch:
 
         Args:
             compare: Called for each sequence with the outputs of two consecutive evaluations of a
-                layer, or its estimates at two levels, (time, dim) in float64; returns a number for
-                each position, (time,).
+                layer, or its estimates at two levels, or a layer's input and output, (time, dim) in
+                float64; returns a number for each position, (time,).
 
         Returns:
             The last hidden state, (batch, time, dim); and for each layer and correction the mean of
@@ -107,11 +133,19 @@ class MeasuredBatch:
 
         before: Tensor = self.decoder.model.embed_tokens(self.batch.input_ids)
         for after in self.decoder.hidden_states(before, observe=observe):
-            layers.append(self.mean(_cosine_distance, before, after))
+            if compare is not None:
+                layers.append(self.mean(compare, before, after))
             before = after
         self.residuals = _numbers(residuals)
         [self.layer_values] = _numbers([layers])
         return before, _numbers(values)
+
+    def logits_without(self, layer: int) -> Tensor:
+        """Compute the logits of the decoder without a layer, the first being 0."""
+        if self.decoder.config.num_layers == 1:  # No model is without layers, but its logits are.
+            return self.decoder.logits(self.decoder.model.embed_tokens(self.batch.input_ids))
+        logits: Tensor = self._without_layer(layer)(self.batch.input_ids)
+        return logits
 
     def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
         """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
@@ -132,14 +166,27 @@ class InfluenceMetric(ABC):
 
     @abstractmethod
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
-        """Measure one batch; called without gradients.
+        """Measure the corrections on one batch; called without gradients.
 
         The values of all batches are averaged, weighted by the positions that count.
         """
 
+    def measure_layers(self, measured: MeasuredBatch) -> LayerInfluence:
+        """Measure whole layers on one batch, perhaps after `measure`; as that.
+
+        Raises:
+            ValueError: the metric says nothing of whole layers.
+        """
+        num_layers = measured.decoder.config.num_layers
+        raise ValueError(
+            f"the influence metric {type(self).__name__} measures corrections alone, none of the "
+            f"{num_layers} whole layers"
+        )
+
 
 class Comparison(InfluenceMetric):
-    """Base of the metrics that compare consecutive evaluations of a layer: one forward pass."""
+    """Base of the metrics that compare consecutive evaluations of a layer, and its input with its
+    output: one forward pass."""
 
     @abstractmethod
     def compare(self, before: Tensor, after: Tensor) -> Tensor:
@@ -147,6 +194,11 @@ class Comparison(InfluenceMetric):
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
         return BatchInfluence(measured.run(self.compare)[1])
+
+    def measure_layers(self, measured: MeasuredBatch) -> LayerInfluence:
+        if not measured.layer_values:  # `measure` has not run the layers.
+            measured.run(self.compare)
+        return LayerInfluence(measured.layer_values)
 
 
 class Cosine(Comparison):
@@ -168,39 +220,54 @@ class Relative(Comparison):
 
 
 class LossRise(InfluenceMetric):
-    """Rise of the loss when a layer stops before the correction, all other layers full."""
+    """Rise of the loss when a layer stops before the correction, or without it; all other layers
+    full."""
 
     facts = metric_facts_of("loss")
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
         decoder = measured.decoder
-        batch = measured.batch
-        full = measured.decoder.schedule
-        sequences = replace(batch, target_count=None).split(1)
-        counts = [sequence.num_targets for sequence in sequences]
-
-        def loss_and_accuracy(logits: Tensor) -> tuple[float, float]:
-            """Return the means over all targets, of which each sequence has its own number."""
-            losses: list[float] = []
-            accuracies: list[float] = []
-            # In float64, because rises are small beside the loss; by sequence, to spare memory.
-            for sequence_logits, sequence in zip(logits, sequences, strict=True):
-                means = cross_entropy_and_accuracy(sequence_logits[None].double(), sequence)
-                losses.append(means[0].item())
-                accuracies.append(means[1].item())
-            return _weighted_mean(losses, counts), _weighted_mean(accuracies, counts)
-
-        full_loss, full_accuracy = loss_and_accuracy(decoder.logits(measured.run()[0]))
+        full = decoder.schedule
+        full_loss, full_accuracy = self._means(decoder.logits(measured.run()[0]), measured)
         loss_rises: list[tuple[float, ...]] = []
         accuracies_lost: list[tuple[float, ...]] = []
         for layer, num_corrections in enumerate(full):
             stopped = [
-                loss_and_accuracy(decoder(batch.input_ids, schedule=full.with_layer(layer, kept)))
+                self._means(
+                    decoder(measured.batch.input_ids, schedule=full.with_layer(layer, kept)),
+                    measured,
+                )
                 for kept in range(num_corrections)
             ]
             loss_rises.append(tuple(loss - full_loss for loss, _ in stopped))
             accuracies_lost.append(tuple(full_accuracy - accuracy for _, accuracy in stopped))
         return BatchInfluence(tuple(loss_rises), tuple(accuracies_lost))
+
+    def measure_layers(self, measured: MeasuredBatch) -> LayerInfluence:
+        full_logits = measured.decoder(measured.batch.input_ids)
+        full_loss, full_accuracy = self._means(full_logits, measured)
+        smaller = [
+            self._means(measured.logits_without(layer), measured)
+            for layer in range(measured.decoder.config.num_layers)
+        ]
+        return LayerInfluence(
+            tuple(loss - full_loss for loss, _ in smaller),
+            tuple(full_accuracy - accuracy for _, accuracy in smaller),
+        )
+
+    @staticmethod
+    def _means(logits: Tensor, measured: MeasuredBatch) -> tuple[float, float]:
+        """Return loss and accuracy, over all targets; each sequence has its own number of them."""
+        sequences = replace(measured.batch, target_count=None).split(1)
+        counts = [sequence.num_targets for sequence in sequences]
+        losses: list[float] = []
+        accuracies: list[float] = []
+        # In float64, because rises are small beside the loss; by sequence, to spare memory.
+        for sequence_logits, sequence in zip(logits, sequences, strict=True):
+            means = cross_entropy_and_accuracy(sequence_logits[None].double(), sequence)
+            losses.append(means[0].item())
+            accuracies.append(means[1].item())
+        return _weighted_mean(losses, counts), _weighted_mean(accuracies, counts)
 
 
 INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = facts.INFLUENCE_METRICS
@@ -215,46 +282,51 @@ def influence_table(
     batches: BatchLike | Iterable[BatchLike],
     *,
     metric: str = "cosine",
+    whole_layers: bool | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> InfluenceTable:
-    """Measure the influence of every correction of a decoder.
+    """Measure the influence of every correction of a decoder, and of whole layers.
 
     With `y(i)` the output of a layer's evaluation i (0 is the prediction), or where corrections are
     damped the estimate that the layer has after it, as means over tokens:
 
-        cosine     1 - cos(y(i-1), y(i))
-        relative   |y(i) - y(i-1)| / |y(i)|
-        loss       rise of the loss when the layer stops after i-1 corrections, all else full
+        cosine     1 - cos(y(i-1), y(i));         of the layer: 1 - cos(h_{l-1}, h_l)
+        relative   |y(i) - y(i-1)| / |y(i)|;      of the layer: |h_l - h_{l-1}| / |h_l|
+        loss       rise of the loss when the layer stops after i-1 corrections, all else full;
+                   of the layer: when it is left out (`iiet.left_out`)
 
-    The block influence of a layer is `1 - cos(h_{l-1}, h_l)` with each metric. `loss` also measures
-    the accuracy that is lost, unless the batches are text.
+    `loss` also measures the accuracy that is lost, unless the batches are text.
 
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64, a sequence at a time.
         batches: the calibration set; text may be its tokens, (batch, time). Or a single batch.
         metric: a key of `iiet.INFLUENCE_METRICS`.
+        whole_layers: whether to measure whole layers, too: for `loss` a pass without each layer.
+            None: where this takes no further pass, and where the model makes no corrections.
         progress: called after each batch with the number of batches done.
 
     Returns:
         The table, with one row per layer; rows are empty where a method makes no corrections.
 
     Raises:
-        ValueError: an unknown or broken metric; no batches, or one with nothing to measure; the
-            decoder's method repeats the stack.
+        ValueError: an unknown or broken metric, or one that measures no whole layers; no batches,
+            or one with nothing to measure; the decoder's method repeats the stack.
     """
-    if metric not in INFLUENCE_METRICS:
-        raise ValueError(f"metric must be one of {tuple(INFLUENCE_METRICS)}, got {metric!r}")
-    if decoder.method.facts.repeats_stack:
-        raise ValueError(
-            f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
-            "corrections of its own whose influence could be measured"
-        )
+    chosen = _metric_for(decoder, metric)
+    if whole_layers is None:
+        has_own_layers = type(chosen).measure_layers is not InfluenceMetric.measure_layers
+        is_plain = decoder.schedule.num_corrections == 0
+        whole_layers = isinstance(chosen, Comparison) or (is_plain and has_own_layers)
     if isinstance(batches, Batch) or (isinstance(batches, Tensor) and batches.ndim == 2):
         batches = [batches]
+    without_layer = _smaller_decoders(decoder)
     measured: list[tuple[MeasuredBatch, BatchInfluence]] = []
+    of_layers: list[LayerInfluence] = []
     for done, batch in enumerate(batches, start=1):
-        measured.append(_measure(decoder, batch, metric))
+        measured.append(_measure(decoder, batch, chosen, metric, without_layer))
+        if whole_layers:
+            of_layers.append(_measure_layers(measured[-1][0], chosen))
         if progress is not None:
             progress(done)
     if not measured:
@@ -262,12 +334,17 @@ def influence_table(
     counts = [batch.num_tokens for batch, _ in measured]
     values, errors = _means_and_errors([influence.values for _, influence in measured], counts)
     residuals, _ = _means_and_errors([batch.residuals for batch, _ in measured], counts)
-    [layer_values], _ = _means_and_errors([(batch.layer_values,) for batch, _ in measured], counts)
+    layer_values, layer_errors = _means_and_errors_of_layers(of_layers, counts)
     # In a mixture, some batches are text, which has no accuracy: its targets are not answers.
-    of_answers = [(batch, influence) for batch, influence in measured if not batch.batch.is_text]
+    has_answers = [not batch.batch.is_text for batch, _ in measured]
+    counts_of_answers = [*compress(counts, has_answers)]
     accuracy_lost, _ = _means_and_errors(
-        [influence.accuracy_lost for _, influence in of_answers],
-        [batch.num_tokens for batch, _ in of_answers],
+        [influence.accuracy_lost for _, influence in compress(measured, has_answers)],
+        counts_of_answers,
+    )
+    layer_accuracy_lost, _ = _means_and_errors(
+        [(influence.accuracy_lost,) for influence in compress(of_layers, has_answers)],
+        counts_of_answers,
     )
     return InfluenceTable(
         metric=metric,
@@ -276,30 +353,151 @@ def influence_table(
         num_tokens=sum(counts),
         residual_rows=residuals,
         layer_values=layer_values,
+        layer_errors=layer_errors,
         accuracy_lost_rows=accuracy_lost,
+        layer_accuracy_lost=next(iter(layer_accuracy_lost), ()),
     )
+
+
+def leave_out_one_at_a_time(
+    decoder: Decoder,
+    batches: Sequence[BatchLike],
+    *,
+    metric: str = "loss",
+    num_leaving: int,
+    rounds: Sequence[LeavingRound] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[LeavingRound]:
+    """Leave layers out one after the other, each time that of least influence, measured again.
+
+    What a layer's leaving adds depends on which others are gone: of two layers of which either may
+    go, perhaps not both may. `iiet.pruning.table_of_rounds` makes a table of the rounds.
+
+    Args:
+        decoder: with all layers, under its own iteration schedule.
+        batches: the calibration set, read in each round.
+        metric: as in `influence_table`.
+        num_leaving: how many layers leave, at most all but one.
+        rounds: those that were made already, of the same decoder, batches and metric.
+        progress: called after each batch with the number of batches done in all rounds, those made
+            already included.
+
+    Yields:
+        Each further round, when it is made.
+
+    Raises:
+        ValueError: as `influence_table`, or no layer would stay.
+    """
+    chosen = _metric_for(decoder, metric)
+    num_layers = decoder.config.num_layers
+    if not 0 <= num_leaving < num_layers:
+        raise ValueError(
+            f"num_leaving must be an integer from 0 to {num_layers - 1}, as at least one of "
+            f"{num_layers} layers stays, got {num_leaving}"
+        )
+    schedule = decoder.schedule.leaving_out(leaving.layer for leaving in rounds)
+    for round_number in range(len(rounds), num_leaving):
+        smaller = decoder_of_kept_layers(decoder, schedule)
+        without_layer = _smaller_decoders(smaller)
+        of_layers: list[LayerInfluence] = []
+        counts: list[int] = []
+        for done, batch in enumerate(batches, start=1):
+            measured = _measured_batch(smaller, batch, chosen, without_layer)
+            of_layers.append(_measure_layers(measured, chosen))
+            counts.append(measured.num_tokens)
+            if progress is not None:
+                progress(round_number * len(batches) + done)
+        values, errors = _means_and_errors_of_layers(of_layers, counts)
+        kept_layers = schedule.kept_layers
+        by_layer = dict(zip(kept_layers, zip(values, errors, strict=True), strict=True))
+        rows = [by_layer.get(layer, (math.nan, math.nan)) for layer in range(num_layers)]
+        leaving = LeavingRound(*zip(*rows, strict=True))
+        yield leaving
+        schedule = schedule.leaving_out([leaving.layer])
+
+
+def _metric_for(decoder: Decoder, name: str) -> InfluenceMetric:
+    if name not in INFLUENCE_METRICS:
+        raise ValueError(f"metric must be one of {tuple(INFLUENCE_METRICS)}, got {name!r}")
+    if decoder.method.facts.repeats_stack:
+        raise ValueError(
+            f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
+            "corrections of its own whose influence could be measured"
+        )
+    return INFLUENCE_METRICS[name]()
+
+
+def _smaller_decoders(decoder: Decoder) -> Callable[[int], Decoder]:
+    """Return a function that makes the decoder without a layer, once for all batches."""
+
+    @cache
+    def without_layer(layer: int) -> Decoder:
+        return decoder_of_kept_layers(decoder, decoder.schedule.leaving_out([layer]))
+
+    return without_layer
+
+
+def _measured_batch(
+    decoder: Decoder,
+    batch_or_ids: BatchLike,
+    metric: InfluenceMetric,
+    without_layer: Callable[[int], Decoder],
+) -> MeasuredBatch:
+    batch = batch_or_ids if isinstance(batch_or_ids, Batch) else Batch.of_text(batch_or_ids)
+    measured = MeasuredBatch(
+        decoder,
+        batch.to(decoder.device),
+        needs_targets=metric.facts.needs_targets,
+        without_layer=without_layer,
+    )
+    if measured.num_tokens == 0:
+        shape = tuple(batch.input_ids.shape)
+        raise ValueError(f"a batch of shape {shape} holds nothing to measure")
+    return measured
 
 
 @torch.no_grad()
 def _measure(
-    decoder: Decoder, batch_or_ids: BatchLike, name: str
+    decoder: Decoder,
+    batch_or_ids: BatchLike,
+    metric: InfluenceMetric,
+    name: str,
+    without_layer: Callable[[int], Decoder],
 ) -> tuple[MeasuredBatch, BatchInfluence]:
-    metric = INFLUENCE_METRICS[name]()
-    batch = batch_or_ids if isinstance(batch_or_ids, Batch) else Batch.of_text(batch_or_ids)
-    batch = batch.to(decoder.device)
-    measured = MeasuredBatch(decoder, batch, needs_targets=metric.facts.needs_targets)
-    if measured.num_tokens == 0:
-        shape = tuple(batch.input_ids.shape)
-        raise ValueError(f"a batch of shape {shape} holds nothing to measure")
+    measured = _measured_batch(decoder, batch_or_ids, metric, without_layer)
     influence = metric.measure(measured)
     if tuple(map(len, influence.values)) != tuple(decoder.schedule):
         raise ValueError(
             f"the influence metric {name!r} must return a value for each correction of "
             f"the schedule {decoder.schedule}, got {influence.values!r}"
         )
-    if not measured.layer_values:  # The metric itself did not run the layers.
+    if not measured.residuals:  # The metric itself did not run the layers.
         measured.run()
     return measured, influence
+
+
+@torch.no_grad()
+def _measure_layers(measured: MeasuredBatch, metric: InfluenceMetric) -> LayerInfluence:
+    influence = metric.measure_layers(measured)
+    num_layers = measured.decoder.config.num_layers
+    if len(influence.values) != num_layers:
+        raise ValueError(
+            f"the influence metric {type(metric).__name__} must return a value for each of "
+            f"{num_layers} layers, got {influence.values!r}"
+        )
+    return influence
+
+
+def _means_and_errors_of_layers(
+    of_batches: Sequence[LayerInfluence], counts: Sequence[int]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Average the batches' values of each layer; no batches give none."""
+    if not of_batches:
+        return (), ()
+    (values,), (errors,) = _means_and_errors(
+        [(influence.values,) for influence in of_batches], counts
+    )
+    return values, errors
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -5,6 +5,14 @@ A correction can be kept only with those before it, so a threshold acts on suffi
 distinct values are the only breakpoints, so the family of all schedules that some threshold gives
 is known without a sweep over thresholds. `knapsack` finds the schedule of the highest total worth
 under a budget instead; its schedules need not be nested. A malformed table is a ValueError.
+
+The rule is the same for whole layers. Evaluations of a layer are numbered from 0, the prediction,
+whose influence is that of the whole layer:
+
+    M[l,i] = max of I[l,k] over k >= i;   evaluation i of layer l stays while M[l,i] >= t
+
+A layer of which no evaluation stays is left out. How many may be is a number, 0 by default: the
+other layers, those of greatest M[l,0], keep their predictions at each threshold.
 Source: this project.
 """
 
@@ -12,14 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from typing import Any
 
 from iiet.checks import check_rules, is_integer_from, is_nan, is_number_from
 from iiet.facts import metric_facts_of
-from iiet.schedule import IterationSchedule
+from iiet.schedule import LEFT_OUT, IterationSchedule
 from iiet.tables import SmallTable
 
 __all__ = [
@@ -28,14 +36,18 @@ __all__ = [
     "ScheduleFamily",
     "Influence",
     "InfluenceTable",
+    "LeavingRound",
     "Rows",
     "influence_rows",
     "knapsack",
+    "most_important_layers",
     "num_evaluations",
+    "num_passes_one_at_a_time",
     "schedule_at_threshold",
     "schedule_family",
     "spread_over_cost",
     "suffix_maxima",
+    "table_of_rounds",
 ]
 
 
@@ -64,8 +76,12 @@ class InfluenceTable:
     the estimate that it starts from, `g(e)` its normalized output. Methods that correct
     without a schedule have rows, too."""
     layer_values: tuple[float, ...] = ()
-    """Block influence of each layer, the mean of `1 - cos(h_{l-1}, h_l)` over tokens: by how much
-    the whole layer turns the hidden state."""
+    """Influence of each whole layer, which is that of its evaluation 0, by the same metric; empty
+    if it was not measured."""
+    layer_errors: tuple[float, ...] = ()
+    """Standard errors of `layer_values`, as those of `value_rows`."""
+    layer_accuracy_lost: tuple[float, ...] = ()
+    """With `loss`, what leaving each layer out costs in accuracy; empty if it was not measured."""
     accuracy_lost_rows: Rows = ()
     """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
     targets that get the largest logit. Text has none: its targets are not answers."""
@@ -90,8 +106,16 @@ class InfluenceTable:
                 "residual_rows must be a row per layer, or empty": (
                     len(self.residual_rows) in (0, len(counts))
                 ),
-                "layer_values must be a number per layer, or empty": (
+                "layer_values must be a finite number per layer, or empty": (
                     len(self.layer_values) in (0, len(counts))
+                    and all(is_number_from(-math.inf, value) for value in self.layer_values)
+                ),
+                "layer_errors must be numbers from 0, or NaN, for each layer value, or empty": (
+                    len(self.layer_errors) in (0, len(self.layer_values))
+                    and all(is_number_from(0, e) or is_nan(e) for e in self.layer_errors)
+                ),
+                "layer_accuracy_lost must have the length of layer_values, or be empty": (
+                    len(self.layer_accuracy_lost) in (0, len(self.layer_values))
                 ),
                 "accuracy_lost_rows must have the lengths of value_rows, or be empty": (
                     not self.accuracy_lost_rows
@@ -104,6 +128,21 @@ class InfluenceTable:
     def schedule(self) -> IterationSchedule:
         """The iteration schedule under which this was measured."""
         return IterationSchedule(tuple(len(row) for row in self.value_rows))
+
+    @property
+    def evaluation_rows(self) -> Rows:
+        """Influence per layer and evaluation: of the whole layer, then of each correction.
+
+        Raises:
+            ValueError: the influence of whole layers was not measured.
+        """
+        if not self.layer_values:
+            raise ValueError(
+                "the table has no influence of whole layers, which says what may be left out; "
+                "measure it by influence_table(..., whole_layers=True)"
+            )
+        pairs = zip(self.layer_values, self.value_rows, strict=True)
+        return tuple((value, *row) for value, row in pairs)
 
     @property
     def contractions(self) -> tuple[float, ...]:
@@ -123,11 +162,22 @@ class InfluenceTable:
         themselves. `loss` compares stopping before a correction with the full layer, so a
         correction's worth is the difference to stopping one correction later.
         """
+        return self._worths_of(self.value_rows)
+
+    def evaluation_worths(self) -> Rows:
+        """Return what each evaluation adds, that of the whole layer first, as `worths` does.
+
+        Raises:
+            ValueError: the influence of whole layers was not measured.
+        """
+        return self._worths_of(self.evaluation_rows)
+
+    def _worths_of(self, rows: Rows) -> Rows:
         if not metric_facts_of(self.metric).is_of_stopping:
-            return self.value_rows
+            return rows
         return tuple(
             tuple(now - later for now, later in zip(row, (*row, 0.0)[1:], strict=True))
-            for row in self.value_rows
+            for row in rows
         )
 
     def as_table(self) -> SmallTable:
@@ -160,6 +210,8 @@ class InfluenceTable:
             "residuals": [list(row) for row in self.residual_rows],
             "contractions": [_finite(factor) for factor in self.contractions],
             "layers": list(self.layer_values),
+            "layer_errors": [_finite(error) for error in self.layer_errors],
+            "layer_accuracy_lost": list(self.layer_accuracy_lost),
             "accuracy_lost": [list(row) for row in self.accuracy_lost_rows],
         }
 
@@ -173,8 +225,99 @@ class InfluenceTable:
             num_tokens=int(table["num_tokens"]),
             residual_rows=_rows_of(table["residuals"]),
             layer_values=tuple(map(float, table["layers"])),
+            layer_errors=_row_of(table["layer_errors"]),
+            layer_accuracy_lost=_row_of(table["layer_accuracy_lost"]),
             accuracy_lost_rows=_rows_of(table["accuracy_lost"]),
         )
+
+
+@dataclass(frozen=True)
+class LeavingRound:
+    """One round of leaving layers out one at a time: what the leaving of each layer would add now.
+
+    Raises:
+        ValueError: rows of two lengths, or no layer is left.
+    """
+
+    values: tuple[float, ...]
+    """Influence of each layer of the full model; NaN for those that are gone."""
+    errors: tuple[float, ...]
+    """Standard errors over batches; NaN where they are unknown."""
+
+    def __post_init__(self) -> None:
+        check_rules(
+            "round of leaving layers out",
+            self,
+            {
+                "values must have a number for a layer that is left": any(
+                    not math.isnan(value) for value in self.values
+                ),
+                "errors must have the length of values": len(self.errors) == len(self.values),
+            },
+        )
+
+    @property
+    def layer(self) -> int:
+        """The layer that goes: that of least influence; of equal ones the last."""
+        remaining = [n for n, value in enumerate(self.values) if not math.isnan(value)]
+        return min(remaining, key=lambda layer: (self.values[layer], -layer))
+
+    @property
+    def value(self) -> float:
+        """What its leaving adds."""
+        return self.values[self.layer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "values": [_finite(value) for value in self.values],
+            "errors": [_finite(error) for error in self.errors],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LeavingRound:
+        """Build a round from `to_dict`."""
+        return cls(_row_of(values["values"]), _row_of(values["errors"]))
+
+
+def table_of_rounds(table: InfluenceTable, rounds: Sequence[LeavingRound]) -> InfluenceTable:
+    """Return a table whose whole layers are ordered as they went, one at a time.
+
+    A layer's influence is what its leaving added, or the next number above that of the layer before
+    it: so thresholds take layers away in this order, one by one, except those of which a correction
+    has more influence. A layer that did not go has what its leaving would have added in the last
+    round.
+
+    Args:
+        table: of the same model and metric.
+        rounds: at least one, the first one first.
+    """
+    values = list(rounds[-1].values)
+    errors = list(rounds[-1].errors)
+    least = -math.inf
+    for leaving in rounds:
+        values[leaving.layer] = max(leaving.value, least)
+        errors[leaving.layer] = leaving.errors[leaving.layer]
+        least = math.nextafter(values[leaving.layer], math.inf)
+    gone = {leaving.layer for leaving in rounds}
+    ordered = (v if layer in gone else max(v, least) for layer, v in enumerate(values))
+    return replace(
+        table, layer_values=tuple(ordered), layer_errors=tuple(errors), layer_accuracy_lost=()
+    )
+
+
+def num_passes_one_at_a_time(metric: str, num_layers: int, num_leaving: int) -> int:
+    """Count the forward passes per batch that `iiet.influence.leave_out_one_at_a_time` takes.
+
+    Args:
+        metric: a key of `iiet.INFLUENCE_METRICS`. One that leaves layers out, such as `loss`, takes
+            a pass without each layer; others compare within one pass.
+        num_layers: of the model.
+        num_leaving: how many of them leave.
+    """
+    if not metric_facts_of(metric).is_of_stopping:
+        return num_leaving
+    return sum(1 + num_layers - num_gone for num_gone in range(num_leaving))
 
 
 def _finite(value: float) -> float | None:
@@ -182,8 +325,12 @@ def _finite(value: float) -> float | None:
 
 
 def _rows_of(rows: Iterable[Iterable[Any]]) -> Rows:
-    """Read rows of plain JSON, where None stands for NaN."""
-    return tuple(tuple(math.nan if x is None else float(x) for x in row) for row in rows)
+    return tuple(map(_row_of, rows))
+
+
+def _row_of(row: Iterable[Any]) -> tuple[float, ...]:
+    """Read numbers of plain JSON, where None stands for NaN."""
+    return tuple(math.nan if x is None else float(x) for x in row)
 
 
 Influence = Sequence[Sequence[float]] | InfluenceTable
@@ -226,7 +373,7 @@ class FamilyMember:
 
 
 class ScheduleFamily(tuple[FamilyMember, ...]):
-    """Nested schedules, from full to no corrections."""
+    """Nested schedules, from full to no corrections, or to the fewest layers."""
 
     __slots__ = ()
 
@@ -245,7 +392,7 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
         return self.as_table().to_html()
 
     def within(self, *, nfe: float) -> IterationSchedule:
-        """Return the schedule with the most corrections that makes at most `nfe` evaluations.
+        """Return the schedule with the most evaluations, at most `nfe`.
 
         Raises:
             ValueError: none is that cheap.
@@ -253,7 +400,7 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
         return self.within_cost(nfe, num_evaluations)
 
     def within_cost(self, max_cost: float, cost: Cost) -> IterationSchedule:
-        """Return the schedule with the most corrections of at most this cost, in any unit.
+        """Return the schedule with the most evaluations of at most this cost, in any unit.
 
         Raises:
             ValueError: none is that cheap.
@@ -290,29 +437,80 @@ def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
     return tuple(accumulate(reversed(row), max))[::-1]
 
 
-def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
-    """Keep `#{i : M[i] >= threshold}` corrections in each layer."""
-    return IterationSchedule(
-        tuple(
-            sum(value >= threshold for value in suffix_maxima(row))
-            for row in influence_rows(influence)
-        )
-    )
+def schedule_at_threshold(
+    influence: Influence, threshold: float, *, max_left_out: int = 0
+) -> IterationSchedule:
+    """Keep `#{i : M[i] >= threshold}` evaluations in each layer.
 
+    Args:
+        influence: a table with the influence of whole layers where layers may be left out.
+        threshold: an influence.
+        max_left_out: how many layers may be left out. The others, those of greatest `M[0]`, keep
+            their predictions (evaluation 0).
 
-def schedule_family(influence: Influence) -> ScheduleFamily:
-    """List every distinct schedule that some threshold gives, from full to no corrections.
-
-    The schedules are nested, and there are at most one more than corrections. Two neighbors differ
-    by several corrections where suffix maxima are equal.
+    Raises:
+        ValueError: the influence of whole layers was not measured, or no layer would stay.
     """
-    rows = influence_rows(influence)
-    breakpoints = sorted({value for row in rows for value in suffix_maxima(row)})
+    return _schedule_at(_evaluation_maxima(influence, max_left_out), threshold)
+
+
+def schedule_family(influence: Influence, *, max_left_out: int = 0) -> ScheduleFamily:
+    """List every distinct schedule that some threshold gives, from full to no corrections, or to
+    the one that leaves `max_left_out` layers out.
+
+    The schedules are nested, and there are at most one more than evaluations that a threshold can
+    take away. Two neighbors differ by several where suffix maxima are equal. Arguments and errors
+    are those of `schedule_at_threshold`.
+    """
+    maxima = _evaluation_maxima(influence, max_left_out)
+    # The prediction of a layer that always stays is above every threshold.
+    breakpoints = sorted({value for row in maxima for value in row} - {math.inf})
     ends = [-math.inf, *breakpoints, math.inf]
     return ScheduleFamily(
-        FamilyMember(schedule_at_threshold(rows, up_to), above, up_to)
-        for above, up_to in pairwise(ends)
+        FamilyMember(_schedule_at(maxima, up_to), above, up_to) for above, up_to in pairwise(ends)
     )
+
+
+def _evaluation_maxima(influence: Influence, max_left_out: int) -> Rows:
+    """Return `M[l,i]` of each layer and evaluation; infinity for predictions that always stay."""
+    if max_left_out == 0:
+        return tuple((math.inf, *suffix_maxima(row)) for row in influence_rows(influence))
+    maxima = tuple(
+        map(suffix_maxima, _checked_evaluations(influence, max_left_out).evaluation_rows)
+    )
+    num_staying = len(maxima) - max_left_out
+    staying = most_important_layers([row[0] for row in maxima], num_staying)
+    return tuple(
+        (math.inf, *row[1:]) if layer in staying else row for layer, row in enumerate(maxima)
+    )
+
+
+def _checked_evaluations(influence: Influence, max_left_out: int) -> InfluenceTable:
+    """Return a table by which so many layers may be left out."""
+    if not isinstance(influence, InfluenceTable):
+        raise ValueError("layers are left out by an InfluenceTable, which knows whole layers")
+    num_layers = len(influence.value_rows)
+    if not (is_integer_from(1, max_left_out) and max_left_out < num_layers):
+        raise ValueError(
+            f"max_left_out must be an integer from 0 to {num_layers - 1}, as at least one of "
+            f"{num_layers} layers stays, got {max_left_out!r}"
+        )
+    return influence
+
+
+def _schedule_at(maxima: Rows, threshold: float) -> IterationSchedule:
+    """Return the schedule of a threshold; without any evaluation, a layer is left out."""
+    nums_kept = (sum(value >= threshold for value in row) for row in maxima)
+    return IterationSchedule(tuple(num_kept - 1 for num_kept in nums_kept))
+
+
+def most_important_layers(importance: Sequence[float], count: int) -> tuple[int, ...]:
+    """Return the numbers of the `count` layers of highest importance, in ascending order.
+
+    Of equal layers the earlier ones count as more important, so the choices are nested.
+    """
+    ranked = sorted(range(len(importance)), key=lambda layer: (-importance[layer], layer))
+    return tuple(sorted(ranked[:count]))
 
 
 def spread_over_cost(
@@ -352,56 +550,99 @@ def influence_rows(influence: Influence) -> Rows:
 
 ROUNDING = Fraction(1, 10**12)
 """Largest relative rounding error of a cost."""
+_State = tuple[Fraction, Fraction, tuple[int, ...]]
+"""Worth, minus the cost, and corrections of the first layers; the larger one is better."""
 
 
 def knapsack(
-    influence: Influence, max_cost: float, *, cost: Cost = num_evaluations
+    influence: Influence,
+    max_cost: float,
+    *,
+    cost: Cost = num_evaluations,
+    max_left_out: int = 0,
 ) -> IterationSchedule:
     """Find the schedule of the highest total worth under a budget, exactly.
 
-    Dynamic programming over layers: of all schedules of the first l layers, keep those that are
-    worth more than every cheaper one. Sums are rational, so rounding never decides. Among equals
-    the cheapest wins, then the one with fewer corrections in later layers.
+    Dynamic programming over layers: of all schedules of the first l layers that leave out equally
+    many, keep those that are worth more than every cheaper one. Sums are rational, so rounding
+    never decides. Among equals the cheapest wins, then the one with fewer evaluations in later
+    layers.
 
     Args:
         influence: numbers, also negative ones, are worths: what each correction adds if those
-            before it are kept. A measured influence knows its worths.
+            before it are kept. A measured influence knows its worths, and a table with the
+            influence of whole layers those of predictions.
         max_cost: in the unit of `cost`.
-        cost: must add up over layers, as FLOPs and bytes do.
+        cost: must add up over the kept layers, as FLOPs and bytes do. What a layer adds may depend
+            on how many are kept before it, as the terms of a mix do.
+        max_left_out: how many layers may be left out, whichever these are.
 
     Raises:
-        ValueError: the budget does not pay for the predictions.
+        ValueError: the budget does not pay for the predictions, or as `schedule_at_threshold`.
     """
-    rows = influence_rows(
-        influence.worths() if isinstance(influence, InfluenceTable) else influence
-    )
-    full = IterationSchedule(tuple(map(len, rows)))
-    none = IterationSchedule.none(len(rows))
-    least = Fraction(cost(none))
-    if not max_cost >= least:
-        raise ValueError(
-            f"a budget of {max_cost} does not pay for the {len(rows)} predictions that the layers "
-            f"always make, which cost {cost(none)}"
+    if max_left_out == 0:
+        rows = influence_rows(
+            influence.worths() if isinstance(influence, InfluenceTable) else influence
         )
-    # Prices are differences of rounded costs, so allow slightly more here; the end checks the cost.
-    budget = Fraction(min(max_cost, 2 * cost(full))) * (1 + ROUNDING) - least
-    # Worth, minus the cost, and corrections of the layers so far; the larger one is better.
-    states: list[tuple[Fraction, Fraction, tuple[int, ...]]] = [(Fraction(0), Fraction(0), ())]
-    for layer, row in enumerate(rows):
-        prices = [
-            Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(len(row) + 1)
+        worths = [[0.0, *row] for row in rows]
+    else:
+        worths = [
+            [*row] for row in _checked_evaluations(influence, max_left_out).evaluation_worths()
         ]
-        added_worths = list(accumulate(map(Fraction, row), initial=Fraction(0)))
-        longer = []
-        for worth, minus_spent, counts in states:
-            for kept, (added, price) in enumerate(zip(added_worths, prices, strict=True)):
-                if price - minus_spent <= budget:
-                    longer.append((worth + added, minus_spent - price, (*counts, kept)))
-        # From the cheapest on, keep those that are worth more than every cheaper one.
-        longer.sort(key=lambda state: (state[1], state[0], state[2]), reverse=True)
-        states = []
-        for state in longer:
-            if not states or state[0] > states[-1][0]:
-                states.append(state)
-    schedules = [IterationSchedule(counts) for _, _, counts in sorted(states, reverse=True)]
-    return next((schedule for schedule in schedules if cost(schedule) <= max_cost), none)
+    num_layers = len(worths)
+    full = IterationSchedule(tuple(len(row) - 1 for row in worths))
+    none = IterationSchedule.none(num_layers)
+    # Prices are differences of rounded costs, so allow slightly more here; the end checks the cost.
+    budget = Fraction(min(max_cost, 2 * cost(full))) * (1 + ROUNDING)
+
+    def price(layer: int, count: int, num_left_out: int) -> Fraction:
+        """Return what a layer adds to the cost of the layers before it, of which so many are left
+        out; the first kept layer's price is the whole cost of a model that consists of it."""
+        if max_left_out == 0:  # The cost need not know of left-out layers.
+            whole = Fraction(cost(none.with_layer(layer, count)))
+            return whole if layer == 0 else whole - Fraction(cost(none))
+        before = (*(LEFT_OUT,) * num_left_out, *(0,) * (layer - num_left_out))
+        after = (LEFT_OUT,) * (num_layers - layer - 1)
+        whole = Fraction(cost(IterationSchedule((*before, count, *after))))
+        if num_left_out == layer:
+            return whole
+        return whole - Fraction(cost(IterationSchedule((*before, LEFT_OUT, *after))))
+
+    # By the number of layers that are left out so far.
+    states: dict[int, list[_State]] = {0: [(Fraction(0), Fraction(0), ())]}
+    for layer, row in enumerate(worths):
+        added_worths = list(accumulate(map(Fraction, row)))
+        longer: dict[int, list[_State]] = {}
+        for num_left_out, shorter in states.items():
+            if num_left_out < max_left_out:
+                longer.setdefault(num_left_out + 1, []).extend(
+                    (worth, minus_spent, (*counts, LEFT_OUT))
+                    for worth, minus_spent, counts in shorter
+                )
+            for count, added in enumerate(added_worths):
+                added_cost = price(layer, count, num_left_out)
+                longer.setdefault(num_left_out, []).extend(
+                    (worth + added, minus_spent - added_cost, (*counts, count))
+                    for worth, minus_spent, counts in shorter
+                    if added_cost - minus_spent <= budget
+                )
+        states = {number: _undominated(candidates) for number, candidates in longer.items()}
+    best_first = sorted((state for kept in states.values() for state in kept), reverse=True)
+    for _, _, counts in best_first:
+        schedule = IterationSchedule(counts)
+        if cost(schedule) <= max_cost:
+            return schedule
+    at_least = num_layers - max_left_out
+    raise ValueError(
+        f"a budget of {max_cost} does not pay for the {at_least} predictions that are always made"
+        + ("" if max_left_out else f", which cost {cost(none)}")
+    )
+
+
+def _undominated(states: list[_State]) -> list[_State]:
+    """Return those that are worth more than every cheaper one."""
+    kept: list[_State] = []
+    for state in sorted(states, key=lambda state: (state[1], state[0], state[2]), reverse=True):
+        if not kept or state[0] > kept[-1][0]:
+            kept.append(state)
+    return kept

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_serializer
 
+from iiet.facts import metric_facts_of
+from iiet.pruning import most_important_layers
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
 from orchestrator.cluster.task import job_runner, joined_cluster, lack_of_resources, shard_runner
@@ -50,7 +52,6 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
 from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
 from orchestrator.training.source import Source, find_source, follow_source, with_source
@@ -662,6 +663,12 @@ def _plan_fewer_layers(
 ) -> TrainingPlan:
     """Return the plan of a student without the layers of least influence; see `is_bound`."""
     teacher = load_config(layers.checkpoint)
+    metric = settings.influence.metric
+    if teacher.corrections.num_corrections and metric_facts_of(metric).is_of_stopping:
+        raise UserError(
+            f"--drop-layers, influence.metric={metric}: of a model with corrections it measures "
+            "these alone; set influence.metric=cosine"
+        )
     importance: Sequence[float] = teacher.evaluations_per_layer()
     if layers.table is not None:
         importance = layers.table.layer_values
@@ -670,7 +677,8 @@ def _plan_fewer_layers(
         number + 1 for number in range(teacher.num_layers) if number not in kept_layers
     )
     label = f"{len(kept_layers)} of {teacher.num_layers} layers"
-    config = kept_config(teacher, kept_layers)
+    left_out = [number - 1 for number in dropped_layers]
+    config = teacher.of_kept_layers(teacher.corrections.leaving_out(left_out))
     job = distillation_job(
         settings, workspace, layers.checkpoint, config, layers.tokens_folder, kept_layers
     )

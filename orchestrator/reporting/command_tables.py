@@ -238,7 +238,7 @@ def _mebibytes(num_bytes: int) -> str:
 def influence_tables(influence: InfluenceTable) -> list[Table]:
     """Return the influence with standard errors, then the residuals, if they were measured.
 
-    The column `whole layer` is the layer's block influence, by which whole layers are dropped.
+    The column `whole layer` is the influence of the layer as a whole, by which layers are dropped.
     """
     values = [
         [_with_error(*pair) for pair in zip(*rows, strict=True)]

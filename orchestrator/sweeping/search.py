@@ -76,7 +76,7 @@ class ScheduleSearch:
     @property
     def num_schedules(self) -> int:
         """Number of schedules to choose from."""
-        return self._full.num_within
+        return self._full.num_within()
 
     @property
     def num_wanted(self) -> int:

@@ -217,7 +217,7 @@ def most_students(settings: Settings, teacher: ModelConfig) -> int:
     num_schedules = min(sweep.num_requested, 1 + sum(teacher.corrections))
     if sweep.kind == "search":
         num_searched = num_schedules + settings.search.num_trials
-        return min(num_searched, teacher.corrections.num_within)
+        return min(num_searched, teacher.corrections.num_within())
     return num_schedules
 
 

@@ -29,6 +29,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.freezing import freeze, trained_part
 from iiet.layers import initial_weights
+from iiet.left_out import decoder_of_kept_layers
 from iiet.losses import next_token_loss
 from iiet.methods.implicit_euler import MixedLayer
 from iiet.schedule import IterationSchedule
@@ -36,7 +37,6 @@ from iiet.weights import LazyTensor
 from orchestrator.models.load import has_bf16, load_model, use_tf32
 from orchestrator.models.stored_weights import open_weights
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.dropping import drop_layers
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError, shortened
 
@@ -342,7 +342,8 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     if folder := checkpoint or job.initial_folder:
         if checkpoint is None and job.kept_layers is not None:
             origin = load_model(Path(folder), check=False, frozen=True)
-            smaller = drop_layers(origin, job.kept_layers)
+            left_out = set(range(origin.config.num_layers)).difference(job.kept_layers)
+            smaller = decoder_of_kept_layers(origin, origin.schedule.leaving_out(left_out))
             origin_config = smaller.config
             weights = smaller.state_dict()
         else:

@@ -25,6 +25,7 @@ from iiet.decoder import Decoder
 from iiet.facts import MethodFacts
 from iiet.fast import plain_formulas
 from iiet.freezing import freeze, trained_part
+from iiet.left_out import decoder_of_kept_layers
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import LayerCall
@@ -173,6 +174,22 @@ def test_presets_have_the_published_sizes(name, millions):
     # The published figures count matrices only, to the digit; norms are 0.03% at most.
     norms = (2 * config.num_layers + 1) * config.dim
     assert round((num_parameters(config, include_mix=False) - norms) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_schedule_costs_what_the_model_of_the_kept_layers_costs(method):
+    config = small(method, sliding_windows=(4, None, 6), rotary_layers=(True, False, True))
+    schedule = config.corrections.leaving_out([0])
+    decoder = decoder_of_kept_layers(Decoder(config), schedule)
+    options = {"context_length": 9, "batch_size": 2, "bytes_per_value": 2}
+    cost = inference_cost(config, schedule, **options)
+    assert cost == inference_cost(decoder.config, **options)
+    assert cost.evaluations_per_token == sum(decoder.evaluations_per_layer())
+    assert cost.num_parameters == sum(p.numel() for p in decoder.parameters())
+    seen = [9, 6]
+    pairs = zip(seen, decoder.evaluations_per_layer(), strict=True)
+    assert cost.kv_bytes_read_per_token == 2 * 2 * 4 * sum(n * count for n, count in pairs)
+    assert training_flops_per_token(config, schedule) == training_flops_per_token(decoder.config)
 
 
 def test_a_truncated_backward_pass_costs_less_training():

@@ -6,6 +6,7 @@ The evaluations are stored outputs of the published code; the formula is written
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from live_tensors import LiveTensors
 from model_cases import make_model, tokens
 from refusals import refused
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from iiet import INFLUENCE_METRICS
 from iiet.batch import NO_TARGET, Batch
@@ -22,9 +24,22 @@ from iiet.config import preset
 from iiet.decoder import Decoder, decoder_from_published
 from iiet.extensions import ExtensionError
 from iiet.fast import plain_formulas
-from iiet.influence import BatchInfluence, Comparison, InfluenceMetric, influence_table
+from iiet.influence import (
+    BatchInfluence,
+    Comparison,
+    InfluenceMetric,
+    influence_table,
+    leave_out_one_at_a_time,
+)
+from iiet.left_out import decoder_of_kept_layers
 from iiet.losses import next_token_loss
-from iiet.pruning import InfluenceTable, schedule_family
+from iiet.pruning import (
+    InfluenceTable,
+    LeavingRound,
+    num_passes_one_at_a_time,
+    schedule_family,
+    table_of_rounds,
+)
 from iiet.schedule import IterationSchedule
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -98,21 +113,104 @@ def test_loss_influence_is_the_rise_of_the_published_loss():
     assert table.num_tokens == tensors["input_ids"][:, 1:].numel()
 
 
+def whole_layers_by_hand(decoder, ids, metric, left_out=()):
+    """Return the influence of each layer that is left, by its definition."""
+    schedule = decoder.schedule.leaving_out(left_out)
+    smaller = decoder_of_kept_layers(decoder, schedule)
+    if metric == "loss":
+        full = next_token_loss(smaller(ids), ids).item()
+        without = [
+            decoder_of_kept_layers(decoder, schedule.leaving_out([layer]))
+            for layer in schedule.kept_layers
+        ]
+        return [next_token_loss(model(ids), ids).item() - full for model in without]
+    _, hidden = smaller(ids, return_hidden=True)
+    pairs = itertools.pairwise([smaller.model.embed_tokens(ids), *hidden])
+    if metric == "cosine":
+        return [(1 - torch.cosine_similarity(a, b, dim=-1)).mean().item() for a, b in pairs]
+    return [((b - a).norm(dim=-1) / b.norm(dim=-1)).mean().item() for a, b in pairs]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("metric", ["cosine", "loss"])
-def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
-    decoder = decoder_of()
+@pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
+@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
+def test_whole_layers_are_measured_by_the_metric_of_the_table(metric, method):
+    decoder = make_model(method, (2, 0, 1))
+    ids = tokens(4, 8)
+    expected = whole_layers_by_hand(decoder, ids, metric)
+    table = influence_table(decoder, ids.split(1), metric=metric, whole_layers=True)
+    assert table.layer_values == pytest.approx(expected, rel=1e-9)
+    of_batches = [whole_layers_by_hand(decoder, row, metric) for row in ids.split(1)]
+    errors = np.std(of_batches, axis=0, ddof=1) / np.sqrt(4)
+    assert table.layer_errors == pytest.approx(errors, rel=1e-9)
+    assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    corrections = influence_table(decoder, ids.split(1), metric=metric, whole_layers=False)
+    assert corrections == replace(table, layer_values=(), layer_errors=())
+    # Where it costs further passes, they are taken if there is nothing else to measure.
+    usual = influence_table(decoder, ids.split(1), metric=metric)
+    assert usual == (corrections if metric == "loss" and method != "vanilla" else table)
+
+
+@torch.no_grad()
+def test_the_only_layer_of_a_model_can_be_measured_by_the_loss():
+    decoder = make_model("vanilla", (0,))
     ids = tokens(2, 8)
-    _, hidden = decoder(ids, return_hidden=True)
-    states = [decoder.model.embed_tokens(ids), *hidden]
-    if metric == "loss":  # Only positions with a target count.
-        states = [state[:, :-1] for state in states]
-    expected = [
-        (1 - torch.cosine_similarity(before, after, dim=-1)).mean().item()
-        for before, after in itertools.pairwise(states)
-    ]
-    table = influence_table(decoder, [ids[:1], ids[1:]], metric=metric)
-    assert table.layer_values == pytest.approx(expected, rel=1e-10)
+    without = next_token_loss(decoder.logits(decoder.model.embed_tokens(ids)), ids)
+    rise = (without - next_token_loss(decoder(ids), ids)).item()
+    assert influence_table(decoder, ids, metric="loss").layer_values == pytest.approx([rise])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["vanilla", "iiet"])
+@pytest.mark.parametrize("metric", ["relative", "loss"])
+def test_layers_leave_one_at_a_time_and_the_order_resumes(metric, method):
+    decoder = make_model(method, (1, 0, 2, 0, 1))
+    ids = tokens(4, 8)
+    batches = ids.split(2)
+    done = []
+    options = {"metric": metric, "num_leaving": 4}
+    rounds = [*leave_out_one_at_a_time(decoder, batches, **options, progress=done.append)]
+    assert done == list(range(1, 9))
+    gone = []
+    for leaving in rounds:
+        expected = whole_layers_by_hand(decoder, ids, metric, gone)
+        remaining = [layer for layer in range(5) if layer not in gone]
+        assert [leaving.values[layer] for layer in remaining] == pytest.approx(expected, rel=1e-9)
+        assert all(math.isnan(leaving.values[layer]) for layer in gone)
+        assert leaving.layer == remaining[int(np.argmin(expected))]
+        gone.append(leaving.layer)
+    stored = [LeavingRound.from_dict(json.loads(json.dumps(r.to_dict()))) for r in rounds[:2]]
+    resumed = leave_out_one_at_a_time(
+        decoder, batches, **options, rounds=stored, progress=done.append
+    )
+    assert repr([*stored, *resumed]) == repr(rounds)
+    assert done[8:] == [5, 6, 7, 8]
+    if method == "vanilla":
+        table = influence_table(decoder, batches, metric=metric, whole_layers=True)
+        family = schedule_family(table_of_rounds(table, rounds), max_left_out=4)
+        left_out = [set(member.schedule.left_out_layers) for member in family]
+        assert left_out == [set(gone[:number]) for number in range(5)]
+    for wrong in (5, -1):
+        with refused(ValueError, "num_leaving", wrong):
+            next(leave_out_one_at_a_time(decoder, batches, num_leaving=wrong))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+def test_the_passes_of_leaving_out_one_at_a_time_are_counted(metric):
+    decoder = make_model("vanilla", (0,) * 4)
+    num_passes = 0
+
+    def note(module, _):  # Each pass embeds its tokens once.
+        nonlocal num_passes
+        num_passes += isinstance(module, torch.nn.Embedding)
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        rounds = leave_out_one_at_a_time(decoder, [tokens(2, 8)], metric=metric, num_leaving=3)
+        assert len([*rounds]) == 3
+    finally:
+        hook.remove()
+    assert num_passes == num_passes_one_at_a_time(metric, num_layers=4, num_leaving=3)
 
 
 @torch.no_grad()
@@ -120,14 +218,17 @@ def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
     decoder = decoder_of()
     ids = tokens(6, 8)
     targets = torch.where(torch.arange(8) % 3 > 0, ids.roll(1, dims=1), NO_TARGET)
-    table = influence_table(decoder, Batch(ids, targets).split(2), metric="loss")
+    batches = Batch(ids, targets).split(2)
+    table = influence_table(decoder, batches, metric="loss", whole_layers=True)
 
     def accuracy(*corrections):
-        logits = decoder(ids, schedule=IterationSchedule(corrections))
+        model = decoder_of_kept_layers(decoder, IterationSchedule(corrections))
         counted = targets != NO_TARGET
-        return (logits.argmax(-1) == targets)[counted].double().mean().item()
+        return (model(ids).argmax(-1) == targets)[counted].double().mean().item()
 
     full = accuracy(2, 0, 1)
+    without = (accuracy(-1, 0, 1), accuracy(2, -1, 1), accuracy(2, 0, -1))
+    assert table.layer_accuracy_lost == pytest.approx([full - a for a in without], abs=1e-12)
     expected = (
         (full - accuracy(0, 0, 1), full - accuracy(1, 0, 1)),
         (),
@@ -137,7 +238,8 @@ def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
         assert row == pytest.approx(expected_row, abs=1e-12)
     assert any(expected[0])
     assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
-    assert influence_table(decoder, [ids], metric="loss").accuracy_lost_rows == ()
+    of_text = influence_table(decoder, [ids], metric="loss", whole_layers=True)
+    assert (of_text.accuracy_lost_rows, of_text.layer_accuracy_lost) == ((), ())
 
 
 @pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
@@ -262,6 +364,7 @@ def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
     for method, num_residuals in (("vanilla", 0), ("pcformer_rk4", 1)):
         table = influence_table(make_model(method), tokens(2, 8))
         assert table.value_rows == ((), (), ())
+        assert len(table.layer_values) == 3
         assert [len(row) for row in table.residual_rows] == [num_residuals] * 3
         assert all(map(math.isnan, table.contractions))
         assert len(schedule_family(table)) == 1
@@ -341,6 +444,12 @@ def test_a_metric_of_another_package_gets_consecutive_outputs_and_its_table_is_r
             assert value == pytest.approx(change.square().sum(-1).mean().item(), rel=1e-12)
     assert table.metric == "squared"
     assert table.worths() == table.value_rows
+    assert table.evaluation_worths() == table.evaluation_rows
+    states = [decoder.model.embed_tokens(ids), *decoder(ids, return_hidden=True)[1]]
+    changes = [(b - a).square().sum(-1).mean().item() for a, b in itertools.pairwise(states)]
+    assert [row[0] for row in table.evaluation_rows] == pytest.approx(changes, rel=1e-12)
+    with refused(ValueError, "Constant", "whole layers"):
+        influence_table(decoder, ids, metric="constant", whole_layers=True)
     stored = influence_table(decoder, ids, metric="constant").to_dict()
     del INFLUENCE_METRICS.own_classes["constant"]
     table = InfluenceTable.from_dict(stored)

@@ -19,7 +19,6 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.students import student_job
 from orchestrator.training.devices import decoder_to_train, load_teacher
-from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World
@@ -90,7 +89,8 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(student, teacher, 
 
 def test_a_student_of_fewer_layers_starts_from_the_kept_ones(student, teacher):
     job = student(recipe={"num_steps": 2})
-    config = kept_config(load_config(teacher), (1,))
+    full = load_config(teacher)
+    config = full.of_kept_layers(full.corrections.leaving_out([0]))
     smaller = job.model_copy(update={"model": config, "kept_layers": (1,)})
     assert job_key(smaller) != job_key(smaller.model_copy(update={"kept_layers": (0,)}))
     start = decoder_to_train(smaller, World(), None)
