@@ -23,7 +23,7 @@ from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, by_label, open_models
-from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.result import Result
@@ -119,21 +119,7 @@ def plan_benchmark(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkPlan:
-    """Open the models, and choose schedules and contexts.
-
-    Args:
-        models: Checkpoints or runs, by path or name, or model folders; when empty, the
-            newest of finished runs and the last pick.
-        schedules: Iteration schedules or depths as typed. When empty, one IIET is measured under
-            schedules from full to none, and several models each under their own.
-        conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
-            prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
-        cluster: Where they are measured; see `command_place`.
-        trust_remote_code: Whether code in a model folder may run.
-
-    Raises:
-        UserError: If a model is missing or damaged, or a condition does not fit it.
-    """
+    """Open the models, and choose schedules and contexts; arguments and errors as `benchmark`."""
     space = find_workspace(workspace)
     note = (progress or Progress()).note
     opened = open_models(models, space, schedules, note=note)
@@ -205,7 +191,41 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
     return result
 
 
-benchmark = in_one_call(plan_benchmark, run_benchmark)
+def benchmark(
+    *,
+    workspace: Workspace | Path | str | None = None,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
+    conditions: decode_timing.MeasurementSettings | None = None,
+    cluster: ClusterSettings | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> BenchmarkResult:
+    """Measure latency, throughput and memory of models side by side.
+
+    Args:
+        models: Checkpoints or runs, by path or name, or model folders; when empty, the
+            newest of finished runs and the last pick.
+        schedules: Iteration schedules or depths as typed. When empty, one IIET is measured under
+            schedules from full to none, and several models each under their own.
+        conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
+            prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
+        cluster: Where they are measured; see `command_place`.
+        trust_remote_code: Whether code in a model folder may run.
+
+    Raises:
+        UserError: If a model is missing or damaged, or a condition does not fit it.
+    """
+    plan = plan_benchmark(
+        workspace=workspace,
+        models=models,
+        schedules=schedules,
+        conditions=conditions,
+        cluster=cluster,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return run_benchmark(plan, open_context(workspace, progress))
 
 
 def family_of(model: OpenedModel) -> list[OpenedModel]:

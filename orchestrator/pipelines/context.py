@@ -1,26 +1,17 @@
-"""The context that every pipeline runs in, and the calls that plan and run at once."""
+"""The context that every pipeline runs in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.reporting.result import Result
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from orchestrator.tracking.tracker import Tracking
-
-KEYWORD_ONLY = Parameter.KEYWORD_ONLY
-Arguments = ParamSpec("Arguments")
-Plan = TypeVar("Plan", bound=Result)
-Outcome = TypeVar("Outcome")
 
 
 class Context:
@@ -77,49 +68,3 @@ def open_context(
     if not isinstance(workspace, Workspace):
         workspace = open_workspace(Path(workspace) if workspace else None)
     return Context(workspace, progress)
-
-
-def in_one_call(
-    plan: Callable[Arguments, Plan],
-    run: Callable[[Plan, Context], Outcome],
-    **importers: Callable[[Any, Workspace | Path | str | None, Progress | None], Any],
-) -> Callable[Arguments, Outcome]:
-    """Return the function that takes what `plan` takes, and a progress display, and runs the plan.
-
-    Its documentation is what `run` does, with the arguments and errors of `plan`.
-
-    Args:
-        plan: Takes `workspace`, and `progress` if there is something that it may say; writes
-            nothing.
-        importers: Name of an argument that may be a model of the hub -> function that imports it.
-    """
-    parameters = signature(plan).parameters
-    plan_takes_progress = "progress" in parameters
-
-    @wraps(plan)
-    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Outcome:
-        values: dict[str, Any] = options
-        workspace = values.get("workspace")
-        progress = values.get("progress")
-        if not plan_takes_progress:
-            values.pop("progress", None)
-        for name, import_model in importers.items():
-            values[name] = import_model(values.get(name), workspace, progress)
-        planned = plan(*args, **options)
-        planned.check()
-        return run(planned, open_context(workspace, progress))
-
-    # What `help` and editors show.
-    call.__name__ = run.__name__.removeprefix("run_")
-    call.__qualname__ = call.__name__
-    summary = (run.__doc__ or "").partition("\n\n")[0]
-    arguments_and_errors = (plan.__doc__ or "").partition("\n\n")[2]
-    call.__doc__ = f"{summary}\n\n{arguments_and_errors}"
-    shown_parameters = list(parameters.values())
-    if not plan_takes_progress:
-        progress_parameter = signature(open_context).parameters["progress"]
-        shown_parameters.append(progress_parameter.replace(kind=KEYWORD_ONLY))
-    call.__signature__ = Signature(  # type: ignore[attr-defined]
-        shown_parameters, return_annotation=signature(run).return_annotation
-    )
-    return call

@@ -29,7 +29,7 @@ from orchestrator.models.hub import offline
 from orchestrator.models.load import best_device
 from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.models.tokenizer import check_template
-from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
@@ -268,7 +268,30 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     return ModelEvaluations(evaluations=evaluations, num_evaluations=num_evaluations)
 
 
-evaluate = in_one_call(plan_evaluate, run_evaluate)
+def evaluate(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
+    log_samples: Path | str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ModelEvaluations:
+    """Evaluate models, each under each schedule; stored results are read again.
+
+    Arguments and errors are those of `plan_evaluate`.
+    """
+    plan = plan_evaluate(
+        settings,
+        workspace=workspace,
+        models=models,
+        schedules=schedules,
+        log_samples=log_samples,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return run_evaluate(plan, open_context(workspace, progress))
 
 
 def _evaluate_model(

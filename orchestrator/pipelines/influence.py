@@ -26,7 +26,7 @@ from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
 from orchestrator.models.labels import model_name
 from orchestrator.models.open import open_model
-from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import imported_model
 from orchestrator.records.influence import StoredInfluence, influence_path
 from orchestrator.records.record import Influence
@@ -168,15 +168,7 @@ def plan_influence(
 ) -> InfluencePlan:
     """Return the stored influence of a checkpoint, or what is to measure.
 
-    Args:
-        settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest finished IIET with corrections when
-            unset. Of a model without corrections, each whole layer is measured.
-
-    Raises:
-        UserError: If there is no such model, its method repeats the whole stack, its tokens are
-            not in the workspace, or the checkpoint or the tokens are damaged, or do not go
-            together.
+    Arguments and errors are those of `measure_influence`, but that the model is not imported.
     """
     space = find_workspace(workspace)
     note = (progress or Progress()).note
@@ -278,7 +270,29 @@ def run_influence(
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 
 
-measure_influence = in_one_call(plan_influence, run_influence, model=imported_model)
+def measure_influence(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    model: Path | str | None = None,
+    progress: Progress | None = None,
+) -> InfluenceResult:
+    """Measure how much each correction of each layer matters; a stored table is read again.
+
+    Args:
+        settings: Sections `influence` and `cluster`.
+        model: A checkpoint or run, by path or name, or `hub:OWNER/NAME`; the newest finished IIET
+            with corrections when unset. Of a model without corrections, each whole layer is
+            measured.
+
+    Raises:
+        UserError: If there is no such model, its method repeats the whole stack, its tokens are
+            not in the workspace, or the checkpoint or the tokens are damaged, or do not go
+            together.
+    """
+    model = imported_model(model, workspace, progress)
+    plan = plan_influence(settings, workspace=workspace, model=model, progress=progress)
+    return run_influence(plan, open_context(workspace, progress))
 
 
 def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceTable:

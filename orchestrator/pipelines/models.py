@@ -34,7 +34,7 @@ from orchestrator.models.folder import StoredPrecision
 from orchestrator.models.hub import download, is_hub_name, license_of
 from orchestrator.models.labels import model_name, name_with_owner
 from orchestrator.models.open import open_model
-from orchestrator.pipelines.context import Context, in_one_call, open_context
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import TrainingJob, model_family
@@ -746,4 +746,41 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     return plan.model_copy(update={"folder": folder, "version": version})
 
 
-pick = in_one_call(plan_pick, run_pick)
+def pick(
+    sweep: str | None = None,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    keep: float | None = None,
+    confidence: float = 0.0,
+    budget: float | None = None,
+    knee: bool = False,
+    best: bool = False,
+    cheapest: bool = False,
+    cost: str | None = None,
+    quality: str | None = None,
+    allow_loss: bool = False,
+    to: Path | str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PickResult:
+    """Choose a model from a sweep's front; export and register it.
+
+    Arguments and errors are those of `plan_pick`.
+    """
+    plan = plan_pick(
+        sweep,
+        workspace=workspace,
+        keep=keep,
+        confidence=confidence,
+        budget=budget,
+        knee=knee,
+        best=best,
+        cheapest=cheapest,
+        cost=cost,
+        quality=quality,
+        allow_loss=allow_loss,
+        to=to,
+        force=force,
+        progress=progress,
+    )
+    return run_pick(plan, open_context(workspace, progress))

@@ -22,7 +22,7 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval
-from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import run_influence
 from orchestrator.pipelines.models import imported_model
 from orchestrator.pipelines.sweep_plan import SweepPlan
@@ -40,14 +40,15 @@ from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SOURCE_CONTINUED, Trial
 from orchestrator.reporting import results
 from orchestrator.reporting.sweep_report import ReportResult
-from orchestrator.settings import flatten, to_yaml
+from orchestrator.settings import Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import check_devices, check_sweep
 from orchestrator.sweeping.states import early_stops
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.source import with_source
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_tail, record_event
-from orchestrator.workspace.layout import SWEEP_LOCK_NAME, portable_path
+from orchestrator.workspace.layout import SWEEP_LOCK_NAME, Workspace, portable_path
 from orchestrator.workspace.locks import refuse_second
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -197,7 +198,29 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                 return _report_of(plan, sweep_results, context, failures)
 
 
-sweep = in_one_call(plan_sweep, run_sweep, teacher=imported_model)
+def sweep(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    teacher: Path | str | None = None,
+    models: Mapping[str, Settings] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Run the sweep that `settings.sweep.kind` describes, and write its report.
+
+    Arguments and errors are those of `plan_sweep`; a teacher may be `hub:OWNER/NAME`, too.
+    """
+    plan = plan_sweep(
+        settings,
+        workspace=workspace,
+        teacher=imported_model(teacher, workspace, progress),
+        models=models,
+        name=name,
+        progress=progress,
+    )
+    plan.check()  # Before the workspace is made.
+    return run_sweep(plan, open_context(workspace, progress))
 
 
 def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:

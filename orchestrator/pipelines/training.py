@@ -9,7 +9,7 @@ one returns at once, an interrupted one resumes. A student is stored where a swe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -34,7 +34,7 @@ from orchestrator.data.text import unread_note
 from orchestrator.models.folder import is_checkpoint, load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.open import open_model
-from orchestrator.pipelines.context import Context, in_one_call, open_context
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import imported_model
 from orchestrator.planning.devices import run_devices
@@ -551,10 +551,30 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     return result
 
 
-# Typed loosely, because it takes `progress` beside what the plan takes.
-pretrain: Callable[..., PretrainResult] = in_one_call(
-    plan_pretrain, run_pretrain, source=partial(imported_model, also_folders=True)
-)
+def pretrain(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str | None = None,
+    source: Path | str | None = None,
+    continued: Path | str | None = None,
+    name: str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> PretrainResult:
+    """Pretrain one model, tokens included; a finished run is found again.
+
+    Arguments and errors are those of `plan_pretrain`.
+    """
+    plan = plan_pretrain(
+        settings,
+        workspace=workspace,
+        source=imported_model(source, workspace, progress, also_folders=True),
+        continued=continued,
+        name=name,
+        local=local,
+    )
+    plan.check()  # Before the workspace is made.
+    return run_pretrain(plan, open_context(workspace, progress))
 
 
 @offline(DRY_RUN)
@@ -731,18 +751,31 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
     return StudentsResult(students=students)
 
 
-distill_all = in_one_call(plan_distill, run_distill, teacher=imported_model)
-
-
 def distill(
-    settings: Settings, *, schedule: str | IterationSchedule, **options: Any
+    settings: Settings,
+    *,
+    schedule: str | IterationSchedule,
+    workspace: Workspace | Path | str | None = None,
+    teacher: Path | str | None = None,
+    name: str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
 ) -> DistillResult:
-    """Distill a teacher into itself under one schedule.
+    """Distill a teacher into itself under one schedule; a finished student is found again.
 
-    Args:
-        options: Arguments of `plan_distill`, which says what is raised, too.
+    Arguments and errors are those of `plan_distill`; a teacher may be `hub:OWNER/NAME`, too.
     """
-    return distill_all(settings, schedules=[schedule], **options).students[0]
+    plan = plan_distill(
+        settings,
+        workspace=workspace,
+        schedules=[schedule],
+        teacher=imported_model(teacher, workspace, progress),
+        name=name,
+        local=local,
+        progress=progress,
+    )
+    plan.check()  # Before the workspace is made.
+    return run_distill(plan, open_context(workspace, progress)).students[0]
 
 
 def run_trainings(

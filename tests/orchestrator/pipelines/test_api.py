@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,24 @@ def test_every_name_exists_and_editors_see_the_same_names():
     assert {name for _, name in typed} == set(orchestrator.__all__)
     for module, name in typed:
         assert getattr(import_module(str(module)), name) is getattr(orchestrator, name)
+
+
+@pytest.mark.parametrize(
+    ("call", "plan"),
+    [
+        ("pretrain", "training.plan_pretrain"), ("distill", "training.plan_distill"),
+        ("sweep", "sweep_stages.plan_sweep"), ("evaluate", "evaluating.plan_evaluate"),
+        ("benchmark", "benchmarking.plan_benchmark"), ("pick", "models.plan_pick"),
+        ("measure_influence", "influence.plan_influence"),
+    ],
+)  # fmt: skip
+def test_a_call_takes_what_its_plan_takes(call, plan):
+    module, name = plan.split(".")
+    planned = signature(getattr(import_module(f"orchestrator.pipelines.{module}"), name)).parameters
+    taken = signature(getattr(orchestrator, call)).parameters
+    plans_alone = {"mfu"}  # What a dry run assumes.
+    if call == "distill":
+        plans_alone = {"schedules", "drop_layers"}  # It gives one student of one schedule.
+    assert {**planned}.keys() - {**taken}.keys() == plans_alone & {**planned}.keys()
+    for parameter in taken.keys() & planned.keys():
+        assert taken[parameter] == planned[parameter], parameter

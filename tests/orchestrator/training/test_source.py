@@ -417,7 +417,7 @@ def test_a_sweep_imports_its_source_first(
 
 
 @pytest.mark.slow
-def test_in_one_call(model_folder, settings, workspace):
+def test_pretrain_imports_its_source_first(model_folder, settings, workspace):
     prepare(settings(f"data.tokenizer={model_folder}"), workspace=workspace)
     result = pretrain(settings(), workspace=workspace, source=model_folder, local=True)
     assert facts_of(load_config(result.checkpoint).method).has_corrections
