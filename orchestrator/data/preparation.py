@@ -7,7 +7,8 @@ the folder of the data, which is named by the fingerprint of the content.
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from orchestrator.data.text import find_files, source_state, text_source, unread
 from orchestrator.data.tokenize import (
     TOKENIZER_CHARACTERS,
     OpenRunner,
-    can_resume,
     sample_texts,
     write_text,
 )
@@ -48,8 +48,13 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damaged, expand_user, read_json, write_json
-from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, is_valid_name
-from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.layout import (
+    CORPUS_LOCK_SUFFIX,
+    SOURCES_NAME,
+    Workspace,
+    is_valid_name,
+)
+from orchestrator.workspace.locks import lock_file, lock_holder
 from orchestrator.workspace.provenance import content_key, file_key
 
 ASSUMED_VOCABULARY = 32000
@@ -79,8 +84,7 @@ def prepare(
     parent = workspace.tokens
     folder = find_prepared(settings, parent)
     if folder is None:
-        # One process at a time: two would write the same files.
-        with lock_file(parent / ".lock"):
+        with _lock_corpus(source_key(settings), parent, progress):
             # Another process may have prepared it while this one waited.
             folder = find_prepared(settings, parent)
             if folder is None:
@@ -107,10 +111,6 @@ def _write(
     index = _index_file(key, parent)
     if index.exists():
         progress.note(f"the tokens that {index} names are missing; preparing them again")
-    # Nobody else writes under the lock, so these folders are left from killed processes.
-    for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if not can_resume(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
         tokenizer = _tokenizer_of_texts(settings, progress) if settings.texts else None
@@ -120,16 +120,31 @@ def _write(
             assert tokenizer is not None
             # A text has the mixture's tokenizer, so its tokens are not those that it has alone.
             text_key = source_key(text_settings, "mixture", tokenizer.to_str())
-            texts[name] = find_folder(text_key, parent) or write_text(
-                text_settings, parent, text_key, progress, tokenizer, open_runner=open_runner
-            )
-            _store_folder(text_key, texts[name])
+            # Other mixtures may have this text with this tokenizer, too.
+            with _lock_corpus(text_key, parent, progress):
+                texts[name] = find_folder(text_key, parent) or write_text(
+                    text_settings, parent, text_key, progress, tokenizer, open_runner=open_runner
+                )
+                _store_folder(text_key, texts[name])
         folder = write_mixture(settings, parent, texts, whole_tokenizer)
     else:
         folder = write_text(settings, parent, key, progress, open_runner=open_runner)
     _store_folder(key, folder)
     verify_data(folder, remember=True)
     return folder
+
+
+@contextmanager
+def _lock_corpus(key: str, parent: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of a source's key: two processes would write the same files."""
+    lock = parent / SOURCES_NAME / f"{key}{CORPUS_LOCK_SUFFIX}"
+    with ExitStack() as stack:
+        if not stack.enter_context(lock_file(lock, seconds=0.0)):
+            process = lock_holder(lock)
+            holder = f"process {process}" if process else "another process"
+            progress.note(f"waiting for {holder}, which prepares the same data")
+            stack.enter_context(lock_file(lock))
+        yield
 
 
 def _tokenizer_of_texts(settings: DataSettings, progress: Progress) -> Tokenizer:
@@ -222,7 +237,7 @@ def _store_folder(key: str, folder: Path) -> None:
 
 
 def _index_file(key: str, parent: Path) -> Path:
-    return parent / "sources" / f"{key}.json"
+    return parent / SOURCES_NAME / f"{key}.json"
 
 
 def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:

@@ -318,7 +318,8 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     # What a command that is no training does not have.
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
     unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
-    locks = [("preparing", "tokens", workspace.tokens / ".lock")]
+    corpus_locks = workspace.tokens.glob(f"{layout.SOURCES_NAME}/*{layout.CORPUS_LOCK_SUFFIX}")
+    locks = [("preparing", "tokens", lock) for lock in sorted(corpus_locks)]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
     for kind, name, lock in locks:
@@ -509,8 +510,9 @@ def _temporary(workspace: Workspace, _: Note) -> Iterator[Candidate]:
     for file in workspace.root.rglob(".*.tmp"):
         if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
             yield Candidate(file, "half-written by a process that ended")
-    lock = workspace.tokens / ".lock"
     for folder in workspace.tokens.glob(f"{layout.TEMPORARY_PREFIX}*"):
+        key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
+        lock = workspace.tokens / layout.SOURCES_NAME / f"{key}{layout.CORPUS_LOCK_SUFFIX}"
         if not is_locked(lock):
             reason = "of an interrupted command, which would resume there"
             yield Candidate(folder, reason, (lock,))

@@ -105,7 +105,8 @@ def test_what_killed_processes_left_goes_but_not_what_is_being_written(space, cl
     leftover.mkdir(parents=True)
     interrupted = space.tokens / ".writing-0123"
     interrupted.mkdir(parents=True)
-    with new_folder(space.runs / "b") as filling, lock_file(space.tokens / ".lock"):
+    lock = space.tokens / "sources" / "0123.lock"
+    with new_folder(space.runs / "b") as filling, lock_file(lock):
         leftover.mkdir(exist_ok=True)  # A writer deletes the leftovers beside it.
         assert clean("temporary", "--yes") == [str(leftover.relative_to(space.root))]
         assert filling.exists()

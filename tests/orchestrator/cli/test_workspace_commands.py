@@ -187,7 +187,7 @@ def test_status_shows_commands_and_what_is_prepared(space, run):
     with open_session(space.root, "sweep-threshold", verbose=None):
         assert f"command sweep-threshold: process {os.getpid()}" in run("list", "running")
     assert run("list", "running").startswith("nothing runs in")
-    with lock_file(space.tokens / ".lock"):
+    with lock_file(space.tokens / "sources" / "0123.lock"):
         listed = json.loads(run("list", "running", "--json"))
     kinds = {activity["kind"]: activity["name"] for activity in listed["activities"]}
     assert kinds == {"preparing": "tokens"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 
 import pytest
 import zstandard
@@ -12,7 +13,7 @@ from refusals import refused
 from sample_texts import lines_of
 
 from orchestrator.data.mixture import open_data
-from orchestrator.data.preparation import expected_tokens, prepare
+from orchestrator.data.preparation import expected_tokens, prepare, source_key
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.data.text import unread_note
 from orchestrator.pipelines.sweep_stages import plan_sweep
@@ -20,6 +21,7 @@ from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
 from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.locks import lock_file
 
 
 @pytest.fixture
@@ -61,6 +63,23 @@ def test_the_summary_says_how_many_files_gave_the_documents_and_what_cut_them(wo
     assert ["data.passage_characters=100" in line for line in lines] == [False, False, True]
 
 
+def test_a_preparation_waits_for_one_of_the_same_data_alone_and_says_so(workspace, settings):
+    with ExitStack() as other_process:
+        lock = workspace.tokens / "sources" / f"{source_key(settings)}.lock"
+        other_process.enter_context(lock_file(lock))
+
+        class EndingTheWait(KeptProgress):
+            def note(self, text: str) -> None:
+                super().note(text)
+                other_process.close()
+
+        progress = EndingTheWait()
+        prepare(settings.model_copy(update={"vocab_size": 301}), workspace, progress)
+        assert progress.notes == [], "other data do not wait"
+        prepare(settings, workspace, progress)
+    assert progress.notes == [f"waiting for process {os.getpid()}, which prepares the same data"]
+
+
 def test_files_that_are_not_read_are_counted_by_their_endings(workspace, settings, tmp_path):
     names = ("b.html", "deeper/c.html", "d.pdf", "README", ".hidden/e.html", ".f.html")
     for name in names:
@@ -97,7 +116,7 @@ def test_a_changed_local_data_set_is_prepared_again(workspace, tmp_path, monkeyp
 
 def test_damaged_tokens_and_records_are_named(workspace, settings):
     folder = prepare(settings, workspace)
-    [record] = (workspace.tokens / "sources").iterdir()
+    [record] = (workspace.tokens / "sources").glob("*.json")
     record.write_text('{"fingerprint": "../../elsewhere"}')
     with refused(DamagedFile, record.name):
         prepare(settings, workspace)
