@@ -231,8 +231,15 @@ class HubDataset(TextSource):
         import datasets
 
         try:
+            name, revision = self._name, None
+            if not Path(name).is_dir():
+                name, _, revision = name.partition("@")
             return datasets.load_dataset(
-                self._name, self.settings.hub_config, split="train", streaming=True
+                name,
+                self.settings.hub_config,
+                split="train",
+                streaming=True,
+                revision=revision or None,
             )
         except Exception as error:  # The hub's client raises dozens of kinds.
             raise self._unreadable(error) from None

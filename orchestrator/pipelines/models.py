@@ -530,7 +530,7 @@ def _hub_datasets(checkpoints: Sequence[Path]) -> list[str]:
         with suppress(UserError):  # The tokens may be gone.
             for data in open_data(job.tokens_folder).parts:
                 if name := data.profile.get("hub_name"):
-                    names[name] = None
+                    names[name.partition("@")[0]] = None  # Without its revision.
     return list(names)
 
 

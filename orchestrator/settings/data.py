@@ -105,7 +105,8 @@ class DataSettings(Section):
     `.parquet` files; a folder means all such files in it and below it."""
     hub_name: str = ""
     """For `source: hub`: name of a data set on the hub, such as `cerebras/SlimPajama-627B`, or a
-    folder that the `datasets` library can read."""
+    folder that the `datasets` library can read. `NAME@REVISION` means a branch, tag or commit;
+    without it, data that are prepared stay as they are when the hub's change."""
     hub_config: str | None = None
     """Configuration of the hub's data set, if it has several."""
     text_field: str = "text"

@@ -3,8 +3,8 @@
 A file is written to a temporary name, flushed and renamed, and then its folder is flushed: after a
 crash a reader finds the old content or the new one, and the new one once the writer has returned. A
 folder is filled under a temporary name and renamed; it is renamed before it is deleted, too. What a
-crash leaves in between has a hidden name, and the next writer in that parent deletes it. A damaged
-file is a `DamagedFile` that names it.
+crash leaves in between has a hidden name: a folder is deleted by the next writer in that parent, a
+file (`.NAME.PROCESS.tmp`) by `iiet-orch clean`. A damaged file is a `DamagedFile` that names it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from refusals import refused
 from sample_texts import lines_of
 
 from orchestrator.data import text
+from orchestrator.data.preparation import source_key
 from orchestrator.data.store import open_tokens
 from orchestrator.data.text import (
     find_files,
@@ -209,6 +210,25 @@ def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
         texts(hub(""))
     with refused(UserError, "data.files"):
         texts(files())
+
+
+@pytest.mark.slow
+def test_a_revision_of_a_data_set_is_read_and_is_part_of_its_key(monkeypatch):
+    import datasets  # Takes a second.
+
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, *_: Any, revision: str | None, **__: Any) -> Any:
+        asked.append((name, revision))
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": WORDS}]))
+
+    monkeypatch.setenv("HTTPS_PROXY", "http://none.invalid")  # The hub is not probed.
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    names = ("me/texts", "me/texts@v1", "me/texts@v2")
+    for name in names:
+        assert texts(hub(name)) == [WORDS.strip()]
+    assert asked == [("me/texts", None), ("me/texts", "v1"), ("me/texts", "v2")]
+    assert len({source_key(hub(name)) for name in names}) == 3
 
 
 def test_help_topics_need_no_network():
