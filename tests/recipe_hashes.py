@@ -145,7 +145,9 @@ def _keys() -> dict[str, str]:
     vanilla = replace(model, method="vanilla", schedule=IterationSchedule((0, 0)))
     elastic = ElasticSettings(schedules=("1",), num_drawn=2)
     with TemporaryDirectory() as folder:
-        (Path(folder) / PROVENANCE).write_text('{"weights": "0123456789abcdef"}')
+        (Path(folder) / PROVENANCE).write_text(
+            '{"checksums": {"model.safetensors": "0123456789abcdef"}}'
+        )
         student = {"teacher_folder": folder, "initial_folder": folder, "objective": "distill"}
         reverse = DistillationConfig(divergence="reverse", start_step=3)
         jobs: dict[str, dict[str, Any]] = {

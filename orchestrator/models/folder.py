@@ -353,7 +353,14 @@ def weights_key(folder: Path) -> str:
     Raises:
         UserError: If the folder is not a checkpoint, or the file is damaged.
     """
-    return str(load_provenance(folder).get("weights", ""))
+    return _stored_checksums(folder).get(WEIGHTS, "")[:KEY_LENGTH]
+
+
+def _stored_checksums(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of a checkpoint's other files as they were written."""
+    provenance = load_provenance(folder)
+    with damage_named(folder / PROVENANCE):
+        return {name: str(digest) for name, digest in provenance["checksums"].items()}
 
 
 def check_if_checkpoint(folder: Path) -> None:
@@ -378,10 +385,7 @@ def check_checkpoint(
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
-    provenance = load_provenance(folder)
-    checksums = provenance.get("checksums", {})
-    if provenance.get("weights") != str(checksums.get(WEIGHTS))[:KEY_LENGTH]:
-        raise DamagedFile(f"the checkpoint {folder} is damaged: {PROVENANCE} contradicts itself")
+    checksums = _stored_checksums(folder)
     # Without a checksum for the configuration or the weights, that file counts as damaged.
     names = {CONFIG, WEIGHTS, *checksums}
     if with_training_state:

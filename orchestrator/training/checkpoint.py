@@ -31,7 +31,7 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.facts import METHODS
-from iiet.weights import WEIGHTS, LazyTensor, config_to_json, write_config, write_folder
+from iiet.weights import LazyTensor, config_to_json, write_config, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
     ELASTIC,
@@ -62,7 +62,7 @@ from orchestrator.workspace.layout import (
     checkpoint_name,
     find_checkpoints,
 )
-from orchestrator.workspace.provenance import KEY_LENGTH, environment, extension_packages
+from orchestrator.workspace.provenance import environment, extension_packages
 
 if TYPE_CHECKING:
     from orchestrator.training.shards import ShardSaver
@@ -169,8 +169,7 @@ def write_beside_weights(
         (folder / name).write_bytes(content)
     torch.save(dict(training_state), folder / TRAINING_STATE)
     all_checksums = checksums_of(folder, known=checksums)
-    key = all_checksums[WEIGHTS][:KEY_LENGTH]
-    record = {**provenance, "step": step, "weights": key, "checksums": all_checksums}
+    record = {**provenance, "step": step, "checksums": all_checksums}
     if package := METHODS.package(config.method):
         record[METHOD_PACKAGE] = package
     text = json.dumps(record, indent=2) + "\n"

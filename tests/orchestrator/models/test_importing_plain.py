@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from iiet.plain_models import MODEL_TYPES
 from orchestrator import cli
 from orchestrator.data.store import open_tokens
-from orchestrator.models.folder import load_provenance
+from orchestrator.models.folder import weights_key
 from orchestrator.models.load import load_model
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
@@ -70,7 +70,7 @@ def test_imported_and_exported_it_is_the_model_of_transformers(
     # The folder is opened like any other, and imported again.
     assert open_model(folder).config == decoder.config
     second = import_model(folder, workspace=workspace, name="second")
-    weights = [load_provenance(path)["weights"] for path in (checkpoint, second)]
+    weights = [weights_key(path) for path in (checkpoint, second)]
     assert weights[0] == weights[1]
 
 

@@ -16,6 +16,7 @@ from read_tokens import noted_tokens
 from refusals import refused
 
 from iiet import ModelConfig
+from iiet.weights import WEIGHTS
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
@@ -224,7 +225,7 @@ def test_a_given_teacher_has_the_controls_of_its_training(make, space, tiny_toke
     assert retrofit_of(retrofit.source.folder, settings, space) == (None, "")
     provenance = retrofit.source.folder / PROVENANCE
     before = provenance.read_text()
-    write_json(provenance, {**json.loads(before), "weights": "others"})
+    write_json(provenance, {**json.loads(before), "checksums": {WEIGHTS: "others"}})
     assert retrofit_of(checkpoint, settings, space)[0] is None, "the source has changed"
     provenance.write_text(before)
     shutil.rmtree(retrofit.source.folder.parent)
