@@ -118,6 +118,19 @@ class Estimate:
     def _steps_of_stages(self) -> dict[IterationSchedule, range]:
         return schedules.stages_of(self.config.corrections, self.recipe, self.steps_left)
 
+    @cached_property
+    def num_evaluations(self) -> int:
+        """Field evaluations of one worker's passes in these steps, of the trained model alone.
+
+        Raises:
+            UserError: As `check_workers`.
+        """
+        evaluations = sum(
+            num_steps * cost.inference_cost(self.config, schedule).evaluations_per_token
+            for schedule, num_steps in self.stages.items()
+        )
+        return self.num_passes * evaluations
+
     @property
     def sequence_length(self) -> int:
         """Tokens of a training sequence."""

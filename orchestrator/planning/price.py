@@ -1,8 +1,9 @@
 """What several trainings take together: hours on their devices, memory of the largest, disk.
 
 Speeds are assumed, not measured: the peak of an installed GPU, else of an H100, or of a CPU core,
-times the shares of it that trainings reach, or the share that `--mfu` names. The hours are those of
-training alone.
+times the shares of it that trainings reach, or the share that `--mfu` names. No training is faster
+than its host starts operations. The hours are those of training alone; what starts and measurements
+add is a second range.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -29,6 +31,14 @@ CPU_SHARES = (0.2, 0.8)
 """CPUs differ more, and no table knows their peaks."""
 CPU_PEAK_FLOPS = 1e11
 """Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
+
+SECONDS_PER_EVALUATION = (0.0003, 0.001)
+"""Shortest and longest time in which a host starts the operations of a field evaluation, forward
+and backward: a CPU core took 0.9 to 1.3 ms at width 8; compiled fields have fewer operations."""
+START_SECONDS = (5.0, 40.0)
+"""Assumed time until Ray has started, on an idle and on a busy machine."""
+SECONDS_BESIDE_A_TRAINING = (5.0, 60.0)
+"""Assumed time of a training's process to start, and to measure what is trained."""
 
 
 class Rate(Record):
@@ -54,6 +64,8 @@ class Price(Record):
     """FLOPs of both."""
     hours: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time at the assumed rate, until the last training ends."""
+    hours_beside: tuple[float, float] = (0.0, 0.0)
+    """Shortest and longest time that starts and measurements add."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False
@@ -96,18 +108,25 @@ class Group:
         """FLOPs of all of them."""
         return sum(training.total_flops for training in self.trainings)
 
-    def seconds_at(self, peak_flops: Callable[[Estimate], float]) -> float:
-        """Return the seconds until the last training ends, if devices computed at their peak.
+    def seconds_at(
+        self, flops_per_second: Callable[[Estimate], float], seconds_per_evaluation: float
+    ) -> float:
+        """Return the seconds until the last training ends.
 
         Args:
-            peak_flops: Training -> FLOP/s of a device in its precision.
+            flops_per_second: Training -> FLOP/s that a device reaches in its precision.
+            seconds_per_evaluation: Time in which a host starts a field evaluation's operations.
         """
+        devices_of_one = self.num_devices / self.at_once
+        seconds = []
+        for training in self.trainings:
+            computing = training.total_flops / (flops_per_second(training) * devices_of_one)
+            seconds.append(max(computing, training.num_evaluations * seconds_per_evaluation))
         # The longest training starts first, and each next one where one ends.
         places = [0.0] * self.at_once
-        seconds = [training.total_flops / peak_flops(training) for training in self.trainings]
         for seconds_of_one in sorted(seconds, reverse=True):
             heapq.heapreplace(places, places[0] + seconds_of_one)
-        return max(places) * self.at_once / self.num_devices
+        return max(places)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -182,12 +201,21 @@ def price_of(
     def rate_of(training: Estimate) -> Rate:
         return rates[training.devices.on_gpus, training.recipe.precision]
 
+    def reached_flops(training: Estimate, share: int) -> float:
+        rate = rate_of(training)
+        return rate.peak_flops * rate.shares[share]
+
+    least_seconds, most_seconds = SECONDS_PER_EVALUATION
     shortest = longest = 0.0
     for group in groups:
-        low_share, high_share = rate_of(group.trainings[0]).shares
-        seconds = group.seconds_at(lambda training: rate_of(training).peak_flops)
-        shortest += seconds / high_share / 3600
-        longest += seconds / low_share / 3600
+        shortest += group.seconds_at(partial(reached_flops, share=1), least_seconds) / 3600
+        longest += group.seconds_at(partial(reached_flops, share=0), most_seconds) / 3600
+    # Trainings that run at the same time start and are measured at the same time.
+    num_rounds = sum(math.ceil(len(group.trainings) / group.at_once) for group in groups)
+    least_beside, most_beside = (
+        (start + num_rounds * beside) / 3600 if groups else 0.0
+        for start, beside in zip(START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True)
+    )
     costliest = max(priced, key=lambda training: training.total_flops, default=None)
 
     # Disk: a first stage that is shared keeps a checkpoint of its own.
@@ -210,6 +238,7 @@ def price_of(
         num_teacher_tokens=sum(training.num_teacher_tokens for training in priced),
         flops=sum(group.flops for group in groups),
         hours=(shortest, longest),
+        hours_beside=(least_beside, most_beside),
         num_devices=max((group.num_devices for group in groups), default=0),
         uses_gpus=any(group.devices.on_gpus for group in groups),
         rate=rate_of(costliest) if costliest else None,

@@ -368,11 +368,12 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
     duration = format_duration_range(*(3600 * hours for hours in price.hours))
+    beside = format_duration_range(*(3600 * hours for hours in price.hours_beside))
     or_less = " or less" if price.is_upper_bound else ""
     yield (
         "training time",
         f"{duration}{or_less} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
-        f"each ({rate.source}); starts and measurements come on top",
+        f"each ({rate.source}); starts and measurements add about {beside}",
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"

@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 
 from iiet.config import preset
+from orchestrator.planning import price as pricing
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
-from orchestrator.planning.price import GPU_SHARES, Price, assumed_rate, price_of
+from orchestrator.planning.price import (
+    GPU_SHARES,
+    SECONDS_BESIDE_A_TRAINING,
+    SECONDS_PER_EVALUATION,
+    START_SECONDS,
+    Price,
+    assumed_rate,
+    price_of,
+)
 from orchestrator.settings import TrainingSettings
 
 ON_ONE_GPU = Devices(on_gpus=True)
@@ -22,7 +31,8 @@ def estimate(precision: str, num_steps: int = 100) -> Estimate:
     return Estimate(config=preset("tiny"), recipe=recipe, devices=ON_ONE_GPU)
 
 
-def test_each_training_of_a_group_has_the_rate_of_its_own_precision(tmp_path):
+def test_each_training_of_a_group_has_the_rate_of_its_own_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(pricing, "SECONDS_PER_EVALUATION", (0.0, 0.0))
     half = estimate("bf16")
     full = estimate("fp32", num_steps=300)
     half_rate = assumed_rate(half)
@@ -45,3 +55,24 @@ def test_each_training_of_a_group_has_the_rate_of_its_own_precision(tmp_path):
     together = price(replace(half, devices=two_at_once), replace(full, devices=two_at_once))
     assert together.hours == pytest.approx(price(full).hours)
     assert together.num_devices == 2
+
+
+def test_no_training_is_faster_than_its_host_starts_operations(tmp_path):
+    tiny = estimate("bf16", num_steps=500)
+    on_eight = replace(tiny, devices=Devices(num_workers=8, on_gpus=True))
+    evaluations = 300 * 6 + 200 * 24  # Corrections begin after 60% of the steps.
+    assert on_eight.num_evaluations == evaluations
+    price = price_of([on_eight], tmp_path)
+    expected = [evaluations * seconds / 3600 for seconds in SECONDS_PER_EVALUATION]
+    assert price.hours == pytest.approx(expected)
+    # Twice as many passes, twice as many operations.
+    halved = tiny.recipe.model_copy(update={"num_sequences_per_pass": tiny.sequences_per_pass // 2})
+    assert replace(tiny, recipe=halved).num_evaluations == 2 * tiny.num_evaluations
+
+
+def test_each_round_of_trainings_adds_a_start_and_a_measurement(tmp_path):
+    trainings = [replace(estimate("bf16"), devices=replace(ON_ONE_GPU, at_once=2))] * 3
+    beside = zip(START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True)
+    expected = [(start + 2 * training) / 3600 for start, training in beside]
+    assert price_of(trainings, tmp_path).hours_beside == pytest.approx(expected)
+    assert price_of([], tmp_path).hours_beside == (0, 0)

@@ -18,6 +18,7 @@ from same_run import stop_at
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.schedule import IterationSchedule
+from orchestrator.planning import price as pricing
 from orchestrator.planning.price import Price, price_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
 from orchestrator.records.evaluation import Suite
@@ -105,7 +106,8 @@ def test_a_plan_says_how_many_schedules_it_has(tiny_plan):
     assert contents.endswith("1 distinct schedule")
 
 
-def test_the_price_by_hand(tiny_plan, tmp_path):
+def test_the_price_by_hand(tiny_plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(pricing, "SECONDS_PER_EVALUATION", (0.0, 0.0))
     price = price_left(tiny_plan, settings("sweep.trials_at_once=1"), tmp_path)
     assert price.num_tokens == price.num_teacher_tokens == 4 * 20 * STEP
     assert price.flops == 20 * STEP * (ALL_FOUR + 4 * TEACHER)
