@@ -29,7 +29,13 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
+from orchestrator.workspace.errors import (
+    Interrupted,
+    RunFailed,
+    UserError,
+    first_line,
+    joint_error,
+)
 
 T = TypeVar("T")
 AnswerT = TypeVar("AnswerT")
@@ -198,6 +204,7 @@ def run_local_jobs(
     *,
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
+    failed: Callable[[TrainingJob, Exception], None] | None = None,
 ) -> list[TrainingOutcome]:
     """Run jobs one after the other in this process, the first GPU or the CPU; as `run_train_jobs`.
 
@@ -208,7 +215,8 @@ def run_local_jobs(
         UserError: If a job cannot run as described, or a GPU's memory is too small for it.
         Diverged: If a loss is not finite.
         Interrupted: After Ctrl-C or SIGTERM; says at which step the state is saved.
-        Exception: What a job raised, also after a signal; then it says what is saved, too.
+        Exception: What a job raised, or the errors of several in one, when all have ended; after a
+            signal, what a job raised and what is saved.
     """
     from orchestrator.evaluation.decode_timing import torch_threads
     from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
@@ -230,10 +238,11 @@ def run_local_jobs(
     with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
         for jobs_of_part in parts:
             saved = partial(describe_saved_state, {job.folder.name: job for job in jobs_of_part})
+            errors: dict[str, Exception] = {}
             cpus = local_resources(count_gpus=False).cpus
             with stop_on_signals(second_ends=True), torch_threads(cpus):
-                try:
-                    for job in jobs_of_part:
+                for job in jobs_of_part:
+                    try:
                         with out_of_memory_explained(job, world):
                             outcome = run_job(
                                 job,
@@ -241,16 +250,22 @@ def run_local_jobs(
                                 should_stop=should_stop,
                                 sequences_if_uncompiled=sequences_if_uncompiled(job, world),
                             )
-                        if watch:
-                            watch()
-                        if not outcome.finished:
-                            break
-                except KeyboardInterrupt:
-                    raise Interrupted(interruption_text(saved(), in_time=False)) from None
-                except Exception as error:
-                    if stop_requested():
-                        note_saved_state(error, saved())
-                    raise
+                    except KeyboardInterrupt:
+                        raise Interrupted(interruption_text(saved(), in_time=False)) from None
+                    except Exception as error:
+                        if failed:
+                            failed(job, error)
+                        if stop_requested():
+                            note_saved_state(error, saved())
+                            raise
+                        errors[job.folder.name] = error
+                        continue
+                    if watch:
+                        watch()
+                    if not outcome.finished:
+                        break
                 if stop_requested():
                     raise Interrupted(interruption_text(saved()))
+                if errors:
+                    raise joint_error(errors)
     return [outcomes[job.run_folder] for job in jobs]

@@ -71,6 +71,7 @@ def run_train_jobs(
     *,
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
+    failed: Callable[[TrainingJob, Exception], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[TrainingOutcome]:
     """Run jobs under Ray Train, as many at the same time as fit; finished ones take no time.
@@ -81,12 +82,14 @@ def run_train_jobs(
         jobs: What to train, each in a folder of its own; checked by `check_trainings`.
         watch: Called a few times a second, to show progress.
         note: Called with a sentence if another process or a node is waited for, or while saving.
+        failed: Called when a job has failed, with its error; the others train on.
         say: Called with a sentence when Ray starts.
 
     Raises:
         UserError: If there are too few CPUs or GPUs, or a job cannot run as described.
         Diverged: If a loss is not finite.
-        RunFailed: If a job failed too often. The others have ended before.
+        RunFailed: If a job failed too often, or several failed, with the reason of each. The others
+            have ended before.
         Interrupted: After Ctrl-C or SIGTERM.
     """
     cluster = cluster or ClusterSettings()
@@ -106,14 +109,18 @@ def run_train_jobs(
                 )
                 stop = Signal()
                 runs = [JobRun(job, placement, cluster, stop) for job in jobs_of_part]
-                _run_together(runs, watch, note)
+                _run_together(runs, watch, note, failed)
     return [outcomes[job.run_folder] for job in jobs]
 
 
 def _run_together(
-    runs: Sequence[JobRun], watch: Callable[[], None] | None, note: Callable[[str], None] | None
+    runs: Sequence[JobRun],
+    watch: Callable[[], None] | None,
+    note: Callable[[str], None] | None,
+    failed: Callable[[TrainingJob, Exception], None] | None,
 ) -> None:
     """Run each job in a thread until all have ended; after a signal, ask them to save."""
+    jobs = {run.job.folder.name: run.job for run in runs}
     noted: dict[JobRun, str] = {}
     """What each job was last said to wait for."""
 
@@ -138,9 +145,20 @@ def _run_together(
         with free_places:
             run.fit()
 
-    trainings = [start_thread(partial(fit_in_turn, run)) for run in runs]
-    saved = partial(describe_saved_state, {run.job.folder.name: run.job for run in runs})
-    wait_for_work(trainings, ask_to_stop=ask_to_stop, saved=saved, watch=show)
+    def report_failure(name: str, error: Exception) -> None:
+        if failed:
+            failed(jobs[name], error)
+
+    trainings = {
+        name: start_thread(partial(fit_in_turn, run)) for name, run in zip(jobs, runs, strict=True)
+    }
+    wait_for_work(
+        trainings,
+        ask_to_stop=ask_to_stop,
+        saved=partial(describe_saved_state, jobs),
+        watch=show,
+        failed=report_failure,
+    )
 
 
 class JobRun:

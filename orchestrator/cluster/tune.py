@@ -299,7 +299,12 @@ def run_trials(
         try:
             with stop_on_signals():
                 tuning = start_thread(run_queue)
-                wait_for_work([tuning], ask_to_stop=ask_to_stop, saved=queue.saved, watch=watch)
+                wait_for_work(
+                    {"the trials": tuning},
+                    ask_to_stop=ask_to_stop,
+                    saved=queue.saved,
+                    watch=watch,
+                )
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 

@@ -808,7 +808,13 @@ def run_trainings(
     progress.start(plan.kind, sum(job.recipe.num_steps for job in jobs.values()))
     with monitor:
         run_jobs = job_runner(local=plan.local, say=partial(progress.advance, 0))
-        outcomes = run_jobs(list(jobs.values()), cluster, watch=monitor.poll, note=progress.note)
+        outcomes = run_jobs(
+            list(jobs.values()),
+            cluster,
+            watch=monitor.poll,
+            note=progress.note,
+            failed=monitor.note_failure,
+        )
         results = {
             label: PretrainResult(
                 checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss

@@ -12,12 +12,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, joint_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.2
@@ -118,49 +118,72 @@ def start_thread(work: Callable[[], T]) -> Future[T]:
 
 
 def wait_for_work(
-    futures: Sequence[Future[T]],
+    futures: Mapping[str, Future[T]],
     *,
     ask_to_stop: Callable[[], bool],
     saved: Callable[[], str],
     watch: Callable[[], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> list[T]:
     """Wait for Ray jobs that run in threads, and return their results; a request stops them.
+
+    A job that fails stops no other one.
 
     Call it in the block of `stop_on_signals` in which the jobs were started.
 
     Args:
-        futures: The jobs; they end soon after `ask_to_stop`.
+        futures: The jobs by name; they end soon after `ask_to_stop`.
         ask_to_stop: Called once, at the request; returns whether there is state to save, which is
             waited for.
         saved: Returns what is saved, such as "saved at step 40"; called after a request, when the
             error is shown.
         watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
+        failed: Called in the calling thread when a job has failed, with its name and error.
 
     Raises:
         Interrupted: After a request, at the latest after `SECONDS_TO_SAVE` or a second signal. Work
             that is still running ends with the cluster.
-        Exception: The first failed job's own; after a request, its text also says what is saved.
+        Exception: That of the job that failed, or one that has those of all that failed; after a
+            request, its text also says what is saved.
     """
     must_save = False
     deadline = math.inf  # Until a request.
     is_over = False
+    errors: dict[str, Exception] = {}
+
+    def note_failures() -> None:
+        for name, future in futures.items():
+            if name in errors or not future.done():
+                continue
+            error = future.exception()
+            if isinstance(error, Exception):
+                errors[name] = error
+                if failed:
+                    failed(name, error)
+            elif error:
+                raise error
+
     try:
-        while not (is_over := all(future.done() for future in futures)):
+        while not (is_over := all(future.done() for future in futures.values())):
             if stop_requested() and deadline == math.inf:
                 must_save = ask_to_stop()
                 deadline = time.monotonic() + (SECONDS_TO_SAVE if must_save else 0.0)
             if len(_signals) > 1 or time.monotonic() > deadline:
                 break
-            wait(futures, timeout=POLL_SECONDS)
+            wait(futures.values(), timeout=POLL_SECONDS)
+            note_failures()
             if watch:
                 watch()
-        results = [future.result() for future in futures] if is_over else []
+        if is_over:
+            note_failures()
+            if errors:
+                raise joint_error(errors)
     except Exception as error:
         if stop_requested():
             note_saved_state(error, saved())
         raise
     if not stop_requested():
-        return results
+        return [future.result() for future in futures.values()]
     # The text is made when it is shown: until Ray has ended, workers may still save.
     raise Interrupted(lambda: interruption_text(saved(), in_time=is_over or not must_save))
 

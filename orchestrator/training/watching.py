@@ -190,6 +190,8 @@ class RunMonitor:
         self._warm: set[str] = set()
         """Begun jobs whose first speed is known, which does not count: it includes what is done
         once."""
+        self._errors: dict[str, Exception] = {}
+        """Why jobs failed."""
         self._kind = ""
         self._settings: dict[str, str] = {}
         self._started_ms = now_ms()
@@ -206,6 +208,14 @@ class RunMonitor:
         job = self._jobs[label]
         settings = self._settings[label]
         return training_run(job, self._kind, label, settings, status=status, reason=reason)
+
+    def note_failure(self, job: TrainingJob, error: Exception) -> None:
+        """Say at once why a job failed, if others train on; the command's end says it again."""
+        folders = {own_job.run_folder: label for label, own_job in self._jobs.items()}
+        label = folders[job.run_folder]
+        self._errors[label] = error
+        if len(self._jobs) > 1:
+            self._progress.note(f"{label} failed: {first_line(error)}")
 
     def poll(self) -> None:
         """Show new records; call it often."""
@@ -306,15 +316,20 @@ class RunMonitor:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the runs, except those that another process trains."""
         self._read()
-        status = status_after(error)
-        reason = first_line(error) if error else ""
         ended = [
             label
             for label, job in self._jobs.items()
             if self._settings and (error is None or not is_run_locked(job.folder))
         ]
-        self._tracking.publish(*(self._run(label, status, reason) for label in ended))
+        self._tracking.publish(*(self._ended_run(label, error) for label in ended))
         self._tracking.wait(briefly=error is not None)
+
+    def _ended_run(self, label: str, error: BaseException | None) -> TrackedRun:
+        """Return a run as it ended: finished, or by its own error, or by that of all."""
+        own_error = self._errors.get(label, error)
+        if own_error is None or Training(self._jobs[label].folder).outcome:
+            return self._run(label, "FINISHED")
+        return self._run(label, status_after(own_error), first_line(own_error))
 
 
 def remaining_flops(job: TrainingJob) -> list[float]:

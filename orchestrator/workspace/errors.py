@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -110,6 +110,26 @@ class Interrupted(_MaskedError):
 
     def __str__(self) -> str:
         return mask_secrets(self._late_text()) if self._late_text else super().__str__()
+
+
+def joint_error(errors: Mapping[str, Exception]) -> Exception:
+    """Return the error of the one job that failed, or one error that has those of several.
+
+    Args:
+        errors: Name of the job -> its error; at least one.
+    """
+    if len(errors) == 1:
+        [error] = errors.values()
+        return error
+    reasons = (
+        f"{name}: {first_line(error, with_type=not isinstance(error, UserError | RunFailed))}"
+        for name, error in errors.items()
+    )
+    are_mistakes = all(isinstance(error, UserError) for error in errors.values())
+    error_type = UserError if are_mistakes else RunFailed
+    joint = error_type(f"{len(errors)} trainings failed; {'; '.join(reasons)}")
+    joint.__cause__ = ExceptionGroup("the trainings' errors", [*errors.values()])
+    return joint
 
 
 def shortened(text: str) -> str:

@@ -36,7 +36,9 @@ def run(work: Callable[[], Any], **changes: Any) -> Any:
             press(number)
 
     with stop_on_signals():
-        [result] = wait_for_work([start_thread(work)], **{**options, "watch": watch, **changes})
+        [result] = wait_for_work(
+            {"run": start_thread(work)}, **{**options, "watch": watch, **changes}
+        )
     return result
 
 
@@ -53,8 +55,32 @@ def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored():
         return number
 
     with ThreadPoolExecutor(2) as pool, stop_on_signals():
-        futures = [pool.submit(meet, number) for number in range(6)]
+        futures = {str(number): pool.submit(meet, number) for number in range(6)}
         assert wait_for_work(futures, ask_to_stop=bool, saved=str) == [*range(6)]
+
+
+def test_each_failure_is_said_when_it_happens_and_all_are_raised_at_the_end():
+    first_is_said = threading.Event()
+    failures: list[str] = []
+
+    def fail_first() -> None:
+        raise RunFailed("the loss is not finite")
+
+    def fail_later() -> None:
+        assert first_is_said.wait(timeout=10)
+        raise UserError("its tokens are missing")
+
+    def failed(name: str, error: Exception) -> None:
+        failures.append(f"{name}: {error}")
+        first_is_said.set()
+
+    work = {"iiet": fail_first, "vanilla": fail_later, "pcformer": lambda: None}
+    futures = {name: start_thread(function) for name, function in work.items()}
+    with pytest.raises(RunFailed) as caught:
+        wait_for_work(futures, ask_to_stop=bool, saved=str, failed=failed)
+    assert failures == ["iiet: the loss is not finite", "vanilla: its tokens are missing"]
+    assert all(failure in str(caught.value) for failure in failures)
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

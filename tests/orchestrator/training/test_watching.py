@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from itertools import count
 from typing import cast
+from unittest.mock import MagicMock
 
 import pytest
 from kept_progress import KeptProgress
 from sample_trials import sample_trial
 
+from orchestrator.cluster.task import run_local_jobs
 from orchestrator.data.mixture import describe_data
 from orchestrator.records.evaluation import Suite
+from orchestrator.records.tracked_run import REASON_TAG, TrackedRun
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings import resolve_settings
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import (
@@ -23,6 +28,7 @@ from orchestrator.training.watching import (
     tracked_model,
     trial_model,
 )
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import Journal
 
 UNKNOWN = pytest.approx(math.nan, nan_ok=True)
@@ -111,6 +117,31 @@ def test_the_time_left_counts_jobs_that_wait_and_is_unknown_while_one_begins(tin
     second_journal.close()
     monitor.poll()
     assert progress.shown[-1] == (4, "loss first 2.00, 32 tokens/s", UNKNOWN)
+
+
+def test_mlflow_shows_each_training_by_its_own_outcome(tiny_job):
+    jobs = {
+        "high": tiny_job("first", num_steps=3, learning_rate=1e9, warmup_steps=0),
+        "higher": tiny_job("second", num_steps=3, learning_rate=1e12, warmup_steps=0),
+        "low": tiny_job("third", num_steps=1),
+    }
+    published = dict[str, TrackedRun]()
+    tracking = MagicMock()
+    tracking.publish = lambda *runs: published.update({run.name: run for run in runs})
+    progress = KeptProgress()
+    monitor = RunMonitor(jobs, tracking, progress)
+    monitor.open_runs("pretrain", dict.fromkeys(jobs, resolve_settings({})))
+    with pytest.raises(RunFailed) as caught, monitor:
+        run_local_jobs([*jobs.values()], failed=monitor.note_failure)
+    reasons = {name: run.tags[REASON_TAG] for name, run in published.items()}
+    assert published["third"].status == "FINISHED"
+    assert reasons["third"] == ""
+    for name, rate in (("first", "1e+09"), ("second", "1e+12")):
+        assert published[name].status == "FAILED"
+        assert re.findall(r"learning_rate=(1e\S\d+)", reasons[name]) == [rate]
+        assert reasons[name] in str(caught.value)
+    # Each was said when it happened.
+    assert [note.partition(":")[0] for note in progress.notes] == ["high failed", "higher failed"]
 
 
 def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
