@@ -40,9 +40,6 @@ METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
 """Entry of the provenance: the schedules that elastic weights learned beside the full one."""
-FIRST_STAGE = "first_stage"
-"""Entry of the provenance, of the last step of a first stage that several trainings share: the
-stage's key."""
 JOB_KEY = "job"
 """Entry of the provenance: the key of the training that wrote the checkpoint."""
 

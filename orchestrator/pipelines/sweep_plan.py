@@ -34,7 +34,6 @@ from orchestrator.sweeping.models import check_devices
 from orchestrator.sweeping.states import TrialState, competing_trials, trial_states
 from orchestrator.terminal.render import format_count, join_names
 from orchestrator.training.schedules import steps_before_corrections
-from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
@@ -329,26 +328,19 @@ class SweepPlan(Result):
 
 
 def first_stage_notes(jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
-    """Say which models are trained without corrections first, and which share that stage.
+    """Say which models are trained without corrections first.
 
     Args:
         jobs: Label -> training.
     """
     labels_by_length: dict[tuple[int, int], list[str]] = {}
-    labels_by_stage: dict[str, list[str]] = {}
     for label, job in jobs.items():
         first_steps = steps_before_corrections(job.recipe)
         if first_steps and job.model.corrections.max_corrections:
             length = (first_steps, job.recipe.num_steps)
             labels_by_length.setdefault(length, []).append(label)
-        stage = first_stage_of(job)
-        if stage is not None:
-            labels_by_stage.setdefault(stage.key, []).append(label)
     for (first_steps, num_steps), labels in labels_by_length.items():
         yield (
             f"no corrections before step {first_steps:,} of {num_steps:,} "
             f"(training.iterate_from_fraction): {join_names(labels)}"
         )
-    for labels in labels_by_stage.values():
-        if len(labels) > 1:
-            yield f"their shared first stage is trained once: {join_names(labels)}"

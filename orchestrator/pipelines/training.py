@@ -52,8 +52,8 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
+from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
-from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
 from orchestrator.training.source import Source, find_source, follow_source, with_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
@@ -509,7 +509,7 @@ def plan_models(
     plan = TrainingPlan(
         kind="pretrain",
         models=dict(models),
-        jobs=dict(zip(models, share_first_stages(jobs), strict=True)),
+        jobs=dict(zip(models, jobs, strict=True)),
         workspace=workspace,
         tokens=expected_tokens(next(iter(models.values())).data, tokens),
         name=name,

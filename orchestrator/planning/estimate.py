@@ -25,8 +25,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import BASELINE_METHOD, TrainingSettings
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training import schedules
+from orchestrator.training.continuing import first_step
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.shared_steps import FirstStage, first_stage_of, first_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 
@@ -55,8 +55,6 @@ class Estimate:
     teacher: ModelConfig | None = None
     """A frozen model whose forward pass runs in the steps that `loss` names."""
     loss: DistillationConfig = field(default_factory=DistillationConfig)
-    first_stage: FirstStage | None = None
-    """The first stage, if it may be shared; trainings with the same one train it once."""
     steps_done: int = 0
     """Steps that it resumes after."""
     present_bytes: int = 0
@@ -88,7 +86,6 @@ class Estimate:
             section=job.section,
             teacher=teacher,
             loss=job.teaching or DistillationConfig(),
-            first_stage=first_stage_of(job),
             steps_done=first_step(job, saved_step),
             present_bytes=sum(path.stat().st_size for path in files if path.is_file()),
         )

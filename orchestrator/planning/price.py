@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -137,16 +137,9 @@ class Group:
 
 
 def groups_by_devices(trainings: Iterable[Estimate]) -> list[Group]:
-    """Return the trainings that share devices; one of those with the same first stage trains it."""
+    """Return the trainings that share devices."""
     groups: dict[Devices, Group] = {}
-    trained_stages: set[str] = set()
     for training in trainings:
-        stage = training.first_stage
-        if stage and stage.key in trained_stages:
-            steps_done = max(training.steps_done, stage.num_steps)
-            training = replace(training, steps_done=steps_done)
-        elif stage:
-            trained_stages.add(stage.key)
         group = groups.setdefault(training.devices, Group(training.devices, []))
         group.trainings.append(training)
     return list(groups.values())
@@ -218,16 +211,9 @@ def price_of(
     )
     costliest = max(priced, key=lambda training: training.total_flops, default=None)
 
-    # Disk: a first stage that is shared keeps a checkpoint of its own.
-    first_stages: dict[str, int] = {}
-    for training in trainings:
-        stage = training.first_stage
-        if stage and not stage.exists:
-            first_stages[stage.key] = training.checkpoint_bytes
     disk = {
         "tokens": new_token_bytes,
         "checkpoints": sum(group.checkpoint_bytes for group in groups),
-        "shared first stages": sum(first_stages.values()),
     }
 
     largest = max(trainings, key=lambda training: training.worker_bytes, default=None)

@@ -61,8 +61,6 @@ class TrainingJob(Record):
     """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
     distillation: Annotated[DistillationConfig | None, Effect.WEIGHTS] = None
     """The distillation loss; defaults when unset."""
-    first_stages: Annotated[WorkspacePath | None, Effect.FILES] = None
-    """Folder of the runs that share their first stages; nothing is shared when unset."""
     storage: Annotated[str | None, Effect.FILES] = None
     """URI for copies of the checkpoints."""
     section: Annotated[str, Effect.FILES] = "training"
@@ -143,8 +141,7 @@ class TrainingOutcome(Record):
     training_flops: float = 0.0
     """Training FLOPs, with the forward passes of a teacher."""
     shared_flops: float = 0.0
-    """Part of the training FLOPs that another run spent: on a shared first stage, or before the
-    training was continued."""
+    """Part of the training FLOPs that another run spent, before this one continued it."""
 
 
 def method_parameters(model: ModelConfig) -> dict[str, str]:

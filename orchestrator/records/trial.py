@@ -89,8 +89,7 @@ class Trial(Record):
     `relative_evaluations` and `relative_flops` as shares of the full model's,
     `decode_ms_per_token`. `quality/`: `accuracy`,
     `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with standard errors as
-    `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`, `seconds`; `shared_flops` were spent by
-    another run, on a first stage in common; `seeds` are averaged."""
+    `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`, `seconds`; `seeds` are averaged."""
     evaluation: EvaluationKeys | None = None
     """Where the results of the tasks are stored, with a value for each item."""
     run_id: str | None = None

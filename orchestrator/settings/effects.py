@@ -22,12 +22,11 @@ class Effect(Enum):
     """The weights, from the first step on. The field is part of the key."""
     LATER_WEIGHTS = "later weights"
     """The weights, but perhaps only those of later steps: the field is part of the key, and two
-    trainings may share their first steps although it differs. `training/shared_steps.py` says how
-    many; it must know what the field does in each step."""
+    a longer training may continue a finished one although it differs. `training/continuing.py`
+    must know what the field does in each step."""
     JOURNAL = "journal"
     """What is recorded of the training, or its rounding, or whether it gets to its end. The field
-    is not part of the key, but first steps are only shared, without being asked for, by trainings
-    that have the same value."""
+    is not part of the key."""
     FILES = "files"
     """Where, when and how much is stored. The field is part of no key."""
 

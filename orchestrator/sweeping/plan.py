@@ -57,7 +57,6 @@ from orchestrator.terminal.metrics import COST, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.training.job import job_key, pretraining_job
-from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import PLAN_FILE, Workspace
@@ -114,7 +113,7 @@ def iterations_plan(
     """
     trials = {}
     models = set()
-    for label, job in zip(jobs, share_first_stages([*jobs.values()]), strict=True):
+    for label, job in jobs.items():
         group = group_of(label, job.recipe.seed)
         trial = pretraining_trial(label, job, suite)
         if group is not None:

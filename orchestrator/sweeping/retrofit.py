@@ -188,7 +188,6 @@ class Retrofit:
         changes = {
             "recipe": recipe,
             "run_folder": "",
-            "first_stages": None,
             "continued_from": None,
             "storage": self.settings.cluster.storage,
             **fields,

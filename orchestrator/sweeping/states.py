@@ -106,7 +106,7 @@ def competing_trials(plan: SweepTrials, sweep: SweepSettings) -> list[list[Trial
         if trial.job:
             # Trials compete if their jobs differ in the learning rate only.
             recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
-            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
+            changes = {"recipe": recipe, "run_folder": ""}
             model = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
             models.setdefault(model, []).append(trial)
     return [trials for trials in models.values() if len(trials) > 1]

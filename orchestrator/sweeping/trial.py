@@ -170,5 +170,4 @@ def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str
         "tokens": outcome.num_tokens,
         "flops": outcome.training_flops,
         "seconds": outcome.train_seconds,
-        "shared_flops": outcome.shared_flops or None,
     }

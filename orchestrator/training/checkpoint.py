@@ -35,7 +35,6 @@ from iiet.weights import LazyTensor, config_to_json, write_config, write_folder
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
     ELASTIC,
-    FIRST_STAGE,
     JOB_KEY,
     METHOD_PACKAGE,
     TOKENIZER,
@@ -48,7 +47,6 @@ from orchestrator.training.devices import copy_rows, run_on_first
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import elastic_family, stable_steps
-from orchestrator.training.shared_steps import first_stage_of
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
@@ -88,7 +86,7 @@ class Position:
     flops: float = 0.0
     """Training FLOPs, counted from shapes."""
     shared_flops: float = 0.0
-    """Part of them that another run spent: on a shared first stage, or before it was continued."""
+    """Part of them that another run spent, before this one continued it."""
     seconds: float = 0.0
     """Time spent in steps, without validation and saving."""
     validation_loss: float = math.nan
@@ -248,8 +246,6 @@ class CheckpointWriter:
     ) -> None:
         self.checkpoint: Path | None = None
         """The newest checkpoint that is written; known to the first worker."""
-        self.first_stage = first_stage_of(job)
-        """First stage shared with other models, if any."""
         self.remote: RemoteCopy | None = None
         """Copies in the run's storage, if it has one; the first worker's."""
         self._job = job
@@ -281,12 +277,10 @@ class CheckpointWriter:
             self._start_uploads(self.remote)
 
     def is_due(self, step: int) -> bool:
-        """Return whether a first stage or the stable part ends, or the minutes have passed."""
+        """Return whether the stable part ends, or the minutes have passed."""
         minutes = self._job.recipe.checkpoint_every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
-        stage = self.first_stage
-        ends_stage = stage is not None and step == stage.num_steps and not stage.find()
-        return is_late or ends_stage or step == stable_steps(self._job.recipe)
+        return is_late or step == stable_steps(self._job.recipe)
 
     def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
         """Start to write a checkpoint, unless this step has one or is the start.
@@ -403,7 +397,7 @@ class CheckpointWriter:
             weights=weights,
             training_state=training_state,
             tokenizer_path=self._data.tokenizer_path,
-            provenance=self._provenance(step),
+            provenance=self._provenance(),
             text_files=self._text_files,
         )
         self._after_writing(step, started, waited_seconds)
@@ -428,19 +422,19 @@ class CheckpointWriter:
             self._job.model,
             training_state=training_state,
             tokenizer_path=self._data.tokenizer_path,
-            provenance=self._provenance(step),
+            provenance=self._provenance(),
             text_files=self._text_files,
             checksums=checksums,
         )
         unfinished.finish()
         self._after_writing(step, copied_at, copied_at - started)
 
-    def _provenance(self, step: int) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """Return what the provenance says of this run's checkpoint, beside its files."""
         job = self._job
         recipe = job.recipe
         teacher = job.teacher_folder
-        provenance = {
+        return {
             "tokens": self._data.fingerprint,
             "objective": job.objective,
             "recipe": recipe.model_dump(mode="json"),
@@ -452,9 +446,6 @@ class CheckpointWriter:
             **job.provenance,
             JOB_KEY: self._key,
         }
-        if self.first_stage and step == self.first_stage.num_steps:
-            provenance[FIRST_STAGE] = self.first_stage.key
-        return provenance
 
     def _after_writing(self, step: int, started: float, waited_seconds: float) -> None:
         """Delete old checkpoints, say that a new one is complete, and let it be copied."""
@@ -471,22 +462,21 @@ class CheckpointWriter:
             self._start_uploads(self.remote)
 
     def _start_uploads(self, remote: RemoteCopy) -> None:
-        names_kept = {path.name for path in self._starts_of_others()}
         remote.start(
-            self._event, num_kept=self._job.recipe.num_checkpoints_kept, names_kept=names_kept
+            self._event,
+            num_kept=self._job.recipe.num_checkpoints_kept,
+            names_kept={self._start_of_longer.name},
         )
 
-    def _starts_of_others(self) -> set[Path]:
-        """Return the checkpoints that other trainings start from, whether they exist or not."""
-        steps = [stable_steps(self._job.recipe)]
-        if self.first_stage:
-            steps.append(self.first_stage.num_steps)
-        return {self._job.folder / checkpoint_name(step) for step in steps}
+    @property
+    def _start_of_longer(self) -> Path:
+        """The checkpoint that a longer training starts from, whether it exists or not."""
+        return self._job.folder / checkpoint_name(stable_steps(self._job.recipe))
 
     def _prune(self) -> None:
-        """Delete all checkpoints but the newest, the last one written, those that others start
-        from, and one that is being copied."""
-        kept = self._starts_of_others()
+        """Delete all checkpoints but the newest, the last one written, the one that a longer
+        training starts from, and one that is being copied."""
+        kept = {self._start_of_longer}
         if self.checkpoint:  # Not always the newest: a later one that is damaged may lie there.
             kept.add(self.checkpoint)
         with self.remote.kept() if self.remote else nullcontext(set[Path]()) as uploading:

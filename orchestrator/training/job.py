@@ -100,7 +100,6 @@ def pretraining_job(
         tokens_folder=str(tokens or ""),
         model=config,
         recipe=recipe,
-        first_stages=str(workspace.runs),
         storage=settings.cluster.storage,
         initial_folder=str(source.folder) if source and has_source else None,
     )

@@ -46,6 +46,7 @@ from orchestrator.training.checkpoint import (
     load_training_state,
     set_random_state,
 )
+from orchestrator.training.continuing import metrics_until
 from orchestrator.training.devices import (
     Copies,
     autocast,
@@ -84,12 +85,11 @@ from orchestrator.training.schedules import (
     members_by_step,
     schedule_by_step,
 )
-from orchestrator.training.shared_steps import metrics_until
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import delete_leftovers
 from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal
-from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME, step_of
+from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
 
 LOCK_SECONDS = 180.0
@@ -298,8 +298,8 @@ class Trainer:
     def _find_start(self) -> Path | None:
         """Return the checkpoint to continue, if there is one.
 
-        It is the run's own, one of its storage, or that of another run with the same first steps,
-        whose metrics are then recorded as this run's.
+        It is the run's own, one of its storage, or that of the run that it continues, whose metrics
+        are then recorded as this run's.
         """
 
         def warn(text: str) -> None:
@@ -308,17 +308,13 @@ class Trainer:
         of_run = newest_checkpoint(self.job.folder, warn, with_training_state=True)
         if of_run is None and self.writer.remote:
             of_run = self.writer.remote.download(warn)
-        newest = of_run
-        stage = self.writer.first_stage
-        if of_run is None and self.job.continued_from:
-            newest = Path(self.job.continued_from)
-            check_checkpoint(newest, with_training_state=True)
-        if stage and (newest is None or step_of(newest) < stage.num_steps):
-            newest = stage.find(warn) or newest
-        if newest and newest != of_run:
-            for step, numbers in metrics_until(newest):
-                self.report(step, numbers)
-        return newest
+        if of_run is not None or self.job.continued_from is None:
+            return of_run
+        start = Path(self.job.continued_from)
+        check_checkpoint(start, with_training_state=True)
+        for step, numbers in metrics_until(start):
+            self.report(step, numbers)
+        return start
 
     def train(self) -> bool:
         """Train from the position to the recipe's last step.

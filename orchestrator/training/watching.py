@@ -45,9 +45,9 @@ from orchestrator.terminal.metrics import PERPLEXITY, QUALITY, VALIDATION_LOSS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
+from orchestrator.training.continuing import first_step
 from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.schedules import flops_per_token_by_step, steps_before_corrections
-from orchestrator.training.shared_steps import first_step
 from orchestrator.workspace.errors import Interrupted, UserError, first_line
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,

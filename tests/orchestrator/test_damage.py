@@ -34,6 +34,7 @@ from orchestrator.models.lookup import Picked, load_influence_table
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
+from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepTrials
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
@@ -47,7 +48,7 @@ from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal, read_journal
-from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, checkpoint_name, open_workspace
 
 SETTINGS = [
     *SMALL, "data.source=files", "data.files=[texts.jsonl]",
@@ -58,7 +59,7 @@ SETTINGS = [
     "sweep.num_schedules=2",
 ]  # fmt: skip
 """Last assignments count."""
-STAGES = [*SETTINGS, "training.iterate_from_fraction=0.5"]
+LONGER = [*SETTINGS, "training.decay=constant"]
 SEARCH = ["full", "--search", "1", "--name", "search"]
 RACE = ["--asha", "--rates", "1e-3,2e-3", "-r", "1", "--methods", "iiet"]
 
@@ -109,10 +110,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "runs/full/step_00000002/training_state.pt": ("pretrain",),
     "runs/full/step_00000002/.verified.json": MODEL,
     "runs/full/step_00000002/influence-cosine.json": ("influence", "plan"),
-    "runs/first/journal.jsonl": ("train the second stage",),
-    "runs/first/step_00000001/model.safetensors": ("train the second stage",),
-    "runs/first/step_00000001/provenance.json": ("train the second stage",),
-    "runs/first/step_00000001/training_state.pt": ("train the second stage",),
+    "runs/first/journal.jsonl": ("continue a run",),
+    "runs/first/step_00000001/model.safetensors": ("continue a run",),
+    "runs/first/step_00000001/provenance.json": ("continue a run",),
+    "runs/first/step_00000001/training_state.pt": ("continue a run",),
     "trials/*/job.json": ("list", "clean", "plan"),
     "trials/*/done.json": ("list", "plan"),
     "trials/*/result-*.json": ("list", "clean", "plan"),
@@ -157,9 +158,14 @@ class Notes(Progress):
         self.words.append(text)
 
 
-def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
+def _run_to_continue(workspace: Workspace, name: str, *changes: str) -> TrainingJob:
     tokens = min(workspace.tokens.glob("*/manifest.json")).parent
-    job = pretraining_job(read_settings(None, STAGES), workspace, tokens, "stages")
+    return pretraining_job(read_settings(None, [*LONGER, *changes]), workspace, tokens, name)
+
+
+def _continue_a_run(workspace: Workspace, notes: Notes) -> Any:
+    start = {"continued_from": str(workspace.runs / "first" / checkpoint_name(1))}
+    job = _run_to_continue(workspace, "longer").model_copy(update=start)
     outcome = run_job(job)
     notes.words += [r["text"] for r in read_journal(job.folder)[0] if r.get("name") == "damaged"]
     return outcome.validation_loss
@@ -193,7 +199,7 @@ def _sync(workspace: Workspace, notes: Notes) -> Any:
 Reader = Callable[[Workspace, Notes], Any]
 FUNCTIONS: dict[str, Reader] = {
     "sync": _sync,
-    "train the second stage": _train_the_second_stage,
+    "continue a run": _continue_a_run,
     "time the models": _time_the_models,
 }
 """What only a whole sweep does."""
@@ -308,8 +314,7 @@ def _fill(workspace: Workspace) -> None:
     for name in ("pretrain", "influence", "evaluate", "export", "benchmark"):
         assert cli.main([*COMMANDS[name], "--workspace", str(workspace.root)]) == 0
     next(workspace.exports.iterdir()).rename(workspace.exports / "full")
-    _train_the_second_stage(workspace, Notes())
-    (workspace.runs / "stages").rename(workspace.runs / "first")  # Another run of that first stage.
+    run_job(_run_to_continue(workspace, "first", "training.num_steps=1"))
     settings = read_settings(None, SETTINGS)
     context = Context(workspace)
     teacher = newest_checkpoint(workspace.runs / "full")

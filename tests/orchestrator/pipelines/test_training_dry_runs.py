@@ -29,7 +29,7 @@ from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
 from orchestrator.settings.files import read_settings
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import open_workspace
 
 
@@ -208,10 +208,10 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
     config = settings.model.build(vocab_size=300)
     new_tokens = expected_tokens(settings.data, None).new_bytes
     checkpoint = Estimate(config=config, recipe=settings.training).checkpoint_bytes
-    # Three models are pretrained, and at most five students follow. Two share a first stage.
+    # Three models are pretrained, and at most five students follow.
     for num_checkpoints, error, words in (
-        (9, AssertionError, "the teacher is trained"),
-        (8.5, UserError, "the run would write about"),
+        (8, RunFailed, "the teacher is trained"),
+        (7.5, UserError, "the run would write about"),
     ):
         usage = SimpleNamespace(free=int(num_checkpoints * checkpoint) + new_tokens)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, disk=usage: disk)
@@ -237,7 +237,6 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
     lines = notes()
     assert "vanilla learns at 0.004, the default of sweep.learning_rates" in lines
     assert "no corrections before step 6 of 10 (training.iterate_from_fraction): teacher" in lines
-    assert "first stage is trained once: teacher, r = 0" in lines
     assert "times" not in lines, "nobody knows how many tokens the text has"
     lines = notes("sweep.learning_rates={vanilla: 0.003}", "training.iterate_from_fraction=0")
     assert "learns at" not in lines
@@ -245,7 +244,6 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
 
     lines = notes("sweep.teachers=[r = 1]", "sweep.seeds=[0, 1]")
     assert "4 models asked for" in lines, "seeds do not count"
-    assert lines.count("first stage is trained once") == 2, "a stage has one seed"
 
     chosen = ["data.source=files", f"data.files=[{text}]", "data.vocab_size=300"]
     tokens = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path / "workspace"))

@@ -202,27 +202,26 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
                     tokens_folder=str(tiny_tokens),
                     model={**tiny_model, **model},
                     recipe=usual_recipe.model_copy(update=changes),
-                    first_stages=str(tmp_path),
                 )
         return iterations_plan(jobs, Suite(suite="x", tokens_folder=str(tiny_tokens)))
 
     return make
 
 
-def test_a_first_stage_in_common_is_paid_once(plan_of, tmp_path):
+def test_each_model_pays_for_its_steps_without_corrections(plan_of, tmp_path):
     models = [{"schedule": schedule} for schedule in ([2, 1], [1, 1], [0, 0])]
     plan = plan_of(models, iterate_from_fraction=0.6)
     price = price_left(plan, settings(), tmp_path)
     behind = 4 * (114_816 + 97_728 + 63_264)
-    assert price.num_tokens == (6 + 3 * 4) * STEP
-    assert price.flops == STEP * (6 * 63_264 + behind)
+    assert price.num_tokens == 3 * 10 * STEP
+    assert price.flops == STEP * (3 * 6 * 63_264 + behind)
     run_job(plan.trials[0].job)
     states = trial_states(plan, settings().sweep)
     assert [(s.status, s.steps_done) for s in states] == [
-        ("to measure", 0), ("to train", 6), ("to train", 6)
+        ("to measure", 0), ("to train", 0), ("to train", 0)
     ]  # fmt: skip
     price = price_left(plan, settings(), tmp_path)
-    assert price.flops == STEP * 4 * (97_728 + 63_264)
+    assert price.flops == STEP * (2 * 6 * 63_264 + 4 * (97_728 + 63_264))
 
 
 # Costs and keys

@@ -1,38 +1,21 @@
-"""Steps that a training takes over from another one, bitwise as if it had made them itself.
+"""A longer training that continues a finished one, bitwise as if it had made all steps itself.
 
-Two trainings share their first n steps if everything that determines these steps is equal: the
-fields of their keys but those that are marked `LATER_WEIGHTS` and the model's iteration schedule,
-and what each of the n steps trains (`step_settings`). This has two uses.
-
-A first stage: an IIET is first trained without corrections, so models with the same seed, rate and
-recipe are equal until then. The run that gets there first keeps its checkpoint, whose provenance
-holds the key of these steps; later runs find it there. Models that start at the same time each
-train the stage: none waits.
-
-A longer training: it continues a finished one that the user names, from the newest checkpoint
-within the steps that both share: the one before the decay with `decay: wsd`, the last one with
-`constant`. A `cosine` is refused.
+The user names the finished training. Both share their first n steps if everything that determines
+these steps is equal: the fields of their keys but those that are marked `LATER_WEIGHTS` and the
+model's iteration schedule, and what each of the n steps trains (`step_settings`). The longer one
+starts from the newest checkpoint within these steps: the one before the decay with `decay: wsd`,
+the last one with `constant`. A `cosine` is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iiet.facts import facts_of
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import tokens_folder_of
-from orchestrator.models.folder import (
-    FIRST_STAGE,
-    check_checkpoint,
-    load_provenance,
-    newest_checkpoint,
-)
+from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import find_pretraining
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
@@ -50,13 +33,9 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_metrics
 from orchestrator.workspace.layout import (
     Workspace,
-    checkpoint_name,
     find_checkpoints,
     step_of,
 )
-from orchestrator.workspace.provenance import content_key
-
-# What determines first steps
 
 
 def first_steps_fields(job: TrainingJob) -> dict[str, Any]:
@@ -99,29 +78,6 @@ def num_shared_steps(job: TrainingJob, other: TrainingJob) -> int:
     return next(different, most)
 
 
-def first_steps_key(job: TrainingJob, num_steps: int) -> str:
-    """Return the hash of all that determines the first steps, and what the journal tells of them.
-
-    Raises:
-        UserError: If the tokens are missing or damaged.
-    """
-    journal = {name: getattr(job.recipe, name) for name in _JOURNAL_FIELDS}
-    steps = _steps_digest(job.model.corrections, job.recipe, num_steps)
-    return content_key("first steps", first_steps_fields(job), steps, journal)
-
-
-_JOURNAL_FIELDS = fields_with(TrainingSettings, Effect.JOURNAL)
-
-
-@lru_cache(maxsize=256)  # A plan asks several times, and a long cosine has a rate for each step.
-def _steps_digest(
-    full_schedule: IterationSchedule, recipe: TrainingSettings, num_steps: int
-) -> str:
-    settings_at = step_settings(full_schedule, recipe)
-    equal_steps = groupby(map(settings_at, range(num_steps)))
-    return content_key([(settings, len([*steps])) for settings, steps in equal_steps])
-
-
 def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
     """Return the steps and metrics in the journal beside a checkpoint, until the checkpoint."""
     last_step = step_of(checkpoint)
@@ -129,97 +85,14 @@ def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
     return [(step, values) for step, values in records if step <= last_step]
 
 
-# First stages
-
-
-@dataclass(frozen=True)
-class FirstStage:
-    """The steps of a model before its corrections are switched on."""
-
-    key: str
-    """`first_steps_key` of these steps."""
-    num_steps: int
-    runs: Path
-    """Folder of the runs that may have made them."""
-    run_folder: Path
-    """Folder of the training whose stage it is."""
-
-    def checkpoints(self) -> Iterator[Path]:
-        """Yield the checkpoints after the last step, of any run; they may be damaged."""
-        for folder in sorted(self.runs.glob(f"*/{checkpoint_name(self.num_steps)}")):
-            with suppress(UserError):  # Its provenance is damaged.
-                if load_provenance(folder).get(FIRST_STAGE) == self.key:
-                    yield folder
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is a checkpoint; it may be damaged."""
-        return any(self.checkpoints())
-
-    def find(self, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-        """Return an intact checkpoint of another run; None without one.
-
-        Args:
-            warn: Called with a sentence for each damaged checkpoint.
-        """
-        for folder in self.checkpoints():
-            if folder.parent == self.run_folder:
-                continue
-            try:
-                check_checkpoint(folder, with_training_state=True)
-            except UserError as error:
-                warn(f"{error}; the first stage is taken from another run, or trained again")
-            else:
-                return folder
-        return None
-
-
-def first_stage_of(job: TrainingJob) -> FirstStage | None:
-    """Return the first stage that a job may share with others; None if there is none."""
-    num_steps = steps_before_corrections(job.recipe)
-    has_stages = facts_of(job.model.method).has_corrections and (
-        0 < num_steps < job.recipe.num_steps
-    )
-    if not has_stages or not job.first_stages:
-        return None
-    if job.objective != "pretrain" or job.initial_folder:
-        return None
-    key = first_steps_key(job, num_steps)
-    return FirstStage(key, num_steps, Path(job.first_stages), job.folder)
-
-
 def first_step(job: TrainingJob, saved_step: int) -> int:
-    """Return the step after which a job starts: its own, or a later one that others have made.
+    """Return the step after which a job starts: its own, or that of the run that it continues.
 
     Args:
         saved_step: Step of the job's own newest checkpoint; 0 without one.
     """
-    steps = [saved_step]
-    if job.continued_from:
-        steps.append(step_of(Path(job.continued_from)))
-    with suppress(UserError):  # The key of the stage is unknown where the tokens were deleted.
-        stage = first_stage_of(job)
-        if stage and stage.exists:
-            steps.append(stage.num_steps)
-    return max(steps)
-
-
-def share_first_stages(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
-    """Return the jobs; those whose first stage is neither trained nor shared look for none."""
-    stages = [first_stage_of(job) for job in jobs]
-    users: dict[str, set[str]] = {}
-    for job, stage in zip(jobs, stages, strict=True):
-        if stage:
-            users.setdefault(stage.key, set()).add(job.run_folder)
-    return [
-        job
-        if stage and (stage.exists or len(users[stage.key]) > 1)
-        else job.model_copy(update={"first_stages": None})
-        for job, stage in zip(jobs, stages, strict=True)
-    ]
-
-
-# Longer trainings
+    start = step_of(Path(job.continued_from)) if job.continued_from else 0
+    return max(saved_step, start)
 
 
 def continued_settings(
