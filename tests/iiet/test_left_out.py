@@ -1,11 +1,13 @@
 """Leaving layers out: equal to a decoder in which these repeat what is before them."""
 
 import copy
+import itertools
+import random
 
 import pytest
 import torch
 from model_cases import schedule_for
-from plain_models import CASES, random_model
+from plain_models import CASES, random_model, random_values
 from refusals import refused
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -15,13 +17,17 @@ from iiet import (
     Decoder,
     ModelConfig,
     decoder_of_kept_layers,
+    influence_table,
     next_token_loss,
     plain_formulas,
+    schedule_at_threshold,
+    schedule_family,
 )
 from iiet.decoder import decoder_from_published
 from iiet.exporting import export
 from iiet.methods import Advance
 from iiet.mix import History
+from iiet.plain_models import MODEL_TYPES
 
 
 def decoder_of(method="iiet", schedule=(2, 0, 1, 1)):
@@ -95,34 +101,73 @@ def test_the_mix_is_folded_as_the_formula_says():
         torch.testing.assert_close(second, torch.stack([s[0] + s[1], s[2] + s[3], s[4]]))
 
 
+@torch.no_grad()
+def check_plain(model, kept_layers, folder):
+    """Compare with a model of transformers' own class, whose weights are copied by name: logits are
+    equal bitwise, also those of the exported folder."""
+    decoder = decoder_from_published(model.config.to_diff_dict(), model.state_dict()).eval()
+    num_layers = decoder.config.num_layers
+    schedule = decoder.schedule.leaving_out(set(range(num_layers)).difference(kept_layers))
+    smaller = decoder_of_kept_layers(decoder, schedule)
+    values = {**model.config.to_dict(), "num_hidden_layers": len(kept_layers)}
+    for name in ("layer_types", "no_rope_layers"):
+        if values.get(name) is not None:
+            values[name] = [values[name][layer] for layer in kept_layers]
+    by_hand = type(model)(type(model.config)(**values)).eval()
+    weights = model.state_dict()
+    for name, weight in by_hand.state_dict().items():
+        head, is_layer, rest = name.partition(".layers.")
+        new, _, rest = rest.partition(".")
+        origin = f"{head}.layers.{kept_layers[int(new)]}.{rest}" if is_layer else name
+        weight.copy_(weights[origin])
+    tokens = torch.arange(40).view(2, 20) % decoder.config.vocab_size
+    expected = by_hand(tokens).logits
+    torch.testing.assert_close(smaller(tokens), expected, rtol=0, atol=1e-5)
+    read_by_name = decoder_from_published(values, by_hand.state_dict()).eval()
+    assert smaller.config == read_by_name.config
+    assert torch.equal(smaller(tokens), read_by_name(tokens))
+    export(smaller, folder, model_type=model.config.model_type)
+    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(exported) is type(model)
+    assert torch.equal(exported(tokens).logits, expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_plain_model_equals_a_hand_made_one_of_the_kept_layers(case, tmp_path):
-    """Weights are copied by name into a model of transformers' own class; logits are equal bitwise,
-    also of the exported folder."""
-    model = random_model(case)
-    decoder = decoder_from_published(model.config.to_diff_dict(), model.state_dict()).eval()
-    smaller = decoder_of_kept_layers(decoder, "0,x,0,0")
-    values = model.config.to_dict()
-    by_layer = {"layer_types": None, "no_rope_layers": None} & values.keys()
-    values |= {name: [values[name][n] for n in (0, 2, 3)] for name in by_layer if values[name]}
-    values["num_hidden_layers"] = 3
-    by_hand = type(model)(type(model.config)(**values)).eval()
-    of_layer = {f"layers.{old}.": f"layers.{new}." for new, old in enumerate((0, 2, 3))}
-    for name, weight in by_hand.state_dict().items():
-        origin = name
-        for old, new in reversed(of_layer.items()):
-            origin = origin.replace(new, old) if new in name else origin
-        weight.copy_(model.state_dict()[origin])
-    tokens = torch.arange(40).view(2, 20)
-    with torch.no_grad():
-        expected = by_hand(tokens).logits
-        torch.testing.assert_close(smaller(tokens), expected, rtol=0, atol=1e-5)
-        read_by_name = decoder_from_published(values, by_hand.state_dict()).eval()
-        assert torch.equal(smaller(tokens), read_by_name(tokens))
-        folder = export(smaller, tmp_path, model_type=model.config.model_type)
-        exported = AutoModelForCausalLM.from_pretrained(folder).eval()
-        assert type(exported) is type(model)
-        assert torch.equal(exported(tokens).logits, expected)
+    check_plain(random_model(case), [0, 2, 3], tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_random_plain_models_equal_hand_made_ones(model_type, number, tmp_path):
+    seed = random.randrange(2**31)
+    draw = random.Random(seed)
+    values = random_values(model_type, draw)
+    num_layers = values["num_hidden_layers"]
+    kept_layers = sorted(draw.sample(range(num_layers), draw.randint(1, num_layers)))
+    print(f"seed {seed}, layers {kept_layers} of {values}")  # Shown if the test fails.
+    check_plain(random_model(model_type, seed, **values), kept_layers, tmp_path)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+@pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
+def test_a_measured_family_ends_in_a_model_of_as_many_layers_as_asked(method, metric):
+    decoder = decoder_of(method)
+    table = influence_table(decoder, TOKENS, metric=metric, whole_layers=True)
+    for max_left_out in range(4):
+        family = schedule_family(table, max_left_out=max_left_out)
+        assert family[0].schedule == decoder.schedule
+        for dearer, cheaper in itertools.pairwise(family):
+            assert cheaper.schedule.is_within(dearer.schedule)
+        for member in family:
+            schedule = schedule_at_threshold(
+                table, member.threshold_up_to, max_left_out=max_left_out
+            )
+            assert schedule == member.schedule
+        smallest = decoder_of_kept_layers(decoder, family[-1].schedule)
+        assert smallest.config.num_layers == 4 - max_left_out
+        assert smallest(TOKENS).shape == (*TOKENS.shape, 29)
 
 
 def test_the_smaller_decoder_trains_also_if_the_full_one_is_frozen():
