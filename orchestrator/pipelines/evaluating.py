@@ -25,13 +25,14 @@ from orchestrator.evaluation.tasks import (
     make_suite,
     needs_heldout,
 )
+from orchestrator.models.folder import JOB_KEY, load_config, load_provenance
 from orchestrator.models.hub import offline
 from orchestrator.models.load import best_device
 from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import EvaluationResult, Suite
-from orchestrator.records.tracked_run import TrackedRun
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
 from orchestrator.reporting.result import Result
@@ -349,6 +350,9 @@ def _evaluate_model(
     logged_model = None
     if config is not None and not model.is_external:
         logged_model = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
+        if logged_model and config.corrections == load_config(model.path).corrections:
+            is_of_sweep = _is_of_sweep(workspace, model.path)
+            logged_model = logged_model.model_copy(update={"is_of_sweep": is_of_sweep})
     context.log_measurement(
         TrackedRun.of(
             key=content_key("evaluation", measured.keys.tasks),
@@ -416,3 +420,11 @@ def _summary(evaluation: EvaluationResult) -> str:
     if evaluation.skipped:
         parts.append(f"without {', '.join(evaluation.skipped)}")
     return ", ".join([*parts, f"{evaluation.num_items:,} items"])
+
+
+def _is_of_sweep(workspace: Workspace, checkpoint: Path) -> bool:
+    """Whether a sweep trained a checkpoint, or does so now, and logs the model itself."""
+    if checkpoint.is_relative_to(workspace.trials):
+        return True
+    key = str(load_provenance(checkpoint).get(JOB_KEY))
+    return TrackedRun.stored(workspace, PRETRAIN_OF_SWEEP, key) is not None

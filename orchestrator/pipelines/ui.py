@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from orchestrator.records.tracked_run import SWEEP_TAG
 from orchestrator.reporting.results import newest_sweep
 from orchestrator.terminal.metrics import ACCURACY, BITS_PER_BYTE, DECODE_MS, NFE
 from orchestrator.terminal.server import HOST, check_port, local_server
@@ -85,15 +86,19 @@ def overview() -> ChartView:
 
     Those of sweeps stand in it as the others do.
     """
-    metrics = (ACCURACY, BITS_PER_BYTE, VALIDATION_METRIC, NFE, DECODE_MS)
-    params = ("method", "schedule", "learning_rate", "seed")
+    columns = (
+        *(f"metrics.{name}" for name in (ACCURACY, BITS_PER_BYTE)),
+        f"tags.{SWEEP_TAG}",  # Trials of different sweeps may have one name.
+        *(f"metrics.{name}" for name in (NFE, VALIDATION_METRIC, DECODE_MS)),
+        *(f"params.{name}" for name in ("method", "schedule", "learning_rate", "seed")),
+    )
     return ChartView(
         key="runs",
         name="Training runs",
         run_filter=" and ".join(f"tags.`iiet.kind` != '{k}'" for k in ("sweep", *MEASUREMENTS)),
         order_by="attributes.start_time",
         is_ascending=False,
-        columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
+        columns=columns,
     )
 
 

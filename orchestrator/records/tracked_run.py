@@ -25,6 +25,8 @@ REASON_TAG = "iiet.reason"
 """Tag that says why a run ended without a result."""
 NOTE_TAG = "mlflow.note.content"
 """Tag with the description at the top of a page, in Markdown."""
+SWEEP_TAG = "iiet.sweep"
+"""Tag with the name of a run's sweep; the chart view filters by it."""
 VIEW_TAG = "iiet.chart_view"
 """Tag of a sweep: the key of its chart view."""
 REPORT_TAG = "iiet.report"
@@ -55,6 +57,9 @@ class TrackedModel(Record):
     datasets: dict[str, tuple[str, str] | None]
     """The metrics that describe the model -> name and digest of the data that they were measured
     on; None for costs, which need no data."""
+    is_of_sweep: bool = False
+    """Whether a sweep logs the model, with the run of its training; until then no other run does,
+    because MLflow takes the first run for the model's source."""
 
 
 class TrackedRun(Record):

@@ -18,6 +18,7 @@ from orchestrator.records.tracked_run import (
     NOTE_TAG,
     REPORT_TAG,
     RUN_ID,
+    SWEEP_TAG,
     VIEW_TAG,
     DataSummary,
     Status,
@@ -71,8 +72,6 @@ from orchestrator.workspace.journal import (
 ARTIFACT_FOLDER = "front"
 INTERVALS_FILE = f"{ARTIFACT_FOLDER}/intervals.json"
 """Differences of the models, a row for each pair and task."""
-SWEEP_TAG = "iiet.sweep"
-"""Name of the sweep; the chart view filters by it."""
 CHECKPOINT_TAG = "iiet.checkpoint"
 """Folder of the weights, as in the runs of pretrainings."""
 COLOR_TAG = "mlflow.runColor"
@@ -307,10 +306,10 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
     cost = front.axes.cost
     quality = front.axes.quality
     columns = [
-        cost,
         quality,
-        stderr_name(quality),
+        cost,
         BITS_PER_BYTE,
+        stderr_name(quality),
         RELATIVE_FLOPS,
         DECODE_MS,
         KV_BYTES,
@@ -330,7 +329,7 @@ def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: 
         # The sweep's own run has no cost and would be an empty row in the charts.
         run_filter=tag_filter({SWEEP_TAG: name}) + " and tags.`iiet.kind` != 'sweep'",
         order_by=f"metrics.{cost}",
-        columns=["params.schedule", "params.threshold", *(f"metrics.{m}" for m in metrics)],
+        columns=[*(f"metrics.{m}" for m in metrics), "params.schedule", "params.threshold"],
         scatters=scatters,
         parallel_params=layers,
         parallel_metrics=[cost, quality],

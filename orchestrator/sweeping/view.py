@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.data.mixture import describe_data
-from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun, status_after
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, SWEEP_TAG, TrackedRun, status_after
 from orchestrator.records.tracked_run import Status as ShownStatus
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
 from orchestrator.reporting.mlflow_report import (
-    SWEEP_TAG,
     front_so_far,
     mlflow_run_of_sweep,
     mlflow_run_of_trial,

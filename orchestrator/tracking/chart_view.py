@@ -18,6 +18,9 @@ from orchestrator.workspace.journal import now_ms
 VIEW_TAG_PREFIX = "mlflow.sharedViewState."
 MAX_VIEW_CHARACTERS = 20_000
 CARD_HEIGHT_PIXELS = 420
+TAG_PIXELS = 160
+FIRST_COLUMNS = ("1", "attributes.`Run Name`")
+"""What MLflow calls the columns with the box that selects a run, and with its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,8 @@ class ChartView:
     is_ascending: bool = True
     """Whether the lowest value is the first row."""
     columns: Sequence[str] = ()
-    """Metrics and parameters shown as columns, as `metrics.NAME` and `params.NAME`."""
+    """Metrics, parameters and tags shown as columns behind a run's name, in this order, as
+    `metrics.NAME`, `params.NAME` and `tags.NAME`."""
     scatters: Sequence[tuple[str, str]] = ()
     """Pairs of metrics, horizontal and vertical, one scatter plot each."""
     parallel_params: Sequence[str] = ()
@@ -107,8 +111,15 @@ class ChartView:
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "selectedColumns": [_column(name) for name in self.columns],
-            **{key: [] for key in ("datasetsFilter", "columnOrder", "runsPinned", "runsHidden")},
-            **{key: {} for key in ("columnWidths", "runsExpanded", "runsVisibilityMap")},
+            # Without an order, MLflow sorts metrics by name and puts times first, so on a small
+            # screen costs hide every quality.
+            "columnOrder": [*FIRST_COLUMNS, *(_column(name) for name in self.columns)],
+            **{key: [] for key in ("datasetsFilter", "runsPinned", "runsHidden")},
+            # MLflow's own width, 100 pixels, cuts most names.
+            "columnWidths": {
+                _column(name): TAG_PIXELS for name in self.columns if name.startswith("tags.")
+            },
+            **{key: {} for key in ("runsExpanded", "runsVisibilityMap")},
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [
                 {"uuid": self._id(name), "isReordered": False, "deleted": False, **section}

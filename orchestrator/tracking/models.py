@@ -39,11 +39,16 @@ CHECKPOINT_PARAM = "checkpoint"
 def log_model(client: MlflowClient, run: StoredRun, shown: TrackedRun) -> None:
     """Find or create the logged model of a run, as its output, and link the run's metrics with it.
 
+    A measurement of a model that a sweep will log waits for that: it is linked when the run is
+    shown again.
+
     Args:
         run: The run in the store.
         shown: The same run with its `model`.
     """
     assert shown.model is not None
+    if shown.model.is_of_sweep and not _stored_models(client, run, shown.model):
+        return
     logged_model = _logged_model(client, run, shown.model)
     time_ms = shown.ended_ms or shown.started_ms
     points = {name: Point(name, value, step, time_ms) for name, value, step in shown.points}
@@ -140,11 +145,14 @@ def _list_version(client: MlflowClient, model_id: str, name: str, version: str) 
         client.set_logged_model_tags(model_id, {VERSIONS_TAG: versions})
 
 
+def _stored_models(client: MlflowClient, run: StoredRun, model: TrackedModel) -> list[LoggedModel]:
+    models = client.search_logged_models([run.experiment_id], tag_filter({KEY_TAG: model.key}))
+    return list(models)
+
+
 def _logged_model(client: MlflowClient, run: StoredRun, model: TrackedModel) -> LoggedModel:
     """Find or create a logged model, as an output of the run."""
-    logged_models = client.search_logged_models(
-        [run.experiment_id], tag_filter({KEY_TAG: model.key})
-    )
+    logged_models = _stored_models(client, run, model)
     if logged_models:
         # Two machines may have created it at the same moment: all take the older one.
         logged_model = min(logged_models, key=lambda m: (m.creation_timestamp, m.model_id))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tracking import untracked
 from kept_progress import KeptProgress
 from lm_eval_tasks import logged_responses, write_choices, write_task
 from one_evaluation import evaluate_model as evaluate
@@ -19,7 +20,7 @@ from read_tokens import ReadTokens, noted_tokens
 from refusals import refused
 
 from iiet.schedule import IterationSchedule
-from orchestrator.models.folder import load_config
+from orchestrator.models.folder import JOB_KEY, load_config
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.evaluating import (
     ModelEvaluations,
@@ -27,6 +28,7 @@ from orchestrator.pipelines.evaluating import (
 )
 from orchestrator.pipelines.models import export
 from orchestrator.records.evaluation import Suite
+from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
@@ -78,6 +80,27 @@ def test_each_task_is_run_once(checkpoint, settings, workspace, runs):
     row = table[(table["task"] == "first") & (table["metric"] == "acc")].iloc[0]
     assert row["value"] == fresh.results["first"].metrics["acc"]
     assert not table["metric"].str.endswith("_stderr").any()
+
+
+def test_a_model_of_a_running_sweep_is_logged_by_the_sweep_alone(settings, workspace, save_tiny):
+    """MLflow takes the run that logs a model first for its source, and that is its training."""
+    trained = save_tiny(workspace.runs / "teacher", provenance={JOB_KEY: "key of the job"})
+    trial = save_tiny(workspace.trials / "trial", provenance={JOB_KEY: "another"})
+    context = untracked(workspace)
+
+    def is_of_sweep(checkpoint: Path, schedule: str | None = None) -> bool:
+        model = open_model(checkpoint, schedule=schedule)
+        evaluate(model, settings.model_copy(update={"suite": "first"}), context)
+        model = context.tracking.published[-1].model
+        assert model is not None
+        return model.is_of_sweep
+
+    assert is_of_sweep(trial)
+    assert not is_of_sweep(trained)
+    pretraining = TrackedRun(key="key of the job", kind=PRETRAIN_OF_SWEEP, name="teacher")
+    pretraining.write(pretraining.path(workspace))
+    assert is_of_sweep(trained)
+    assert not is_of_sweep(trained, schedule="0"), "the sweep shows it under its own schedule"
 
 
 def test_results_of_each_sequence_length_are_stored_apart(checkpoint, settings, workspace, runs):

@@ -16,6 +16,7 @@ def test_a_view_holds_filter_axes_and_every_layer():
         name="Front of toy",
         run_filter="tags.`iiet.sweep` = 'toy'",
         order_by="metrics.cost/evaluations",
+        columns=("metrics.quality/accuracy", "tags.iiet.sweep", "metrics.cost/evaluations"),
         scatters=(("cost/evaluations", "quality/accuracy"),),
         parallel_params=("r_01", "r_02"),
         curves=("train/loss",),
@@ -26,6 +27,11 @@ def test_a_view_holds_filter_axes_and_every_layer():
     state = json.loads(tag["state"])
     assert (name, tag["name"]) == ("mlflow.sharedViewState.front-toy", "Front of toy")
     assert state["searchFilter"] == view.run_filter
+    # Without an order, MLflow would sort costs before qualities.
+    ids = ["metrics.`quality/accuracy`", "tags.`iiet.sweep`", "metrics.`cost/evaluations`"]
+    assert state["selectedColumns"] == ids
+    assert state["columnOrder"][-3:] == ids
+    assert [*state["columnWidths"]] == ["tags.`iiet.sweep`"]
     # Our charts come first; otherwise MLflow sorts its own between them.
     assert state["isAccordionReordered"]
     assert [s["display"] for s in state["compareRunSections"]] == [True, True, False, False]

@@ -99,6 +99,18 @@ def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(tracking, workspa
         assert [output.model_id for output in outputs] == [logged_model.model_id]
 
 
+def test_the_source_of_a_sweeps_model_is_its_training_though_it_was_measured_before(tracking):
+    model = model_of("of a sweep", **{"quality/accuracy": TASKS})
+    measured = model.model_copy(update={"is_of_sweep": True})
+    show(tracking, "evaluation", measured, quality_accuracy=0.5)
+    assert logged(tracking, "of a sweep") == []
+    trained = show(tracking, "training", model, quality_accuracy=0.4)
+    again = show(tracking, "evaluation", measured, quality_accuracy=0.6)
+    (logged_model,) = logged(tracking, "of a sweep")
+    assert logged_model.source_run_id == trained
+    assert {point.run_id for point in logged_model.metrics or ()} == {trained, again}
+
+
 @pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
 def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(tracking):
     model = model_of("later", **{"quality/loss": TOKENS, "cost/ms": None})
