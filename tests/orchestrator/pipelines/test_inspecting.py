@@ -105,7 +105,9 @@ def test_a_plain_model_of_transformers_is_read_natively(case, tmp_path, inspect)
     assert "model.dim" in description["retrofit_problems"]["this machine"]
 
 
-def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(tmp_path, inspect, capfd):
+def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(
+    workspace, tmp_path, inspect, capfd
+):
     sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
     model.save_pretrained(tmp_path / "gpt")
@@ -116,7 +118,8 @@ def test_of_a_model_that_only_transformers_runs_it_says_what_is_missing(tmp_path
     assert description["sizes"] == expected
     assert description["num_parameters"] == sum(weight.numel() for weight in model.parameters())
     assert (description["flops_per_token"], description["retrofit"]) == (None, None)
-    assert cli.main(["inspect", str(tmp_path / "gpt")]) == 0
+    where = ["--workspace", str(workspace.root)]
+    assert cli.main(["inspect", str(tmp_path / "gpt"), *where]) == 0
     assert "FLOPs" not in capfd.readouterr().out
 
 
