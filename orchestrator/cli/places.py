@@ -276,6 +276,10 @@ def init(
             if size not in get_args(Size):
                 raise UserError(f"the size is one of {', '.join(get_args(Size))}; got {size!r}")
             settings = starting_settings(size, call.options)
+        from orchestrator.pipelines.starting import fit_to_text
+
+        settings, sentences = fit_to_text(settings, keeps_steps=steps is not None)
+        notes += sentences
         text = starting_yaml(settings)
     if file.exists() and not (force and file.is_file()):
         raise UserError(f"{file} exists; give another name, or replace a file with --force")

@@ -43,6 +43,9 @@ ASSUMED_BYTES_PER_DOCUMENT = 4000
 """Mean size of a document of the hub, assumed without a request."""
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+PLAIN_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
+ASSUMED_COMPRESSION = 3
+"""Bytes of text in a byte of other files."""
 MAX_ENDINGS_SHOWN = 5
 PACKAGES_TO_DECOMPRESS = {".zst": "zstandard", ".lz4": "lz4"}
 """Packages that the `datasets` library imports for compressed files."""
@@ -184,7 +187,10 @@ class TextFiles(TextSource):
         return ModelTokenizer(tokenizer_path(self.settings.tokenizer).parent)
 
     def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in find_files(self.settings))
+        return sum(
+            path.stat().st_size * (1 if path.suffix in PLAIN_SUFFIXES else ASSUMED_COMPRESSION)
+            for path in find_files(self.settings)
+        )
 
 
 class HubDataset(TextSource):

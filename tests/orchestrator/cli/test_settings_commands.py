@@ -98,7 +98,7 @@ def test_init_writes_a_valid_commented_file(size, tmp_path, capsys):
         size,
         {
             "data.source": "files", "data.files": ["text"], "training.num_steps": 2000,
-            "cluster.num_gpus": 1,
+            "cluster.num_gpus": 1, "data.validation_fraction": 0.2,  # The text is small.
         },
     )  # fmt: skip
     assert settings == expected, "the file says what was asked for"
