@@ -194,7 +194,7 @@ def benchmark(
             batch_sizes=whole_numbers(batch_sizes or "", "--batch-sizes") or (1, 8),
             contexts=whole_numbers(contexts or "", "--contexts"),
             new_tokens=new_tokens or 0,
-            repetitions=repetitions or 9,
+            repetitions=repetitions or MeasurementSettings.repetitions,
             num_threads=threads,
         ),
         cluster=call.settings.cluster,

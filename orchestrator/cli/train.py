@@ -230,7 +230,7 @@ def distill(
         str | None,
         typer.Option(
             callback=check_name_option,
-            help="Name of the student's run, if there is one student (default: from the content, "
+            help="Name of the student's run, of several its beginning (default: from the content, "
             "as in a sweep, which then finds it).",
         ),
     ] = None,

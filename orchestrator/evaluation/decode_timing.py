@@ -280,7 +280,8 @@ class MeasurementSettings:
     """Tokens of the prompt."""
     new_tokens: int = 32
     """Tokens decoded after the prompt, one by one; the first is part of the prefill."""
-    repetitions: int = 7
+    repetitions: int = 9
+    """Measurements of each model, in turns."""
     num_threads: int = 1
     """PyTorch threads on a CPU."""
 

@@ -174,7 +174,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
                 metrics |= cost.metrics()
         context.log_measurement(
             TrackedRun.of(
-                key=content_key("benchmark", list(model.key), asdict(conditions), device),
+                key=content_key("benchmark", list(model.key), asdict(conditions), device, machine),
                 name=f"benchmark {model.label}"[:80],
                 kind="benchmark",
                 params={

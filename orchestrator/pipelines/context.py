@@ -42,17 +42,24 @@ class Context:
             self._tracking = open_tracking(self.workspace, warn=self.progress.note)
         return self._tracking
 
-    def log_measurement(self, measured: TrackedRun, started_ms: int) -> None:
+    def log_measurement(
+        self, measured: TrackedRun, started_ms: int, *, found_again: bool = False
+    ) -> None:
         """Show a measurement in MLflow, if the workspace can be written.
 
         Args:
-            started_ms: When it began; one that is found again keeps its times.
+            started_ms: When it began.
+            found_again: Whether it is an earlier one, which keeps the times that MLflow has of it.
         """
         if self.workspace.is_writable:
             times: dict[str, int | None] = {"started_ms": started_ms, "ended_ms": now_ms()}
             stored = self.tracking.stored(measured.kind, measured.key)
-            if stored:
+            if stored and found_again:
                 times = {"started_ms": stored.started_ms, "ended_ms": stored.ended_ms}
+            elif stored:
+                # MLflow cannot change when a run began, so another run takes its place.
+                self.tracking.withdraw(measured.kind, measured.key)
+                self.tracking.wait()
             self.tracking.publish(measured.changed(**times))
             self.tracking.wait()
 

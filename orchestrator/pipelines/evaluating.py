@@ -364,6 +364,7 @@ def _evaluate_model(
             model=logged_model,
         ),
         started_ms,
+        found_again=not measured.num_run,
     )
     if output is not None:
         store.copy(measured.keys, output, pretrained=str(model.path))

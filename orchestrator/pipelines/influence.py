@@ -189,8 +189,12 @@ def plan_influence(
         )
     metric = settings.influence.metric
     num_tokens = settings.influence.num_tokens
-    if data.num_validation_tokens:
-        num_tokens = min(num_tokens, data.num_validation_tokens)
+    if data.num_validation_tokens and data.num_validation_tokens < num_tokens:
+        note(
+            f"influence.num_tokens={num_tokens}: {tokens_folder.name} holds out "
+            f"{data.num_validation_tokens:,} tokens, and all of them are read"
+        )
+        num_tokens = data.num_validation_tokens
     trained_length = trained_sequence_length(checkpoint)
     version = metric_facts_of(metric).version
     key = content_key(
@@ -266,6 +270,7 @@ def run_influence(
             files={"influence": files},
         ),
         started_ms,
+        found_again=plan.is_stored,
     )
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 

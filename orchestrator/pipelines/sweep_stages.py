@@ -85,9 +85,6 @@ def plan_sweep(
 
     Raises:
         UserError: If something does not go together; nothing is trained then.
-        Interrupted: After Ctrl-C; finished trials stay finished.
-        RunFailed: If the teacher's training or every trial failed; single failures are in the
-            result.
     """
     kind = settings.sweep.kind
     if kind == "iterations" and teacher is not None:

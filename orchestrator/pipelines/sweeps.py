@@ -93,7 +93,13 @@ def raise_failures(failures: Mapping[str, str]) -> None:
 
 
 def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
-    """Run the sweep that `settings.sweep.kind` describes, and write its report."""
+    """Run the sweep that `settings.sweep.kind` describes, and write its report.
+
+    Raises:
+        Interrupted: After Ctrl-C; finished trials stay finished.
+        RunFailed: If the teacher's training or every trial failed; single failures are in the
+            result.
+    """
     plan.check()
     stored = _stored_results(plan)
     if stored is not None:

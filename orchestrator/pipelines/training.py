@@ -51,14 +51,14 @@ from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_y
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.sweeping.students import distillation_job, student_config
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_count
+from orchestrator.terminal.render import format_count, shortest_schedule
 from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
 from orchestrator.training.source import Source, find_source, follow_source, with_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_metrics
-from orchestrator.workspace.layout import Workspace, find_workspace
+from orchestrator.workspace.layout import Workspace, check_name, find_workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -393,8 +393,6 @@ def plan_pretrain(
 
     Raises:
         UserError: If the settings do not go together or do not fit this machine.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If the run failed or diverged.
     """
     if settings.source_training is not None:
         raise UserError(
@@ -523,7 +521,12 @@ def plan_models(
 
 
 def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
-    """Pretrain one model, tokens included; a finished run is found again."""
+    """Pretrain one model, tokens included; a finished run is found again.
+
+    Raises:
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If a training failed or diverged.
+    """
     plan.check()
     (settings,) = plan.models.values()
     cluster = plan.cluster
@@ -601,15 +604,13 @@ def plan_distill(
             method, also vanilla.
         teacher: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
-        name: Name of the run's folder, of one student; when unset, its folder is that of a sweep's
-            trial.
+        name: Name of the run's folder; of several students, its beginning, before the schedule,
+            as in `mine-2,1,1`. When unset, their folders are those of a sweep's trials.
         local: Train in this process, without Ray.
 
     Raises:
         UserError: If there is no such teacher, a schedule does not fit it, it has too few layers,
             the control trains nothing, or the name is that of another run.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If the run failed or diverged.
     """
     if drop_layers is not None and schedules:
         raise UserError(
@@ -644,15 +645,14 @@ def plan_distill(
         for student in students
     }
     if name is not None:
-        if len(jobs) > 1:
-            raise UserError(
-                f"--name {name} names one student, and --schedule asks for {len(jobs)}; leave the "
-                "name out, or distill them one by one"
-            )
-        folder = str(space.runs / name)
-        jobs = {label: job.model_copy(update={"run_folder": folder}) for label, job in jobs.items()}
-        for job in jobs.values():
-            check_folder(job)
+        for label, job in jobs.items():
+            run_name = name
+            if len(jobs) > 1:  # A name has no sign for times: `2*4,0*20` is `2x4,0x20`.
+                schedule = shortest_schedule(tuple(job.model.corrections)).replace("*", "x")
+                run_name = check_name(f"{name}-{schedule}", "--name")
+            folder = str(space.runs / run_name)
+            jobs[label] = job.model_copy(update={"run_folder": folder})
+            check_folder(jobs[label])
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
     for training in plan.trainings_left:
@@ -723,7 +723,12 @@ def _plan_fewer_layers(
 
 
 def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
-    """Distill a teacher into cheaper models of itself; a finished student is found again."""
+    """Distill a teacher into cheaper models of itself; a finished student is found again.
+
+    Raises:
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If a training failed or diverged.
+    """
     if not plan.local:
         check_ray_can_run(plan.cluster.ray_address)
     if plan.layers is not None:

@@ -54,7 +54,7 @@ from orchestrator.terminal.metrics import (
     TRAINING_TOKENS,
     Metric,
     confidence_keeps_name,
-    difference_name,
+    difference_names,
     interval_end_names,
     metric_of,
     stderr_name,
@@ -527,6 +527,8 @@ def with_confidence(
         if row["key"] in number_of:
             compared_with[row["label"]] = number_of[row["key"]]
 
+    last_parts = difference_names(compared_with)
+
     # Columns of a model, and intervals, on the front's quality and on each task.
     intervals: dict[tuple[str, str, str], Interval] = {}
     columns: dict[str, dict[str, float]] = {key: {} for key in number_of}
@@ -540,12 +542,12 @@ def with_confidence(
     measured = {**({} if scores is None else {axes.quality: scores}), **paired.scores}
     for (key, number), (name, drawn) in product(number_of.items(), measured.items()):
         intervals[key, name, ""] = drawn.interval(number)
-        task = "" if name == axes.quality else name
+        of_task = PAIRED if name == axes.quality else f"{PAIRED}{name}/"
         for label, number_of_label in compared_with.items():
             if number_of_label != number:
                 difference = drawn.difference(number, number_of_label)
                 intervals[key, name, label] = difference
-                add_columns(key, difference_name(label, task), difference)
+                add_columns(key, of_task + last_parts[label], difference)
 
     # The share of the full model's quality, and how sure a model keeps the demanded share.
     if scores is not None and full["key"] in number_of:

@@ -9,7 +9,7 @@ at the end of this file; each kind by one function.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -260,16 +260,23 @@ def interval_end_names(metric: str) -> tuple[str, str]:
     return f"{metric}_low", f"{metric}_high"
 
 
-def difference_name(other: str, task: str = "") -> str:
-    """Return the tracked name of the difference to another model: `paired/vs_vanilla`.
+def difference_names(others: Iterable[str]) -> dict[str, str]:
+    """Return label of another model -> last part of the tracked names of differences to it, as in
+    `paired/vs_vanilla`, and of a task in `paired/lastword/vs_vanilla`.
 
-    Args:
-        other: Label of the other model. MLflow takes no spaces or signs.
-        task: Task that is compared, as in `paired/lastword/vs_vanilla`; the front's quality if it
-            is empty.
+    MLflow takes no spaces or signs; of labels that differ in these alone, the later ones get a
+    number.
     """
-    prefix = f"{PAIRED}{task}/" if task else PAIRED
-    return f"{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
+    names: dict[str, str] = {}
+    for label in others:
+        plain_name = f"vs_{re.sub('[^0-9A-Za-z]+', '_', label).strip('_')}"
+        name = plain_name
+        number = 1
+        while name in names.values():
+            number += 1
+            name = f"{plain_name}_{number}"
+        names[label] = name
+    return names
 
 
 def confidence_keeps_name(demanded_share: float) -> str:

@@ -229,10 +229,10 @@ class Store:
                 and experiment.artifact_location != artifacts
             ):
                 raise CopiedStoreError(
-                    f"{self._workspace.database} was copied or moved with the workspace, and "
-                    f"names files in {experiment.artifact_location}, so it shows nothing new; "
-                    "`iiet-orch ui --sync --replace` makes it anew, without what people have "
-                    "added there, which `iiet-orch ui --sync` names"
+                    "run `iiet-orch ui --sync --replace`, which makes MLflow's database anew: "
+                    f"{self._workspace.database} was copied with the workspace, and names files in "
+                    f"{experiment.artifact_location}; `iiet-orch ui --sync` says what people have "
+                    "added there, which is lost"
                 )
             else:
                 self.experiment_id = experiment.experiment_id

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_tracking import untracked
+from kept_progress import KeptProgress
 from read_tokens import noted_tokens
 from refusals import refused
 
@@ -122,6 +123,20 @@ def test_of_a_model_without_corrections_each_whole_layer_is_measured(
 def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, context):
     with refused(UserError, "tokens"):
         measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
+
+
+def test_a_plan_says_why_it_reads_fewer_tokens_than_asked_for(
+    make_checkpoint, tiny_tokens, context
+):
+    settings = Settings(influence=InfluenceSettings(num_tokens=10**6))
+    progress = KeptProgress()
+    options = {"workspace": context.workspace, "model": make_checkpoint(), "progress": progress}
+    plan = plan_influence(settings, **options)
+    held_out = open_tokens(tiny_tokens).num_validation_tokens
+    assert plan.num_tokens == held_out
+    [note] = progress.notes
+    for part in ("influence.num_tokens=1000000", f"{held_out:,} tokens"):
+        assert part in note
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract():

@@ -269,8 +269,10 @@ def test_a_student_may_have_a_name(context, teacher, tiny_tokens, save_tiny, cap
     assert student.checkpoint.parent == context.workspace.runs / "mine"
     planned_again = plan_distill(chosen, schedules=["1,0"], name="mine", **options)
     assert list(planned_again.finished.values()) == [student.checkpoint]
+    several = plan_distill(chosen, schedules=["1,0", "1,1"], name="two", **options)
+    folders = [job.folder.name for job in several.jobs.values()]
+    assert folders == ["two-1,0", "two-1"]
     for schedules, name, words in (
-        (["1,0", "1"], "two", "--name two names one student"),
         (["0,0"], "mine", "holds a run with other settings"),
         (["1,0"], "imported", "holds an imported model"),
     ):

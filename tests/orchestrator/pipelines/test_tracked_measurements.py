@@ -12,6 +12,7 @@ from one_evaluation import evaluate_model
 
 from orchestrator.cluster.work import CPU
 from orchestrator.evaluation.decode_timing import MeasurementSettings
+from orchestrator.pipelines import benchmarking
 from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import plan_influence, run_influence
@@ -21,7 +22,7 @@ from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.mark.slow
-def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
+def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny, monkeypatch):
     context = Context(workspace := open_workspace(tmp_path / "workspace"))
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     model = save_tiny(workspace.runs / "run", initializer_std=0.3)
@@ -36,7 +37,10 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
         plan = plan_influence(settings, model=model, **place)
         table = run_influence(plan, context, place=CPU).table
         ends.append(now_ms())
-    costs = run_benchmark(plan_benchmark(models=[model], conditions=conditions, **place), context)
+    timing = plan_benchmark(models=[model], conditions=conditions, **place)
+    run_benchmark(timing, context)
+    repeated_ms = now_ms()
+    costs = run_benchmark(timing, context)
 
     client = MlflowClient(workspace.tracking_uri)
     runs: dict[str, list[Run]] = {}
@@ -74,7 +78,17 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny):
     names = {file.path for file in client.list_artifacts(run.info.run_id, "influence")}
     assert names == {"influence/influence-cosine.json", "influence/influence-cosine.png"}
 
+    # Times are measured anew by each call.
+    assert all(run.info.start_time >= repeated_ms for run in runs["benchmark"])
     by_schedule = {run.data.params["schedule"]: run for run in runs["benchmark"]}
     assert by_schedule.keys() >= {"2,1", "0,0"}
     name = "cost/batch_1_context_4/decode_ms"
     assert by_schedule["2,1"].data.metrics[name] == pytest.approx(costs.costs[0].decode_ms)
+
+    # Those of another machine are others.
+    monkeypatch.setattr(benchmarking, "timing_environment", lambda: {"cpu": "another one"})
+    run_benchmark(timing, context)
+    found = client.search_runs(
+        [str(context.tracking.open_experiment())], "tags.`iiet.kind` = 'benchmark'"
+    )
+    assert len(found) == 2 * 4

@@ -345,6 +345,21 @@ def test_confidences_follow_the_answers(front):
     assert at(front, "close", "bits_per_byte/vs_vanilla") == pytest.approx(-0.39)
 
 
+def test_models_whose_names_differ_in_signs_alone_are_compared_apart():
+    def of_words(share: float) -> EvaluationResult:
+        return evaluation(task("words", answers(share)))
+
+    front = sure_front(
+        {
+            "teacher": ("teacher", 24.0, of_words(0.5)),
+            "my-run": ("baseline", 5.0, of_words(0.4)),
+            "my_run": ("baseline", 6.0, of_words(0.3)),
+        }
+    )
+    assert at(front, "teacher", "vs_my_run") == pytest.approx(0.1, abs=0.01)
+    assert at(front, "teacher", "vs_my_run_2") == pytest.approx(0.2, abs=0.01)
+
+
 def test_the_share_of_a_loss_is_inverted_and_a_twin_is_not_sure_to_keep_all():
     points: Points = {
         "teacher": ("teacher", 24.0, evaluation(bits_task(2.0))),

@@ -372,7 +372,8 @@ def test_a_copy_shows_nothing_new_and_names_what_people_have_added(tracking, wor
     assert copy.run_id(run) is None
     assert not copy.register(model)
     [warning] = warnings
-    assert_names(warning, f"{root}/mlflow.db", "iiet-orch ui --sync --replace")
+    assert_names(warning, f"{root}/mlflow.db")
+    assert "`iiet-orch ui --sync --replace`" in warning.partition(",")[0], "what to do comes first"
     added = copy.added_by_people()
     assert {"the note of noted", "the tag reviewer of noted"} <= set(added)
     assert "the alias copied@production" in added
