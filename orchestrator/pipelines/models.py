@@ -706,7 +706,14 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     checkpoint = opened.path
     decoder = opened.decoder(frozen=True)  # Mapped from its file.
     evaluation = results.load_item_values(workspace, [result]).get(result.key)
-    card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
+    card = model_card(
+        context,
+        checkpoint,
+        decoder.config,
+        evaluation,
+        influence=sweep.influence_of(result),
+        metric=sweep.influence.metric if sweep.influence else None,
+    )
     chosen = f"`{plan.alias}` of the sweep `{sweep.name}`: {plan.sentence}."
     folder = export_checkpoint(
         checkpoint,

@@ -7,7 +7,7 @@ writes the report.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval
+from orchestrator.models.folder import weights_key
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import run_influence
 from orchestrator.pipelines.models import imported_model
@@ -199,7 +200,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                     progress=progress,
                     search=plan.search,
                 )
-                sweep_results = _results_of(plan, run, next(iter(tables.values()), None))
+                sweep_results = _results_of(plan, run, [*tables.values()])
                 failures = failed_controls | run.failures
                 return _report_of(plan, sweep_results, context, failures)
 
@@ -215,7 +216,8 @@ def sweep(
 ) -> SweepResult:
     """Run the sweep that `settings.sweep.kind` describes, and write its report.
 
-    Arguments and errors are those of `plan_sweep`; a teacher may be `hub:OWNER/NAME`, too.
+    Arguments are those of `plan_sweep`, errors also those of `run_sweep`; a teacher
+    may be `hub:OWNER/NAME`, too.
     """
     plan = plan_sweep(
         settings,
@@ -253,9 +255,16 @@ def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
 
 
 def _results_of(
-    plan: SweepPlan, run: RunningSweep, influence: InfluenceTable | None
+    plan: SweepPlan, run: RunningSweep, tables: Sequence[InfluenceTable]
 ) -> results.StoredSweep:
-    """Return what a report needs of a sweep that was run."""
+    """Return what a report needs of a sweep that was run.
+
+    Args:
+        tables: Influence of each teacher.
+    """
+    influence_teacher = ""
+    if len(tables) > 1:
+        influence_teacher = weights_key(next(iter(plan.influence.values())).checkpoint)
     trials = run.all_trials
     suite = trials.trials[0].suite
     suite_folder = Path(suite.suite_folder) if suite.suite_folder else None
@@ -287,7 +296,8 @@ def _results_of(
         name=trials.name,
         key=trials.key,
         results=run.results,
-        influence=influence,
+        influence=next(iter(tables), None),
+        influence_teacher=influence_teacher,
         retention=_retention_of(plan),
         facts=facts,
     )

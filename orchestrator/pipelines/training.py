@@ -566,7 +566,7 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrain one model, tokens included; a finished run is found again.
 
-    Arguments and errors are those of `plan_pretrain`.
+    Arguments are those of `plan_pretrain`, errors also those of `run_pretrain`.
     """
     plan = plan_pretrain(
         settings,
@@ -768,7 +768,8 @@ def distill(
 ) -> DistillResult:
     """Distill a teacher into itself under one schedule; a finished student is found again.
 
-    Arguments and errors are those of `plan_distill`; a teacher may be `hub:OWNER/NAME`, too.
+    Arguments are those of `plan_distill`, errors also those of `run_distill`; a teacher
+    may be `hub:OWNER/NAME`, too.
     """
     plan = plan_distill(
         settings,

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from iiet.config import ModelConfig
+    from iiet.pruning import InfluenceTable
 
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
@@ -73,7 +74,9 @@ class StoredSweep(Record):
     results: tuple[Trial, ...]
     """The finished ones among teacher, trials and baselines."""
     influence: Influence | None = None
-    """The teacher's influence table, if the sweep had one."""
+    """The teacher's influence table, if the sweep had one; of several teachers the first one's."""
+    influence_teacher: str = ""
+    """Of several teachers: weights key of the one whose influence it is."""
     retention: Mapping[str, float] = Field(default_factory=dict)
     """How much a model may lose against the teacher's source, as `evaluation.retention`; empty
     without a source."""
@@ -94,6 +97,12 @@ class StoredSweep(Record):
             text = controls[SOURCE_CONTINUED] if is_measured else missing
             notes.append(f"{SOURCE_CONTINUED}: {text}.")
         return notes
+
+    def influence_of(self, trial: Trial) -> InfluenceTable | None:
+        """Return the influence that a student's schedule was chosen by; None if it is that of
+        another teacher."""
+        is_of_its_teacher = self.influence_teacher in ("", trial.parent)
+        return self.influence if is_of_its_teacher else None
 
     def folder(self, workspace: Workspace) -> Path:
         """Return the sweep's folder."""

@@ -213,15 +213,18 @@ class ReportResult(Result):
 
     def _influence_section(self, influence: InfluenceTable) -> Section:
         knee = self.front.named_picks.get("knee")
+        if knee and self.sweeps[0].influence_of(knee["trial"]) is None:
+            knee = None  # Its schedule was chosen by the influence of another teacher.
+        of_first = " of the first teacher" if self.sweeps[0].influence_teacher else ""
         chart = influence_chart(
             influence.value_rows,
             metric=influence.metric,
-            title="Influence of each correction",
+            title=f"Influence of each correction{of_first}",
             marked_schedule=knee["trial"].schedule if knee else None,
             marked_name=f"{knee['label']} (knee)" if knee else "",
         )
         return Section(
-            title=f"Influence of each correction ({influence.metric})",
+            title=f"Influence of each correction{of_first} ({influence.metric})",
             sentences=[INFLUENCE_LEGEND],
             chart=chart,
             picture="influence",

@@ -80,6 +80,17 @@ def sweep(workspace, sample_results, sample_influence) -> StoredSweep:
     )
 
 
+def test_a_knee_is_drawn_on_the_influence_of_its_own_teacher(workspace, sweep):
+    knee = "(knee)"
+    for teacher, is_drawn in (("", True), ("weights of another teacher", False)):
+        report = write_sweep_report(workspace, changed(sweep, influence_teacher=teacher))
+        [section] = [s for s in report.sections() if s.picture == "influence"]
+        assert (knee in json.dumps(section.chart)) == is_drawn
+        assert ("first teacher" in section.title) != is_drawn
+        result = report.front.named_picks["knee"]["trial"]
+        assert (report.sweeps[0].influence_of(result) is not None) == is_drawn
+
+
 def changed(sweep: StoredSweep, **changes: Any) -> StoredSweep:
     return sweep.model_copy(update=changes)
 
