@@ -378,7 +378,8 @@ def unread_note(settings: DataSettings) -> str | None:
     if not unread:
         return None
     num_by_ending = Counter(file.suffix or "without an ending" for file in unread)
-    shown = [f"{name} {number:,}" for name, number in num_by_ending.most_common(MAX_ENDINGS_SHOWN)]
+    by_number = sorted(num_by_ending.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} {number:,}" for name, number in by_number[:MAX_ENDINGS_SHOWN]]
     if len(num_by_ending) > MAX_ENDINGS_SHOWN:
         shown.append("...")
     files = format_count(len(unread), "other file is", "other files are")
