@@ -246,7 +246,8 @@ def some_tokens(folder: Path) -> Path:
 
 
 def tokens(folder: Path) -> Answer:
-    token_folders = [path for path in folder.glob("[!.]*") if is_complete(path)]
+    folders = (path for path in folder.glob("[!.]*") if path.is_dir())
+    token_folders = [path for path in folders if is_complete(path)]
     for path in token_folders:
         verify_data(path)
     return [path.name for path in token_folders]
