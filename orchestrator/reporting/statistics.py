@@ -10,8 +10,8 @@ same batches, and a student comes from its seed's teacher. A draw is a count for
 score is a ratio of sums, so one matrix product scores all models.
 
 The intervals do not cover other trainings of models with one seed, nor other texts to take items
-from. They are too short where few items differ; where none does, `Scores.cautious_ratio` is not as
-certain.
+from. They are too short where few items differ. Whether a model keeps a share of another one's
+accuracy is decided by the few items that it alone loses: `Scores.cautious_ratio` counts one more.
 """
 
 from __future__ import annotations
@@ -96,24 +96,30 @@ class Scores:
     def cautious_ratio(
         self, model: int, other: int, *, num_items: int
     ) -> tuple[Interval, Floats] | None:
-        """Return `ratio` of two accuracies, but not as certain where no item tells the two apart.
+        """Return `ratio` of two accuracies, with one item more on which the model alone fails.
 
-        Draws of these items then cannot either, and say nothing of items that would. So the share
-        of items on which the model fails where the other does not is drawn from its posterior,
-        after `num_items` on which that did not happen, and counts against the model.
+        The items at hand say little of how rare such items are: where none of them tells two models
+        apart, no draw does. The item more has a weight as in a Bayesian bootstrap, Beta(1, items),
+        so without a lost item the share of lost ones is distributed as its exact bounds are
+        (Clopper and Pearson, 1934), and it grows with each item that is lost.
+
+        In a simulation of models that keep exactly 99%, of 40 to 2,000 items, a confidence of 0.95
+        is reached in 0 to 6% of the runs; without the item it is in up to 86%. The upper end of the
+        interval is that of `ratio`: nothing speaks for more than what was measured.
 
         None if the other one's accuracy is zero in a draw.
         """
         ratio = self.ratio(model, other)
-        if model == other or ratio is None or np.ptp(ratio[1]) > 0:
+        if model == other or ratio is None:
             return ratio
-        interval, drawn = ratio
+        interval, _ = ratio
         # Each pair has its own draws: equal ones would cancel in differences of two ratios.
         random = np.random.default_rng((0, model, other))
-        failed = random.beta(1, num_items + 1, len(drawn))
-        drawn = drawn - failed / self.observed[other]
-        # Nothing speaks for more than what was measured.
-        return replace(interval_of(interval.value, drawn), high=interval.value), drawn
+        weight = random.beta(1, num_items, len(self.drawn))
+        answered = (1 - weight) * self.drawn[:, model]
+        answered_by_other = (1 - weight) * self.drawn[:, other] + weight
+        drawn = answered / answered_by_other
+        return replace(interval_of(interval.value, drawn), high=interval.high), drawn
 
 
 def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -> Interval:

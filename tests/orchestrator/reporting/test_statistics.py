@@ -130,6 +130,49 @@ def test_the_mean_of_tasks_is_taken_of_what_was_measured_and_of_each_draw():
     assert mean.interval(0).value == pytest.approx(0.3)
 
 
+def keeps(lost: int, num_items: int, *, gained: int = 0, demanded: float = 0.99) -> float:
+    """Return the confidence that a model keeps a share of the accuracy of one that is right on all
+    items but the gained ones."""
+    full = np.ones(num_items)
+    model = np.ones(num_items)
+    model[:lost] = 0
+    full[lost : lost + gained] = 0
+    cautious = drawn(np.stack([model, full])).cautious_ratio(0, 1, num_items=num_items)
+    assert cautious is not None
+    return float((cautious[1] >= demanded).mean())
+
+
+@pytest.mark.parametrize("num_items", [40, 400])
+def test_the_confidence_falls_with_each_item_that_is_lost(num_items):
+    confidences = [keeps(lost, num_items) for lost in range(8)]
+    assert confidences == sorted(confidences, reverse=True)
+    assert confidences[0] > confidences[1] > confidences[2]
+    # With nothing lost, it is that of the exact upper bound of a share: 1 - 0.99^n.
+    assert confidences[0] == pytest.approx(1 - 0.99**num_items, abs=0.02)
+    assert keeps(2, num_items, gained=2) > keeps(2, num_items)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_items", [40, 400])
+@pytest.mark.parametrize("accuracy", [0.3, 0.9])
+@pytest.mark.parametrize("share_changed", [0.0, 0.1])
+def test_few_models_at_the_border_are_sure_to_keep_the_share(num_items, accuracy, share_changed):
+    """The model keeps exactly 99%: it loses 1% of the right answers, and as many as it gains."""
+    rng = np.random.default_rng(11)
+    num_runs = 300
+    num_sure = 0
+    for run in range(num_runs):
+        full = rng.random(num_items) < accuracy
+        gained = ~full & (rng.random(num_items) < share_changed * accuracy / (1 - accuracy))
+        lost = full & (rng.random(num_items) < 0.01 + share_changed)
+        pair = np.stack([(full & ~lost) | gained, full]).astype(float)
+        cautious = drawn(pair, seed=run, num=400).cautious_ratio(0, 1, num_items=num_items)
+        if cautious is not None:
+            num_sure += float((cautious[1] >= 0.99).mean()) >= 0.95
+    # 5%, and two standard errors of 300 runs.
+    assert num_sure / num_runs <= 0.05 + 0.025
+
+
 def test_the_fronts_of_draws_follow_the_definition_of_a_front():
     rng = np.random.default_rng(9)
     costs = np.array([2.0, 1.0, 2.0, 3.0, 1.0])
