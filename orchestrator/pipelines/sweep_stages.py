@@ -18,7 +18,7 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.pruning import InfluenceTable
 from orchestrator.data.preparation import find_prepared
-from orchestrator.evaluation.tasks import check_sweep_tasks, tasks_of_source
+from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.open import open_model
@@ -138,6 +138,11 @@ def plan_sweep(
         if models is None:
             check_models(settings, source)
         plan = plan_from_tokens(plan, find_prepared(settings.data, space.tokens))
+    if name is not None and plan.is_complete:
+        # The keys of trials follow from the tasks of lm-eval, too, which may not be loaded yet.
+        suite = plan.trials.trials[0].suite
+        if suite.fingerprints or not needs_lm_eval(settings.evaluation):
+            trial_plans.check_sweep_folder(plan.trials, space)
     for training in plan.trainings_left:
         training.check_workers()
     return plan

@@ -191,6 +191,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
             trials = plan.trials
             lock = workspace.sweeps / trials.name / SWEEP_LOCK_NAME
             with refuse_second(lock, f"the sweep {trials.name}"):
+                trial_plans.check_sweep_folder(trials, workspace)
                 run = run_plan(
                     trials,
                     settings,

@@ -300,6 +300,20 @@ def schedule_search(
     )
 
 
+def check_sweep_folder(plan: SweepTrials, workspace: Workspace) -> None:
+    """Check that the folder of a sweep's name holds no other sweep.
+
+    Raises:
+        UserError: If it does.
+    """
+    folder = workspace.sweeps / plan.name
+    stored = SweepTrials.read(folder / PLAN_FILE)
+    if stored is not None and stored.key != plan.key:
+        raise UserError(
+            f"--name {plan.name}: {folder} holds a sweep of other trials; choose another name"
+        )
+
+
 def _named_plan(
     kind: str,
     name: str | None,

@@ -11,6 +11,7 @@ import pytest
 from fake_runs import end_trials, finished
 from fake_tracking import untracked
 from lm_eval_tasks import write_choices
+from refusals import refused
 
 from orchestrator.pipelines import sweep_stages, sweeps
 from orchestrator.pipelines.context import Context
@@ -68,6 +69,20 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(workspace, tmp_path, 
     assert len(unmeasured.trials.trials) == 1, "the teacher alone"
     result = sweeps.run_sweep(unmeasured, context)
     assert [trial.label for trial in result.trials] == ["teacher", "2,1", "1,1", "1,0", "0,0"]
+
+    # Another sweep is refused under this name, as soon as its trials are known.
+    folder = workspace.sweeps / "s"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    fewer = settings.model_copy(
+        update={"sweep": settings.sweep.model_copy(update={"num_schedules": 2})}
+    )
+    with refused(UserError, "--name s", "another name"):
+        plan_sweep(fewer, workspace=workspace, teacher="teacher", name="s")
+    unchecked = plan_sweep(fewer, workspace=workspace, teacher="teacher").changed(name="s")
+    trials = unchecked.trials.model_copy(update={"name": "s"})
+    with refused(UserError, "--name s", "another name"):
+        sweeps.run_sweep(unchecked.changed(planned_trials=trials), context)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
     for trial in result.trials:
         trial.result_path.unlink()
