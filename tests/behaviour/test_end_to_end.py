@@ -148,7 +148,6 @@ def test_reading_results_imports_nothing_that_trains_measures_or_publishes(finis
         ["list", "running", "--json"],
         ["pick", "--dry-run", "--best"],
         ["report", name],
-        ["report"],
         ["sweep", "toy", *small("sweep")],
     ]
     heavy = {"torch", "ray", "mlflow", "lm_eval", "datasets", "transformers", "optuna"}
