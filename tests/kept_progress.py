@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestrator.terminal.progress import Progress
 
 
@@ -25,8 +27,11 @@ class KeptProgress(Progress):
         """The texts that were reported."""
         return [text for _, text, _ in self.shown]
 
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.shown.append((done, text, seconds_left))
+    def advance(
+        self, done: float, text: str | Sequence[str] = "", *, seconds_left: float | None = None
+    ) -> None:
+        words = text if isinstance(text, str) else ", ".join(text)
+        self.shown.append((done, words, seconds_left))
         self.reports_left -= 1
         if self.reports_left < 0:
             raise KeyboardInterrupt

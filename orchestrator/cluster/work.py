@@ -13,7 +13,7 @@ import os
 import queue
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -209,7 +209,9 @@ class _SendingProgress(Progress):
     def start(self, title: str, total: float | None = None) -> None:
         self._send(methodcaller("start", title, total))
 
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+    def advance(
+        self, done: float, text: str | Sequence[str] = "", *, seconds_left: float | None = None
+    ) -> None:
         if time.monotonic() - self._sent_at >= POLL_SECONDS:
             self._sent_at = time.monotonic()
             self._send(methodcaller("advance", done, text, seconds_left=seconds_left))

@@ -279,6 +279,9 @@ class AnswerJournal:
     was asked. One that a crash cut off is no JSON, and is as good as missing. A batch is found
     again only if it would be the same batch, so a resumed evaluation ends with the same bits as one
     that was not interrupted.
+
+    lm-eval's own cache (`CachingLM`) would not do: it reads pickles, which nothing here reads from
+    a workspace, keeps no sampled answers, and forms new batches of the requests that are left.
     """
 
     def __init__(

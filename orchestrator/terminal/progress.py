@@ -12,9 +12,11 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -27,6 +29,11 @@ SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0
 SECONDS_TO_MEASURE = 10.0
 """Units are counted for so long before they say how much time is left."""
+BAR_WIDTH = 28
+NARROW_BAR_WIDTH = 12
+"""On a terminal of fewer than `WIDE_COLUMNS`, so that words fit beside it."""
+WIDE_COLUMNS = 100
+ELAPSED_WIDTH = len("0:00:00")
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -67,7 +74,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar = Bar(
                 SpinnerColumn(),
                 text("{task.description}"),
-                BarColumn(bar_width=28),
+                BarColumn(bar_width=self._bar_width),
                 text("{task.fields[share]}"),
                 TimeElapsedColumn(),
                 text("{task.fields[left]}"),
@@ -87,23 +94,50 @@ class Progress(AbstractContextManager["Progress"]):
             self._repeating = threading.Event()
             threading.Thread(target=self._repeat_line, args=(self._repeating,), daemon=True).start()
 
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+    def advance(
+        self, done: float, text: str | Sequence[str] = "", *, seconds_left: float | None = None
+    ) -> None:
         """Report the units done since the start, and a few words, such as the current loss.
 
         Args:
+            text: Words, or several parts of them: on a narrow terminal, the first parts are left
+                out first.
             seconds_left: Remaining time, if it does not follow from the units; NaN while it is not
                 known.
         """
+        parts = [text] if isinstance(text, str) else [*text]
         time_left = self._time_left(done, seconds_left)
         if self._bar:
+            share = ""
             if done and self._total:
                 share = f"{min(1.0, done / self._total):4.0%}"
                 self._bar.update(self._task, total=self._total, share=share)
-            self._bar.update(self._task, completed=done, text=text, left=time_left)
+            words = self._fitting_words(parts, share, time_left)
+            self._bar.update(self._task, completed=done, text=words, left=time_left)
         elif self._repeating:
-            count_and_text = f"{self._count(done)} {text}".strip()
+            count_and_text = f"{self._count(done)} {', '.join(parts)}".strip()
             self._state = ", ".join(filter(None, (count_and_text, time_left)))
             self._print_state()
+
+    @property
+    def _bar_width(self) -> int:
+        is_wide = self._console is not None and self._console.width >= WIDE_COLUMNS
+        return BAR_WIDTH if is_wide else NARROW_BAR_WIDTH
+
+    def _fitting_words(self, parts: Sequence[str], share: str, time_left: str) -> str:
+        """Return the words that fit behind the bar, which Rich would else make shorter, too."""
+        assert self._console
+        widths = (1, cell_len(self._title), self._bar_width, cell_len(share), ELAPSED_WIDTH)
+        # A space stands behind each column.
+        taken = sum(width + 1 for width in (*widths, cell_len(time_left)))
+        room = max(0, self._console.width - taken)
+        for first in range(len(parts)):
+            words = ", ".join(parts[first:])
+            if cell_len(words) <= room:
+                return words
+        last_part = Text(parts[-1])
+        last_part.truncate(room, overflow="ellipsis")
+        return last_part.plain
 
     def note(self, text: str) -> None:
         """Print a warning or other information on a line of its own."""

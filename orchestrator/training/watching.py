@@ -222,6 +222,7 @@ class RunMonitor:
         self._read()
         num_done = 0
         losses: list[str] = []
+        stages: list[str] = []
         total_speed = 0.0
         has_steps_left = False
         for label, job in self._jobs.items():
@@ -232,15 +233,18 @@ class RunMonitor:
                 has_steps_left = True
                 if label not in self._stepped or loss is None:
                     continue
-                losses.append(f"{label} {loss:.2f}{self._stage_text(label, step)}")
+                losses.append(f"{label} {loss:.2f}")
+                stages.append(self._stage_text(label, step))
                 if self._speeds[label]:
                     total_speed += harmonic_mean(self._speeds[label])
         # An earlier process may have made the counted steps, so they do not say that this one runs.
-        text = "starting, no step yet" if has_steps_left else ""
+        parts = ["starting, no step yet"] if has_steps_left else [""]
         if losses:
-            text = f"loss {'; '.join(losses)}"
-            text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
-        self._progress.advance(num_done, text, seconds_left=self._seconds_left())
+            speed = f"{total_speed:,.0f} tokens/s" if total_speed else ""
+            # A narrow terminal loses the losses first.
+            all_parts = (f"loss {'; '.join(losses)}", speed, *dict.fromkeys(stages))
+            parts = [part for part in all_parts if part]
+        self._progress.advance(num_done, parts, seconds_left=self._seconds_left())
 
     def _stage_text(self, label: str, step: int) -> str:
         """Say that a model with corrections is still trained without; empty once it makes them."""
@@ -248,7 +252,7 @@ class RunMonitor:
         num_steps = steps_before_corrections(job.recipe)
         if step >= num_steps or not job.model.corrections.max_corrections:
             return ""
-        return f" (r = 0 until step {num_steps:,})"
+        return f"r = 0 until step {num_steps:,}"
 
     def _seconds_left(self) -> float:
         """Return the time that all jobs still take; NaN while a running one has no known speed.

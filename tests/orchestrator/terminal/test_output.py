@@ -138,6 +138,22 @@ def test_progress_is_printed_while_library_output_is_suppressed(tmp_path, monkey
     assert "evaluate: 5/10" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_keeps_bar_and_times_and_loses_the_first_words(monkeypatch):
+    parts = ["loss teacher 5.51; r = 0 5.52", "12,640 tokens/s", "r = 0 until step 6,000"]
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_TO_MEASURE", 0.0)
+    for width, num_lost in ((160, 0), (100, 2), (80, 2), (50, 3)):
+        console = terminal(width)
+        with Progress(console) as bar:
+            bar.start("pretrain", 10_000)
+            for done in (1, 2, 5000):
+                bar.advance(done, parts, seconds_left=7500)
+        line = printed(console).rstrip().splitlines()[-1]
+        assert "━" * 6 in line, "the bar"
+        for kept in ("pretrain", " 50%", "0:00:00", "2.1 h left", *parts[num_lost:]):
+            assert kept in line, (width, line)
+        assert not any(lost in line for lost in parts[:num_lost])
+
+
 def test_the_bar_shows_no_share_before_the_first_unit():
     """A bar is drawn once more when it is closed."""
     console = terminal(100)

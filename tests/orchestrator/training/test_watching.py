@@ -33,7 +33,7 @@ from orchestrator.workspace.journal import Journal
 
 UNKNOWN = pytest.approx(math.nan, nan_ok=True)
 STARTING = "starting, no step yet"
-FIRST_STAGE = " (r = 0 until step 50)"
+FIRST_STAGE = ", r = 0 until step 50"
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def test_the_time_left_accounts_for_corrections(job, monkeypatch):
     assert progress.shown[-1] == (2, f"loss iiet 5.50{FIRST_STAGE}", UNKNOWN)
     journal.metrics(6, SPEED)
     monitor.poll()
-    assert progress.shown[-1] == (6, f"loss iiet 5.50{FIRST_STAGE}, 640 tokens/s", UNKNOWN)
+    assert progress.shown[-1] == (6, f"loss iiet 5.50, 640 tokens/s{FIRST_STAGE}", UNKNOWN)
     journal.metrics(10, SPEED)
     monitor.poll()
     num_done, text, seconds_left = progress.shown[-1]
-    assert (num_done, text) == (10, f"loss iiet 5.50{FIRST_STAGE}, 640 tokens/s")
+    assert (num_done, text) == (10, f"loss iiet 5.50, 640 tokens/s{FIRST_STAGE}")
     # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
     assert seconds_left is not None
     assert 40 * 0.1 + 50 * 0.1 < seconds_left < 40 * 0.1 + 50 * 0.25
