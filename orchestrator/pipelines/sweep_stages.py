@@ -235,7 +235,10 @@ def plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
 def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
     """Plan the trainings of a retrofit's controls, and after them that of `source_continued`, whose
     rate they decide."""
-    jobs_of_stages = [{**retrofit.candidates, **retrofit.scratch}]
+    candidates = {
+        label: job for label, job in retrofit.candidates.items() if label not in retrofit.diverged
+    }
+    jobs_of_stages = [{**candidates, **retrofit.scratch}]
     if retrofit.continued is not None:
         jobs_of_stages.append({SOURCE_CONTINUED: retrofit.continued})
     return [

@@ -153,7 +153,8 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
             # Stage 1: the source, the teachers and their baselines, the controls.
             finished: dict[str, Path] = {}
             failed_controls: dict[str, str] = {}
-            for number in range(len(plan.pretraining)):
+            number = 0
+            while number < len(plan.pretraining):  # A control that diverges may end a later stage.
                 if not plan.pretraining[number].has_tokens:
                     # It follows from what was just trained.
                     plan = plan_pretraining(plan, tokens)
@@ -165,10 +166,23 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                     # A control at a higher rate may diverge; its teacher has students even so.
                     if plan.retrofit is None or not plan.retrofit.are_controls(stage.jobs):
                         raise
-                    failed_controls = dict.fromkeys(stage.jobs, str(error))
-                    progress.note(f"controls failed, the sweep goes on without them: {error}")
-                    break
-                finished |= {label: result.checkpoint for label, result in trained.items()}
+                    # Of its candidates, one that has diverged is out, and the others may be done.
+                    plan = plan_pretraining(plan, tokens)
+                    finished |= plan.pretrained
+                    diverged = plan.retrofit.diverged & stage.jobs.keys()
+                    for label in sorted(diverged):
+                        progress.note(
+                            f"{label}: diverged, so it is not taken; the rate follows from "
+                            "training.learning_rate and is not tried again"
+                        )
+                    failed = stage.jobs.keys() - finished.keys() - diverged
+                    failed_controls |= dict.fromkeys(sorted(failed), str(error))
+                    if failed:
+                        progress.note(f"controls failed, the sweep goes on without them: {error}")
+                        break
+                else:
+                    finished |= {label: result.checkpoint for label, result in trained.items()}
+                number += 1
             teachers, baselines = models_by_role(plan, finished)
 
             # Stage 2: the influence of the teachers.

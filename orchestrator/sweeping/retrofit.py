@@ -36,7 +36,7 @@ from orchestrator.settings import (
 )
 from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT
 from orchestrator.terminal.render import format_count
-from orchestrator.training.job import finished_outcome, in_usual_folder
+from orchestrator.training.job import finished_outcome, has_diverged, in_usual_folder
 from orchestrator.training.source import Source, find_source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import JOB_NAME, Workspace, portable_path, step_of
@@ -108,33 +108,48 @@ class Retrofit:
         }
 
     @cached_property
+    def diverged(self) -> frozenset[str]:
+        """Labels of the candidates that diverged, which would do so again."""
+        return frozenset(label for label, job in self.candidates.items() if has_diverged(job))
+
+    @cached_property
     def losses(self) -> dict[str, float]:
-        """Label -> validation loss of the candidates, once all are trained."""
-        outcomes = {label: finished_outcome(job) for label, job in self.candidates.items()}
-        losses = {label: outcome.validation_loss for label, outcome in outcomes.items() if outcome}
-        return losses if len(losses) == len(outcomes) else {}
+        """Label -> validation loss of the candidates, once all are trained; infinite of those that
+        diverged."""
+        losses = dict.fromkeys(self.diverged, math.inf)
+        for label, job in self.candidates.items():
+            outcome = finished_outcome(job)
+            if outcome is not None:
+                losses[label] = outcome.validation_loss
+        if losses.keys() != self.candidates.keys():
+            return {}
+        return {label: losses[label] for label in self.candidates}
 
     @property
     def better_candidate(self) -> str | None:
-        """Label of the candidate with the lower loss; None while that is not known.
+        """Label of the candidate with the lower loss; None while that is not known, or if all
+        diverged.
 
-        Where no loss was measured, it is the first one, which has the teacher's rate.
+        Where no loss was measured, it is the first one that is trained, if it can be with the
+        teacher's rate.
         """
 
         def loss_or_infinity(label: str) -> float:
             loss = self.losses[label]
             return math.inf if math.isnan(loss) else loss
 
-        return min(self.losses, key=loss_or_infinity, default=None)
+        trained = [label for label in self.losses if label not in self.diverged]
+        return min(trained, key=loss_or_infinity, default=None)
 
     @cached_property
     def continued(self) -> TrainingJob | None:
-        """The training of the source at the teacher's FLOPs; None if there is to be none.
+        """The training of the source at the teacher's FLOPs; None if there is to be none, or the
+        source diverged at each rate.
 
         While the better rate is not known, it has the teacher's, and no tokens: it can be priced,
         but not run.
         """
-        if not self.candidates:
+        if self.diverged == self.candidates.keys():  # Without candidates, both are empty.
             return None
         label = self.better_candidate or next(iter(self.candidates))
         candidate = self.candidates[label]
@@ -246,7 +261,8 @@ class Retrofit:
         folder = portable_path(str(self.source.folder), root)
         yield SOURCE, f"{folder}, {'as it was' if SOURCE in self.controls else 'not measured'}"
         if self.continued is None:
-            yield SOURCE_CONTINUED, "not trained"
+            reason = ", because it diverges at each rate that is tried" if self.diverged else ""
+            yield SOURCE_CONTINUED, f"not trained{reason}"
         else:
             yield SOURCE_CONTINUED, self._text_of_continued(self.continued)
         for label, job in self.scratch.items():
@@ -263,8 +279,8 @@ class Retrofit:
         text = f"the source trained on without corrections, {_steps_and_flops(job)}, as the teacher"
         if self.losses:
             losses = " and ".join(
-                f"{loss:.4f} at {rate:g}"
-                for loss, rate in zip(self.losses.values(), rates, strict=True)
+                f"{'diverged' if label in self.diverged else f'{loss:.4f}'} at {rate:g}"
+                for (label, loss), rate in zip(self.losses.items(), rates, strict=True)
             )
             text += f"; rate {job.recipe.learning_rate:g}, by the validation losses {losses} after "
             text += f"{tried}, at the teacher's tokens"

@@ -156,6 +156,8 @@ def wait_for_work(
             if name in errors or not future.done():
                 continue
             error = future.exception()
+            if isinstance(error, Interrupted):  # A stop is no failure.
+                raise error
             if isinstance(error, Exception):
                 errors[name] = error
                 if failed:

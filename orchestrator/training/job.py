@@ -27,7 +27,7 @@ from orchestrator.models.folder import (
     weights_key,
 )
 from orchestrator.records.training import StoredJob, TrainingJob, TrainingOutcome
-from orchestrator.records.training_state import Training
+from orchestrator.records.training_state import Training, TrainingState
 from orchestrator.settings import Settings, TrainingSettings
 from orchestrator.settings.effects import key_values
 from orchestrator.training.remote_copy import RemoteCopy
@@ -358,6 +358,16 @@ def training_of(job: TrainingJob) -> Training | None:
     if not job.tokens_folder:
         return None
     return Training(job.folder, check_checkpoint)
+
+
+def has_diverged(job: TrainingJob) -> bool:
+    """Return whether a job diverged when it ran last.
+
+    Raises:
+        UserError: As `finished_outcome`.
+    """
+    training = training_of(job)
+    return training is not None and training.state == TrainingState.DIVERGED
 
 
 def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:

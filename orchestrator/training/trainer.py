@@ -506,11 +506,11 @@ class Trainer:
             self.writer.wait()
         self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
         section = self.job.section
-        # Models from scratch may have a rate of their own.
-        or_own_rate = " (or its own in sweep.learning_rates)" if section == "training" else ""
+        # Models from scratch may have a rate of their own, and a control's follows from another.
+        or_own_rate = ", or its own in sweep.learning_rates" if section == "training" else ""
         return Diverged(
             f"{error}; the last good checkpoint is {self.writer.checkpoint or 'none'}; lower "
-            f"{section}.learning_rate={self.recipe.learning_rate:g}{or_own_rate}, lengthen "
+            f"{section}.learning_rate (here {self.recipe.learning_rate:g}{or_own_rate}), lengthen "
             f"{section}.warmup_steps, or raise {section}.skip_bad_steps"
         )
 

@@ -14,11 +14,14 @@ from same_run import stop_at
 from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.sweeps import SweepResult, run_sweep
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.training_state import DIVERGED_EVENT
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
+from orchestrator.reporting.results import CONTROLS_TITLE
 from orchestrator.settings import SETTINGS_NAME, read_settings, resolve_settings
 from orchestrator.sweeping.retrofit import EQUAL_TOKENS, training_flops
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
+from orchestrator.workspace.journal import record_event
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 RECIPE = {"num_steps": 3, "num_tokens_per_step": 64, "warmup_steps": 1, "num_validation_tokens": 64}
@@ -41,7 +44,10 @@ class Machine:
         self.trained: list[TrainingJob] = []
         """Trainings in the order in which they ended; none is made twice."""
         self.fails_at_rate: float | None = None
-        """Peak learning rate of trainings that diverge."""
+        """Peak learning rate of trainings that fail."""
+        self.diverging_rates: tuple[float, ...] = ()
+        """Peak learning rates of trainings that diverge."""
+        self.diverged: list[TrainingJob] = []
         self.finishes = 1000
         """After so many more trainings, the next one is stopped at its second step."""
 
@@ -50,6 +56,15 @@ class Machine:
             assert not run_job(job, should_stop=stop_at(1)).finished
             raise Interrupted("stopped")
         if job.recipe.learning_rate == self.fails_at_rate:
+            raise RunFailed("the worker is lost")
+        if (
+            job.model.method == "vanilla"
+            and job.initial_folder
+            and job.recipe.learning_rate in self.diverging_rates
+        ):
+            self.diverged.append(job)
+            run_job(job, should_stop=stop_at(1))
+            record_event(job.folder, DIVERGED_EVENT, step=1, text="the loss is not finite")
             raise RunFailed("the loss is not finite")
         self.finishes -= 1
         self.trained.append(job)
@@ -145,3 +160,21 @@ def test_a_control_that_fails_or_is_not_wanted_is_missing_on_the_page(machine, w
     assert SOURCE_CONTINUED not in checkpoints_of(result)
     assert result.page is not None
     assert "source_continued: missing" in result.page.read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [(4e-3,), (2e-3, 4e-3)])
+def test_a_candidate_that_diverges_is_out_and_no_failure(machine, workspace, rates):
+    machine.diverging_rates = rates
+    for _ in range(2):  # The same call tries it no more.
+        result = run(workspace)
+        result.raise_failures()
+        assert [job.recipe.learning_rate for job in machine.diverged] == [*rates]
+        is_continued = len(rates) == 1  # The teacher's rate is left.
+        assert (SOURCE_CONTINUED in checkpoints_of(result)) == is_continued
+        assert (EQUAL_TOKENS in checkpoints_of(result)) == is_continued
+    if is_continued:
+        assert machine.trained[-1].recipe.learning_rate == 2e-3
+        assert "diverged at 0.004" in result.sweeps[0].facts[CONTROLS_TITLE][SOURCE_CONTINUED]
+    else:
+        assert "diverges" in result.sweeps[0].facts[CONTROLS_TITLE][SOURCE_CONTINUED]

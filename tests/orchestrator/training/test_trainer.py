@@ -168,7 +168,7 @@ def test_divergence_names_step_checkpoint_and_settings(make_job, monkeypatch, na
         run_job(job)
     text = str(caught.value)
     assert str(job.folder / "step_00000004") in text
-    for setting in ("learning_rate=0.01", "warmup_steps", "skip_bad_steps"):
+    for setting in ("learning_rate (here 0.01", "warmup_steps", "skip_bad_steps"):
         assert f" {section}.{setting}" in text
     assert steps_of(job) == [4]
     assert [event["step"] for event in events(job, "diverged")] == [6]
