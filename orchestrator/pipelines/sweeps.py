@@ -7,6 +7,7 @@ writes the report.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -37,19 +38,21 @@ from orchestrator.pipelines.sweep_stages import (
     plan_sweep,
 )
 from orchestrator.pipelines.training import run_trainings
+from orchestrator.records.status import STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
 from orchestrator.records.trial import SOURCE_CONTINUED, Trial
 from orchestrator.reporting import results
 from orchestrator.reporting.sweep_report import ReportResult
-from orchestrator.settings import Settings, flatten, to_yaml
+from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import check_devices, check_sweep
 from orchestrator.sweeping.states import early_stops
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.source import with_source
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_tail, record_event
-from orchestrator.workspace.layout import SWEEP_LOCK_NAME, Workspace, portable_path
+from orchestrator.workspace.layout import PLAN_FILE, SWEEP_LOCK_NAME, Workspace, portable_path
 from orchestrator.workspace.locks import refuse_second
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -146,6 +149,18 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
         hashes = trial_plans.load_tasks(settings.evaluation, tokens, first.model, progress)
         has_all_trials = plan.is_complete and first.suite.fingerprints == (hashes or None)
 
+        # From here on `list` knows the sweep. Its folder gets its name once its trials are known.
+        begun = workspace.sweeps / (plan.name or f"{settings.sweep.kind}-{call_key[:8]}")
+        if not plan.is_complete and not (begun / PLAN_FILE).exists():
+            write_text(begun / SETTINGS_NAME, to_yaml(settings))
+            options = {"--name": plan.name} if plan.name else {}
+            if settings.sweep.kind == "search":
+                options["--search"] = str(settings.search.num_trials)
+            teacher = str(plan.teacher or "")
+            record_event(
+                begun, STARTED_EVENT, lock=call_lock.name, teacher=teacher, options=options
+            )
+
         start_ray = partial(
             ray_cluster, settings.cluster, folder=workspace.root, say=progress.start
         )
@@ -206,6 +221,8 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
             lock = workspace.sweeps / trials.name / SWEEP_LOCK_NAME
             with refuse_second(lock, f"the sweep {trials.name}"):
                 trial_plans.check_sweep_folder(trials, workspace)
+                if begun.name != trials.name and not (begun / PLAN_FILE).exists():
+                    shutil.rmtree(begun, ignore_errors=True)
                 run = run_plan(
                     trials,
                     settings,

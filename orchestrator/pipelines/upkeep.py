@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from pydantic import Field
 from orchestrator.records.influence import INFLUENCE_PATTERN
 from orchestrator.records.status import (
     Note,
+    begun_without_trials,
     folders_in,
     has_failed,
     seconds_left,
@@ -38,6 +40,7 @@ from orchestrator.records.training_state import Training, TrainingState, is_in_u
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal import render
 from orchestrator.workspace import files, layout
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -89,7 +92,8 @@ class Listing(Result):
     since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
     `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
     sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
-    planned ones), `has_report`."""
+    planned ones), `has_report`, and of one that was interrupted before its trials were known
+    `command`, which continues it."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
@@ -122,6 +126,9 @@ class Listing(Result):
             filled = [number for number, cells in enumerate(columns) if any(cells)]
             shown_rows = [TableRow([cells[number] for number in filled]) for cells in rows]
             yield Table([_COLUMNS[number] for number in filled], shown_rows)
+            for entry in entries:
+                if "command" in entry:
+                    yield f"{entry['name']} goes on with: {entry['command']}"
 
 
 def list_workspace(
@@ -180,7 +187,7 @@ def _find_entries(
                 yield _Entry(name, checkpoint, "complete" if is_complete else "damaged", {})
     elif kind == "sweeps":
         for name, plan in plans.items():
-            yield _sweep_entry(workspace.sweeps / name, plan)
+            yield _sweep_entry(workspace, name, plan)
     else:
         planned = trials_by_folder(plans) if kind == "trials" else {}
         for folder in folders_in(workspace.root / kind):
@@ -192,13 +199,20 @@ def _find_entries(
             yield _training_entry(training, state, planned.get(folder, []))
 
 
-def _sweep_entry(folder: Path, plan: SweepTrials | None) -> _Entry:
+def _sweep_entry(workspace: Workspace, name: str, plan: SweepTrials | None) -> _Entry:
     """Return what a list says of a sweep; without a plan, or with a damaged one, nothing more."""
+    folder = workspace.sweeps / name
+    command = None
     trials = plan.trials if plan else ()
     unfinished = unfinished_trials(plan) if plan else []
     if plan is None:
         has_plan = (folder / layout.PLAN_FILE).exists()
+        begun = None if has_plan else begun_without_trials(folder)
         state = "damaged" if has_plan else "without a plan"
+        if begun is not None:
+            is_running = is_locked(workspace.logs / str(begun["lock"]))
+            state = "running" if is_running else "interrupted"
+            command = None if is_running else _command_of(workspace, folder, begun)
     elif any(is_in_use(Path(trial.folder)) for trial in unfinished):
         state = "running"
     elif unfinished:
@@ -210,8 +224,20 @@ def _sweep_entry(folder: Path, plan: SweepTrials | None) -> _Entry:
         "finished": len(trials) - len(unfinished),
         "trials": len(trials),
         "has_report": (folder / layout.RESULTS_FILE).is_file(),
+        "command": command,
     }
     return _Entry(folder.name, folder, state, details)
+
+
+def _command_of(workspace: Workspace, folder: Path, begun: Mapping[str, Any]) -> str:
+    """Return the command that continues a sweep which has begun, and whose trials are not known."""
+    file = str(folder / SETTINGS_NAME)
+    words = ["sweep", file]
+    if begun["teacher"]:
+        teacher = str(workspace.root / begun["teacher"])  # Journals name it relative to the root.
+        options = [word for option in begun["options"].items() for word in option]
+        words = ["sweep-threshold", teacher, "--config", file, *options]
+    return shlex.join(["iiet-orch", *words, "--workspace", str(workspace.root)])
 
 
 def _training_entry(

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from orchestrator.records.training_state import Training
 from orchestrator.records.trial import SweepTrials, Trial
@@ -21,7 +22,9 @@ from orchestrator.workspace.journal import read_tail
 from orchestrator.workspace.layout import Workspace
 
 STARTED_EVENT = "started"
-"""Event in the journal of a sweep: it began."""
+"""Event in the journal of a sweep: it began. Before its trials are known, the event has `lock`, the
+name of the lock in `logs` that the sweep holds while it runs; `teacher`, if one was given, or an
+empty text; and `options` of `sweep-threshold` for a given teacher."""
 FAILED_EVENT = "failed"
 """Event in the journal of a sweep: trials failed in every attempt; their labels are `trials`."""
 Note = Callable[[str], None]
@@ -57,6 +60,14 @@ def has_failed(sweep_folder: Path) -> bool:
     events = [record["name"] for record in records if record["kind"] == "event"]
     ends = [event for event in events if event in (STARTED_EVENT, FAILED_EVENT)]
     return bool(ends) and ends[-1] == FAILED_EVENT
+
+
+def begun_without_trials(sweep_folder: Path) -> dict[str, Any] | None:
+    """Return the last event of a sweep that began and whose trials are not known yet; None of any
+    other."""
+    records = [record for record in read_tail(sweep_folder) if record["kind"] == "event"]
+    is_begun = records and "lock" in records[-1]
+    return records[-1] if is_begun else None
 
 
 def seconds_left(plan: SweepTrials, at_once: int) -> float | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_runs import end_trials, finished
@@ -13,6 +15,7 @@ from same_run import stop_at
 
 from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.sweeps import SweepResult, run_sweep
+from orchestrator.pipelines.upkeep import list_workspace
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import DIVERGED_EVENT
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
@@ -74,7 +77,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
     machine = Machine()
-    train_here(monkeypatch, machine.train)
+    train_here(monkeypatch, lambda job: machine.train(job))
     end_trials(monkeypatch, finished)
     return machine
 
@@ -141,6 +144,34 @@ def test_a_sweep_that_is_stopped_in_each_training_loses_nothing(machine, workspa
     # Keys hold the hashes of the weights.
     assert [trial.key for trial in result.trials] == [trial.key for trial in expected.trials]
     assert len(machine.trained) == len({job.run_folder for job in machine.trained}) == 5
+
+
+@pytest.mark.slow
+def test_a_list_says_how_a_sweep_goes_on_that_was_stopped_in_its_first_stage(machine, workspace):
+    def listed() -> list[dict[str, Any]]:
+        return list_workspace(workspace, "sweeps").entries["sweeps"]
+
+    states = []
+
+    def stop(_: TrainingJob) -> None:
+        states.extend(entry["state"] for entry in listed())
+        raise Interrupted("stopped")
+
+    train = machine.train
+    machine.train = stop
+    with pytest.raises(Interrupted):
+        run(workspace)
+    assert states == ["running"]
+    [entry] = listed()
+    assert entry["state"] == "interrupted"
+    program, command, file, *options = shlex.split(entry["command"])
+    assert (program, command) == ("iiet-orch", "sweep")
+    assert options == ["--workspace", str(workspace.root)]
+
+    machine.train = train
+    plan = plan_sweep(read_settings(Path(file)), workspace=workspace)
+    result = run_sweep(plan, untracked(workspace))
+    assert [(entry["name"], entry["state"]) for entry in listed()] == [(result.name, "finished")]
 
 
 @pytest.mark.slow
