@@ -100,7 +100,10 @@ class InfluenceResult(Result):
         errors: standard errors of the values
         residuals: residual of each correction
         contractions: contraction factor of each layer
-        layers: block influence of each layer
+        layers: influence of each whole layer
+        layer_errors: standard errors of the influence of whole layers
+        layer_accuracy_lost: with `--metric loss` on a task, accuracy that leaving out each layer
+            costs
         accuracy_lost: with `--metric loss` on a task, accuracy that stopping before each correction
             costs
     """
