@@ -68,4 +68,4 @@ def test_the_path_of_a_sweep_is_short(tmp_path, monkeypatch):
     worker = inside[inside.index("cluster/tune.run_in_tune") :]
     assert (driver[0], worker[-1]) == ("cli/app.main", "training/trainer.train")
     assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"
-    assert len(driver) + len(worker) <= 11
+    assert len(driver) + len(worker) <= 12
