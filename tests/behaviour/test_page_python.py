@@ -51,6 +51,9 @@ def test_the_python_of_models_runs(tmp_path, monkeypatch):
     assert names["tokens"].shape == (1, 24)
     assert (tmp_path / "my-decoder" / "model.safetensors").is_file()
     assert names["cheaper"].schedule.num_corrections == 0
+    exec(blocks(PYTHON_PAGE, "python")[2], names)
+    assert names["smaller"].config.num_layers == 4
+    assert names["smaller"].schedule.num_corrections == 0
 
 
 def readme() -> str:
@@ -108,9 +111,9 @@ def test_the_commands_in_python_run(tmp_path, monkeypatch, small_sweep, terminal
     monkeypatch.setattr(orchestrator, "read_settings", read_small)
     shutil.copytree(small_sweep, "my-workspace")  # Its models are found again; students are added.
     names: dict[str, object] = {}
-    exec(blocks(PYTHON_PAGE, "python")[2], names)
-    assert len(names["found"].evaluations) == 2
     exec(blocks(PYTHON_PAGE, "python")[3], names)
+    assert len(names["found"].evaluations) == 2
+    exec(blocks(PYTHON_PAGE, "python")[4], names)
     assert names["text"]
     assert (tmp_path / "my-export" / "config.json").is_file()
     assert not names["result"].failures
