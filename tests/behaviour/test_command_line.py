@@ -71,7 +71,7 @@ MISTAKES = {
     "pick --knee --best": "--knee and --best",
     "pick --dry-run --to there": "--dry-run exports nothing",
     # Schedules, thresholds, rates and seeds
-    "sweep-iterations -r x": "'x' is not an iteration schedule",
+    "sweep-iterations -r y": "'y' is not an iteration schedule",
     "pretrain --method looped -r 2..0": "repeats the whole stack",
     "sweep-threshold --thresholds a,b": "sweep.thresholds",
     "sweep-iterations --rates fast": "sweep.learning_rates",
@@ -127,8 +127,11 @@ def test_a_mistake_prints_one_sentence_and_exits_with_2(tmp_path, monkeypatch, c
         if code != 2 or expected_words not in printed or "Traceback" in printed:
             problems.append(f"{command[:80]} ended with {code}: {printed[:400]}")
     assert not problems, "\n".join(problems)
-    begun_texts = [*(tmp_path / "space").glob("*/[!.]*")]  # Texts that were begun are used again.
-    assert {path.parent.name for path in begun_texts} <= {"logs"}
+    # Logs and locks stay. Hidden folders have texts that were begun, and are used again.
+    space = tmp_path / "space"
+    assert {path.parent.name for path in space.glob("*/[!.]*")} <= {"logs", "tokens"}
+    assert {path.suffix for path in space.glob("tokens/[!.]*/*")} <= {".lock"}
+    assert [path.name for path in space.glob("tokens/[!.]*")] == ["sources"]
 
 
 @pytest.mark.parametrize(

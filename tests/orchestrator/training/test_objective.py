@@ -355,7 +355,7 @@ def test_the_flops_of_an_elastic_run_are_planned(tiny_job, tmp_path):
     checkpoint = Path(str(outcome.checkpoint))
     assert [s.corrections for s in served_schedules(checkpoint)] == served
     record = checkpoint / PROVENANCE
-    record.write_text(record.read_text().replace('"1,0"', '"1,x"'))
+    record.write_text(record.read_text().replace('"1,0"', '"1,y"'))
     with refused(UserError, "provenance.json"):
         served_schedules(checkpoint)
 

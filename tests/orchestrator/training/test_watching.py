@@ -138,7 +138,7 @@ def test_mlflow_shows_each_training_by_its_own_outcome(tiny_job):
     assert reasons["third"] == ""
     for name, rate in (("first", "1e+09"), ("second", "1e+12")):
         assert published[name].status == "FAILED"
-        assert re.findall(r"learning_rate=(1e\S\d+)", reasons[name]) == [rate]
+        assert re.findall(r"learning_rate \(here (1e\S\d+)", reasons[name]) == [rate]
         assert reasons[name] in str(caught.value)
     # Each was said when it happened.
     assert [note.partition(":")[0] for note in progress.notes] == ["high failed", "higher failed"]
