@@ -34,6 +34,7 @@ __all__ = [
     "layer_counts",
     "member_flops_per_token",
     "num_parameters",
+    "num_trained_matrix_parameters",
     "num_trained_parameters",
     "training_flops_per_token",
 ]
@@ -228,6 +229,12 @@ def num_trained_parameters(config: ModelConfig, trained: TrainedLayers = "all") 
         backbone = Backbone(config)
     freeze(backbone, trained_part(config.corrections, trained))
     return sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+
+
+def num_trained_matrix_parameters(config: ModelConfig, trained: TrainedLayers = "all") -> int:
+    """Count the parameters of the fields' matrices that a training changes."""
+    part = trained_part(config.corrections, trained)
+    return sum(part.has_field) * _sizes(config).matrices
 
 
 def field_parameters(config: ModelConfig) -> int:

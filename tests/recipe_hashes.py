@@ -57,6 +57,11 @@ ADDED = (
     "training.source", "distillation.training.source",
     "training.trained_layers", "distillation.training.trained_layers",
     "training.source_kl_weight", "distillation.training.source_kl_weight",
+    *(
+        f"{section}.{name}"
+        for section in ("source_training", "training", "distillation.training")
+        for name in ("optimizer", "muon_rate_factor", "muon_momentum")
+    ),
     "sweep.source_controls", "evaluation.retention", "data.depth.symbols",
     *(f"model.{name}" for name in ("head_dim", *ATTENTION_OPTIONS)),
 )  # fmt: skip
@@ -94,10 +99,11 @@ def _settings() -> dict[str, str]:
 def _sections(settings: Settings) -> dict[str, Any]:
     tree = settings.model_dump(mode="json")
     defaults = Settings().model_dump(mode="json")
+    defaults["source_training"] = defaults["training"]  # A section of the same type.
     for key in ADDED:
         *sections, name = key.split(".")
         section = reduce(getitem, sections, tree)
-        if section[name] == reduce(getitem, sections, defaults)[name]:
+        if section is not None and section[name] == reduce(getitem, sections, defaults)[name]:
             del section[name]
     return {name: tree[name] for name in SECTIONS if tree[name] is not None}
 

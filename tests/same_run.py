@@ -171,7 +171,8 @@ def called_in_step(step: int, act: Callable[[], None]) -> Iterator[None]:
 
 def num_updates(optimizer: torch.optim.Optimizer) -> int:
     """Return how many steps an optimizer has done, also before it was loaded."""
-    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    steps = (int(state.get("step", 0)) for state in optimizer.state.values())  # Muon counts none.
+    return max(steps, default=0)
 
 
 def crash(step: int) -> Disturbance:

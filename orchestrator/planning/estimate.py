@@ -38,6 +38,8 @@ WEIGHT_BYTES = 4
 """Bytes in a checkpoint of a weight, which is float32."""
 MOMENTS_BYTES = 8
 """Bytes in a checkpoint of AdamW's two moments of a weight that is trained."""
+BUFFER_BYTES = 4
+"""Bytes in a checkpoint of Muon's buffer of such a weight, in place of the moments."""
 PROCESS_BYTES = 512 * 2**20
 """Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
 ALLOCATOR_FACTOR = 1.1
@@ -227,6 +229,7 @@ class Estimate:
             # No step before the last makes more corrections.
             schedule=schedule_at(self.recipe.num_steps - 1),
             trained=self.recipe.trained_layers,
+            optimizer=self.recipe.optimizer,
             frozen=self.teacher,
             has_members=self.num_members > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
@@ -291,8 +294,14 @@ class Estimate:
 
 def checkpoint_bytes(config: ModelConfig, recipe: TrainingSettings) -> int:
     """Return the bytes of one checkpoint."""
-    num_trained = cost.num_trained_parameters(config, recipe.trained_layers)
-    return WEIGHT_BYTES * cost.num_parameters(config) + MOMENTS_BYTES * num_trained
+    trained = recipe.trained_layers
+    by_adamw = cost.num_trained_parameters(config, trained)
+    by_muon = 0
+    if recipe.optimizer == "muon":
+        by_muon = cost.num_trained_matrix_parameters(config, trained)
+        by_adamw -= by_muon
+    weights = WEIGHT_BYTES * cost.num_parameters(config)
+    return weights + MOMENTS_BYTES * by_adamw + BUFFER_BYTES * by_muon
 
 
 def note_saving(jobs: Iterable[TrainingJob], note: Callable[[str], None] | None) -> None:

@@ -1,7 +1,8 @@
 """Memory of a training step, estimated from shapes before anything is built.
 
-Weights, gradients and AdamW's two moments follow from the number of parameters. Activations are
-what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
+Weights, gradients, AdamW's two moments and Muon's one buffer follow from the number of parameters.
+Activations are what the forward pass keeps, plus the larger of two peaks: the loss's backward pass,
+or a field's. Muon's update of one matrix at a time takes less than they did, so it does not count.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
 values. Gradients are counted during the whole step, and once: copies of a model have them where
 they send them. What an evaluation keeps depends on the form in which its field is computed.
@@ -20,6 +21,7 @@ from iiet.cost import (
     field_parameters,
     layer_counts,
     num_parameters,
+    num_trained_matrix_parameters,
     num_trained_parameters,
 )
 from iiet.facts import facts_of
@@ -54,6 +56,8 @@ class TrainingStep:
     """The costliest one that is trained; the config's own if None."""
     trained: TrainedLayers = "all"
     """Which weights are trained, by the config's own schedule."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the fields' matrices; AdamW has the other weights in any case."""
     frozen: ModelConfig | None = None
     """A model that is not trained and whose answers the loss reads; sharded, if the trained one
     is."""
@@ -82,9 +86,11 @@ class TrainingStep:
 
 
 def training_memory(config: ModelConfig, step: TrainingStep) -> dict[str, int]:
-    """Return the bytes of weights, gradients, AdamW's moments and activations of one worker."""
+    """Return the bytes of weights, gradients, the optimizers' state and activations of one
+    worker."""
     part = trained_part(config.corrections, step.trained)
     trained_share = num_trained_parameters(config, step.trained) / num_parameters(config)
+    num_matrix_parameters = num_trained_matrix_parameters(config, step.trained)
     config = config if step.schedule is None else replace(config, schedule=step.schedule)
     parameters = num_parameters(config)
     width = step.value_bytes
@@ -117,8 +123,10 @@ def training_memory(config: ModelConfig, step: TrainingStep) -> dict[str, int]:
     kept = tokens * config.dim * _FULL if step.has_members else 0
     if step.compares_hidden:  # Those of the teacher stay until the student's loss.
         kept += tokens * config.dim * _FULL * config.num_layers
-    moments = int(2 * shard * trained_share)
-    memory = {"weights": weights, "gradients": gradients, "AdamW": moments}
+    memory = {"weights": weights, "gradients": gradients, "AdamW": int(2 * shard * trained_share)}
+    if step.optimizer == "muon":
+        memory["AdamW"] -= 2 * _FULL * num_matrix_parameters
+        memory["Muon"] = _FULL * num_matrix_parameters
     return {**memory, "activations": peak + kept}
 
 

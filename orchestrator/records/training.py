@@ -178,6 +178,9 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     # What has no effect in this training is None, and no parameter.
     if not facts_of(job.model.method).has_gates(job.model.options):
         params["gate_rate_factor"] = None
+    if recipe.optimizer != "muon":
+        params["muon_rate_factor"] = None
+        params["muon_momentum"] = None
     if recipe.decay == "constant":
         params["final_learning_rate_fraction"] = None
     if recipe.decay != "wsd":

@@ -167,6 +167,11 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
         if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
             names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
             yield f"{names}: the ramp must end within the training, so both sum to 1 at most"
+        if training.optimizer == "muon" and settings.cluster.parallel == "fsdp":
+            yield (
+                f"{name}.optimizer, cluster.parallel: Muon needs whole matrices, and workers "
+                "of fsdp hold rows of them; take ddp, or adamw"
+            )
     distillation = settings.distillation
     if distillation.training.source is not None:
         yield "distillation.training.source: a student starts from its teacher; leave it out"

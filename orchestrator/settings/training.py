@@ -24,6 +24,7 @@ MAX_STEPS = 1_000_000
 MAX_DRAWN = 100
 """Each drawn schedule costs a forward and a backward pass per step."""
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "muon"]
 Control = Literal["distill", "cross_entropy", "pruned", "scratch"]
 
 
@@ -177,8 +178,17 @@ class TrainingSettings(Section):
     num_sequences_per_pass: Annotated[StrictInt | None, Effect.JOURNAL] = Field(default=None, gt=0)
     """At most this many sequences in one forward pass of one worker (gradient accumulation;
     default: all at once)."""
+    optimizer: Annotated[Optimizer, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = "adamw"
+    """`adamw`, or `muon` for the matrices of the layers' fields (`torch.optim.Muon`, its updates
+    scaled as large as AdamW's); embeddings, head, norms, the mix and gates are AdamW's in any case.
+    `muon` needs whole matrices, so `cluster.parallel: fsdp` refuses it."""
     learning_rate: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=2e-3, gt=0.0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; those of gates and of Muon's matrices are multiples of it."""
+    muon_rate_factor: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=4.0, gt=0.0)
+    """The learning rate of Muon's matrices is this many times `learning_rate`, in each step. Like
+    `muon_momentum`, only `optimizer: muon` reads it."""
+    muon_momentum: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.95, ge=0.0, lt=1.0)
+    """Muon's momentum, in Nesterov's form."""
     gate_rate_factor: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=30.0, gt=0.0)
     """The learning rate of gates is this many times `learning_rate`: of a learned damping, and of
     the blended norms of an identity start. Models without gates do not read it."""
@@ -195,7 +205,7 @@ class TrainingSettings(Section):
     )
     """Last learning rate as a share of the peak."""
     weight_decay: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.1, ge=0.0)
-    """AdamW's decay of matrices; norms, the mix and embeddings are not decayed."""
+    """Decay of matrices, by either optimizer; norms, the mix and embeddings are not decayed."""
     beta1: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.9, ge=0.0, lt=1.0)
     """AdamW's first moment."""
     beta2: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.95, ge=0.0, lt=1.0)

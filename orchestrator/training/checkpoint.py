@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for each parameter, in the parameter's shape."""
+MUON_BUFFER = "momentum_buffer"
+"""What Muon keeps for each matrix, in its shape. Muon is not used for sharded models."""
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise if the disk is full."""
 
@@ -209,6 +211,9 @@ def load_optimizer(
     restored: dict[int, dict[str, Tensor]] = {}
     in_shards: dict[str, Tensor] = {}
     for number, stored in state["state"].items():
+        if MUON_BUFFER in stored:
+            restored[number] = {MUON_BUFFER: stored[MUON_BUFFER].clone()}
+            continue
         restored[number] = {"step": stored["step"].clone()}
         for moment in MOMENTS:
             tensor = torch.empty_like(parameters[number], requires_grad=False)

@@ -199,6 +199,9 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         recipe_fields["elastic"]["draws"] = DRAWS_VERSION
     if not facts_of(job.model.method).has_gates(job.model.options):
         del recipe_fields["gate_rate_factor"]
+    if recipe.optimizer != "muon":
+        del recipe_fields["muon_rate_factor"]
+        del recipe_fields["muon_momentum"]
     distills = job.objective == "distill"
     teacher = job.teacher_folder if distills else None
     fields: dict[str, Any] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,13 +144,47 @@ def _every_step(schedule: IterationSchedule) -> Callable[[int], IterationSchedul
     return lambda _step: schedule
 
 
-def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters of a bare decoder on its device; fused on CUDA.
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for all else, as one optimizer.
 
-    It decays the weight matrices of linear layers, the first group, and nothing else. The rows of
-    the learned mix sum to one at the start, and decay towards zero would shrink the hidden state;
-    so linear layers are found by module type. A head that is tied to the embedding counts as the
-    embedding. Gates are the last group, with a learning rate of their own.
+    Both have their groups and their state here, so rates are set, and the state is saved and
+    loaded, as with a single optimizer.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self._muon = muon
+        self._adamw = adamw
+        self._num_groups_of_muon = len(muon.param_groups)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        self._muon.param_groups = self.param_groups[: self._num_groups_of_muon]
+        self._adamw.param_groups = self.param_groups[self._num_groups_of_muon :]
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of both."""
+        super().load_state_dict(state_dict)
+        self._share()  # Loading has made new groups and a new state.
+
+    def step(self) -> None:  # type: ignore[override]
+        """Update all parameters."""
+        self._muon.step()  # type: ignore[no-untyped-call]
+        self._adamw.step()
+
+
+def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Optimizer:
+    """Return the optimizer of the trained parameters of a bare decoder on its device.
+
+    AdamW, fused on CUDA, decays the weight matrices of linear layers, the first of its groups, and
+    nothing else. The rows of the learned mix sum to one at the start, and decay towards zero would
+    shrink the hidden state; so linear layers are found by module type. A head that is tied to the
+    embedding counts as the embedding. Gates are the last group, with a learning rate of their own.
+
+    With `muon`, the matrices of the layers' fields are Muon's, with the same decay and a learning
+    rate of their own. Its updates are as large as AdamW's (`match_rms_adamw`). The FLOPs of a
+    training, and of its plan, are those of its passes: neither optimizer's are counted.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     gates = {id(gate) for layer in layers for gate in layer.gates()}
@@ -160,21 +195,35 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Ad
     others = [p for p in parameters if id(p) not in decayed | gates]
     gated = [p for p in parameters if id(p) in gates]
     factor = recipe.gate_rate_factor
+    by_muon: list[nn.Parameter] = []
+    if recipe.optimizer == "muon":
+        of_fields = {id(p) for layer in layers for p in layer.field_parameters()}
+        by_muon = [p for p in matrices if id(p) in of_fields]
+        matrices = [p for p in matrices if id(p) not in of_fields]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
         {"params": gated, "weight_decay": 0.0, _RATE_FACTOR: factor},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         fused=all(p.is_cuda for p in parameters),
     )
+    if not by_muon:  # Also where all matrices are frozen.
+        return adamw
+    muon = torch.optim.Muon(
+        [{"params": by_muon, _RATE_FACTOR: recipe.muon_rate_factor}],
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return MuonAndAdamW(muon, adamw)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group; that of gates is a multiple of it."""
+    """Set the learning rate of every group; those of gates and of Muon are multiples of it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_RATE_FACTOR, 1.0)
 

@@ -22,8 +22,11 @@ from iiet.layers import PassContext
 from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
+from orchestrator.planning.estimate import checkpoint_bytes
 from orchestrator.planning.training_memory import Forms, TrainingStep, training_memory
+from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import compile_layers
+from orchestrator.training.objective import make_optimizer
 
 FACTOR = 1.2
 """How far estimate and measurement may lie apart, either way."""
@@ -347,6 +350,31 @@ def test_parameter_memory_is_exact():
     memory = training_memory(config, TrainingStep(num_sequences=1))
     assert memory["weights"] == memory["gradients"] == 4 * parameters
     assert memory["AdamW"] == 8 * parameters
+
+
+@pytest.mark.parametrize("trained", ["all", "corrected", "added"])
+def test_the_state_of_muon_and_adamw_is_what_they_keep(trained):
+    config = preset(
+        "tiny", vocab_size=250, dim=64, ffn_dim=176, num_layers=4, context_length=64,
+        schedule="0,2,1,0", method_options={"start": "identity"},
+    )  # fmt: skip
+    decoder = Decoder(config)
+    freeze(decoder.model, trained_part(config.corrections, trained), decoder.lm_head)
+    recipe = TrainingSettings(optimizer="muon", trained_layers=trained)
+    optimizer = make_optimizer(decoder, recipe)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    measured = {"AdamW": 0, "Muon": 0}
+    for parameter, state in optimizer.state.items():
+        name = "Muon" if "momentum_buffer" in state else "AdamW"
+        measured[name] += sum(v.nbytes for v in state.values() if v.shape == parameter.shape)
+    step = TrainingStep(num_sequences=1, trained=trained, optimizer="muon")
+    memory = training_memory(config, step)
+    assert memory["AdamW"] == pytest.approx(measured["AdamW"], abs=1)
+    assert memory["Muon"] == measured["Muon"]
+    weights = 4 * num_parameters(config)
+    assert checkpoint_bytes(config, recipe) == weights + sum(measured.values())
 
 
 def test_memory_saving_settings_save_memory():

@@ -157,6 +157,9 @@ def test_a_run_has_the_parameters_that_apply_to_it():
     on = TrainingSettings(elastic=ElasticSettings(schedules=("1,1", 0)), skip_bad_steps=3)
     elastic = parameters(IIET, recipe=on)
     assert (elastic["elastic.schedules"], elastic["skip_bad_steps"]) == ("1,1 0", "3")
+    by_muon = parameters(IIET, recipe=TrainingSettings(optimizer="muon"))
+    of_muon = {"optimizer", "muon_rate_factor", "muon_momentum"}
+    assert by_muon.keys() - iiet.keys() == of_muon
     for decay, names in (
         ("constant", set()),
         ("cosine", {"final_learning_rate_fraction"}),

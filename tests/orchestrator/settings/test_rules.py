@@ -33,6 +33,10 @@ ELASTIC = "distillation.training.elastic"
             "training={iterate_from_fraction: 0.7, iterate_ramp_fraction: 0.4}",
             "training.iterate_from_fraction=0.7, training.iterate_ramp_fraction=0.4: the ramp",
         ),
+        (
+            "cluster={parallel: fsdp, num_workers: 2}; training.optimizer=muon",
+            "training.optimizer='muon', cluster.parallel='fsdp': Muon needs whole matrices",
+        ),
         ("distillation.training.iterate_ramp_fraction=1; ...iterate_from_fraction=0.1", "the ramp"),
         ("distillation={teacher_from_step: 9, teacher_until_step: 9}", "takes part in no step"),
         ("distillation.teacher_from_step=60", "teacher_from_step=60, distillation.training.num_st"),

@@ -69,6 +69,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "retrofit": {"model": IDENTITY, "recipe": FROZEN},
     "retrofit near its source": {"model": IDENTITY, "recipe": {**FROZEN, "source_kl_weight": 0.5}},
     "taught family": {"distillation": HIDDEN, "recipe": {"elastic": FAMILY}},
+    "muon": {"recipe": {"optimizer": "muon"}},
+    "student by muon": {"distillation": HIDDEN, "recipe": {"optimizer": "muon"}},
+    "elastic retrofit by muon": {
+        "model": IDENTITY,
+        "recipe": {**FROZEN, "elastic": SECOND_LAYERS, "optimizer": "muon"},
+    },
     "elastic retrofit": {"model": IDENTITY, "recipe": {**FROZEN, "elastic": SECOND_LAYERS}},
 }
 """Name of a run -> what distinguishes its job from the plain one."""
@@ -146,6 +152,7 @@ QUICK = {
     "a teacher": Row("student", [stop(3)], [3]),
     "a teacher of more layers": Row("student of fewer layers", [stop(3)], [3]),
     "a source and frozen layers": Row("retrofit", [stop(3), crash(5)], [3, 4]),
+    "Muon": Row("muon", [stop(3), crash(6)], [3, 4]),
 }
 KILLED = {
     "killed in a step": ("step", "^6$"),
@@ -160,6 +167,9 @@ SLOW = {
     ),
     "a damaged end": Row("plain", [train, damage(WEIGHTS, b"")], [4], "step_00000004 is used", 1),
     "a family of schedules": Row("elastic", [stop(5)], [5]),
+    "Muon, killed": Row("muon", [kill("step", "^6$")], [4]),
+    "Muon with a teacher": Row("student by muon", [stop(5)], [5]),
+    "Muon, a family and frozen layers": Row("elastic retrofit by muon", [stop(3)], [3]),
     "options of a method and a sequence length": Row("short and damped", [stop(6)], [6]),
     # The memory that a step takes, and a profile, are not part of a result's key.
     "activations computed again": Row("plain", [recipe(activation_checkpointing=True)], []),
@@ -179,6 +189,7 @@ SEVERAL = {
     "replicas that leave parameters out": Row("damped", [REPLICAS], []),
     "shards with an own head": Row("untied", [SHARDS], []),
     "replicas of a retrofit": Row("retrofit", [REPLICAS], []),
+    "replicas by Muon": Row("muon", [workers(2, until=5)], [5], rel=0.01),
     "shards of an elastic retrofit": Row("elastic retrofit", [workers(2, "fsdp", until=5)], [5]),
     "copies in shards with a teacher": Row("student", [TWO_BY_TWO], []),
     "shards near a source": Row("retrofit near its source", [SHARDS], []),

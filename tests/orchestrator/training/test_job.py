@@ -38,10 +38,14 @@ def test_the_key_depends_on_what_determines_the_result(make, tiny_model, save_ti
         make(changes={"checkpoint_every_steps": 1, "compile": True, "profile_steps": 2}),
         make(model={**tiny_model, "method_options": {"damping": 1.0}}),
         make(changes={"sequence_length": tiny_model["context_length"]}),
+        make(changes={"muon_rate_factor": 2.0, "muon_momentum": 0.5}),  # Not read by AdamW.
     ]
     other_jobs = [
         make(changes={"learning_rate": 2e-2}),
         make(changes={"seed": 1}),
+        make(changes={"optimizer": "muon"}),
+        make(changes={"optimizer": "muon", "muon_rate_factor": 2.0}),
+        make(changes={"optimizer": "muon", "muon_momentum": 0.5}),
         make(changes={"iterate_ramp_fraction": 0.1}),
         make(changes={"sequence_length": 8}),
         make(model={**tiny_model, "schedule": [0, 0]}),

@@ -22,6 +22,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import RememberingTeacher, distillation_loss, frozen_teacher
 from iiet.facts import facts_of
 from iiet.fast import plain_formulas
+from iiet.freezing import freeze, trained_part
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules
@@ -73,6 +74,37 @@ def test_gates_alone_have_a_learning_rate_of_their_own(options):
     assert fast == {n for n in decoder.method_parameters() if n.endswith(("damping", "blend"))}
     assert {rates[id(p)] for name, p in decoder.named_parameters() if name not in fast} == {0.5}
     assert not any(decays[id(p)] for name, p in decoder.named_parameters() if name in fast)
+
+
+@pytest.mark.parametrize("method", ["iiet", "pcformer", "vanilla"])
+def test_muon_has_the_matrices_of_fields_and_adamw_all_else(method):
+    schedule = SCHEDULE if method == "iiet" else None
+    decoder = fresh_decoder(method=method, schedule=schedule, tie_embeddings=False).float()
+    optimizer = make_optimizer(decoder, TrainingSettings(optimizer="muon", muon_rate_factor=3.0))
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter in decoder.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    parameters = dict(decoder.named_parameters())
+    by_muon = {n for n, p in parameters.items() if "momentum_buffer" in optimizer.state[p]}
+    assert by_muon == {name for name in parameters if name.endswith("_proj.weight")}
+    assert {name for name, p in parameters.items() if rates[id(p)] == 1.5} == by_muon
+    by_adamw = {name for name, p in parameters.items() if "exp_avg" in optimizer.state[p]}
+    assert by_adamw == parameters.keys() - by_muon
+    for name in by_muon:
+        assert optimizer.state[parameters[name]].keys() == {"momentum_buffer"}
+
+
+def test_muon_leaves_frozen_layers_alone():
+    decoder = fresh_decoder(method_options=facts_of("iiet").Options(start="identity"))
+    freeze(decoder.model, trained_part(SCHEDULE, "added"), decoder.lm_head)
+    optimizer = make_optimizer(decoder, TrainingSettings(optimizer="muon"))
+    assert isinstance(optimizer, torch.optim.AdamW)  # No matrix is trained.
+    freeze(decoder.model, trained_part(SCHEDULE, (2,)), decoder.lm_head)
+    optimizer = make_optimizer(decoder, TrainingSettings(optimizer="muon"))
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert updated == {id(p) for p in decoder.parameters() if p.requires_grad}
 
 
 # Masked batches

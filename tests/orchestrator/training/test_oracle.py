@@ -38,6 +38,7 @@ DECAY = 0.4
 BETAS = (0.8, 0.9)
 KL_WEIGHT = 0.7
 TEMPERATURE = 2.0
+MUON = {"optimizer": "muon", "muon_rate_factor": 3.0, "muon_momentum": 0.8}
 RECIPE: dict[str, Any] = {
     "num_steps": STEPS, "num_tokens_per_step": SEQUENCES * LENGTH, "num_validation_tokens": 64,
     "learning_rate": PEAK, "warmup_steps": WARMUP, "final_learning_rate_fraction": FINAL,
@@ -46,7 +47,12 @@ RECIPE: dict[str, Any] = {
 
 
 def plain_loop(
-    model: Decoder, tokens: Path, schedules: list[IterationSchedule], teacher: Decoder | None
+    model: Decoder,
+    tokens: Path,
+    schedules: list[IterationSchedule],
+    teacher: Decoder | None,
+    *,
+    by_muon: bool = False,
 ) -> Iterator[float]:
     """Train in place; yield the norm of the gradient of each step, before it is clipped."""
     parameters = dict(model.named_parameters())
@@ -56,7 +62,10 @@ def plain_loop(
         {"params": matrices, "weight_decay": DECAY},
         {"params": other_parameters, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=BETAS)
+    optimizer = torch.optim.AdamW(groups[1:] if by_muon else groups, lr=PEAK, betas=BETAS)
+    muon = torch.optim.Muon(
+        matrices, weight_decay=DECAY, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+    )
     order = {"context_length": LENGTH, "seed": SEED, "global_batch": SEQUENCES}
     for step, schedule in enumerate(schedules):
         ids: Tensor = open_data(tokens).batch(step, rank=0, world_size=1, **order).input_ids
@@ -70,7 +79,7 @@ def plain_loop(
                 )
                 slope = (q - p) * (TEMPERATURE / ids.numel()) * KL_WEIGHT
             loss = loss + (logits * slope).sum()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         yield float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         progress = (step - WARMUP) / (STEPS - 1 - WARMUP)
@@ -79,11 +88,15 @@ def plain_loop(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        if by_muon:
+            muon.param_groups[0]["lr"] = 3.0 * rate
+            muon.step()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("objective", ["pretrain", "distill"])
 def test_a_plain_loop_ends_with_the_same_weights(
-    tmp_path, tiny_tokens, tiny_model, save_tiny, objective
+    tmp_path, tiny_tokens, tiny_model, save_tiny, objective, optimizer
 ):
     torch.manual_seed(SEED)
     model = Decoder(ModelConfig.from_dict(tiny_model))
@@ -99,6 +112,7 @@ def test_a_plain_loop_ends_with_the_same_weights(
         tiny_model = {**tiny_model, "schedule": [1, 0]}
         folders = {"teacher_folder": str(folder), "initial_folder": str(folder)}
     recipe = {**RECIPE, "iterate_from_fraction": 0.4 if objective == "pretrain" else 0.0}
+    recipe |= MUON if optimizer == "muon" else {}
     job = TrainingJob(
         run_folder=str(tmp_path / "run"),
         tokens_folder=str(tiny_tokens),
@@ -108,7 +122,8 @@ def test_a_plain_loop_ends_with_the_same_weights(
         distillation=DistillationConfig(kl_weight=KL_WEIGHT, temperature=TEMPERATURE),
         **folders,
     )
-    norms = list(plain_loop(model, tiny_tokens, schedules, teacher))
+    by_muon = optimizer == "muon"
+    norms = list(plain_loop(model, tiny_tokens, schedules, teacher, by_muon=by_muon))
     assert max(norms) > CLIP
     weights = load_file(Path(str(run_job(job).checkpoint)) / "model.safetensors")
     expected = {name: p.detach() for name, p in model.named_parameters()}
