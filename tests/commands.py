@@ -218,11 +218,9 @@ def settings_options(settings: Iterable[str], command: str, kind: str = "") -> l
         kind: Kind of the sweep, if the command runs one of a file.
     """
     from orchestrator.cli.session import is_read
-    from orchestrator.cli.train import READ_BY_KIND, STUDENTS_ALONE
+    from orchestrator.cli.train import READ_BY_KIND
 
     reads = READ_BY_KIND[kind] if kind else all_commands()[command].callback.reads
-    if command == "distill":
-        reads = STUDENTS_ALONE
     return [f"--set={value}" for value in settings if is_read(value.partition("=")[0], reads)]
 
 

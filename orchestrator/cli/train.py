@@ -38,8 +38,6 @@ app = typer.Typer()
 FROM_SCRATCH = ("data", "model", "training", "evaluation", "sweep", *TO_TRAIN)
 OF_STUDENTS = ("distillation", "influence", "evaluation", "sweep", *TO_TRAIN)
 OF_TEACHER_AND_STUDENTS = ("data", "model", "source_training", "training", *OF_STUDENTS)
-STUDENTS_ALONE = ("distillation", *TO_TRAIN)
-"""Read by `distill` without `--drop-layers`, which measures nothing."""
 READ_BY_KIND = {
     "threshold": OF_TEACHER_AND_STUDENTS,
     "search": ("search", *OF_TEACHER_AND_STUDENTS),
@@ -212,19 +210,16 @@ def pretrain(
 
 
 @app.command("distill", rich_help_panel="Train")
-@shared_options(reads=("distillation", "influence", "cluster"), plans=True)
+@shared_options(reads=("distillation", *TO_TRAIN), plans=True)
 def distill(
     call: Call,
     teacher: TeacherArgument = None,
     schedule: Annotated[
         list[str] | None,
         schedules_option(
-            "The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several students."
+            "The student's corrections per layer: 1, or 2,1,1,0,0,0; x for a layer that is left "
+            "out, as in 0*14,x*2,0*14; repeated for several students."
         ),
-    ] = None,
-    drop_layers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Instead: drop this many layers, those of least block influence."),
     ] = None,
     name: Annotated[
         str | None,
@@ -246,19 +241,14 @@ def distill(
 ) -> "Result":
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
 
-    With --drop-layers, the student has fewer layers instead, and the teacher may be of any method.
-
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
     """
     call.train_on(device)
-    if drop_layers is None:
-        call.refuse_unread(STUDENTS_ALONE, reader="distill without --drop-layers")
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
         schedules=schedule or (),
-        drop_layers=drop_layers,
         teacher=call.imported(teacher),
         name=name,
         local=local,
@@ -297,6 +287,14 @@ def sweep_threshold(
     teacher: TeacherArgument = None,
     baselines: BaselinesOption = None,
     name: NameOption = None,
+    schedule: Annotated[
+        list[str] | None,
+        schedules_option(
+            "A schedule of one's own beside those that influence chooses: 2,1,0, 0*14,x*2,0*14 (x: "
+            "a layer that is left out), uniform, reversed or random*5; repeatable."
+        ),
+    ] = None,
+    leave_out_layers: Annotated[str | None, setting("sweep.leave_out_layers")] = None,
     schedules: Annotated[int | None, setting("sweep.num_schedules")] = None,
     thresholds: Annotated[str | None, setting("sweep.thresholds")] = None,
     budgets: Annotated[str | None, setting("sweep.budgets")] = None,
@@ -321,6 +319,7 @@ def sweep_threshold(
     """
     call.train_on(device)
     call.set("sweep.baseline_runs", baselines)
+    call.set("sweep.schedules", read_schedules(schedule or []))
     call.set("sweep.kind", "threshold" if search is None else "search")
     if search is None:
         call.refuse_unread(OF_STUDENTS, reader="sweep-threshold without --search")

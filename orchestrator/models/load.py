@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iiet.decoder import Decoder, decoder_from_published
+from iiet.left_out import decoder_of_kept_layers
 from iiet.schedule import IterationSchedule
 from iiet.weights import MODEL_TYPE
 from orchestrator.models.folder import (
@@ -71,7 +72,7 @@ def load_model(
         folder: Holds `config.json` and the weights.
         device: Device of the weights.
         dtype: Dtype of the weights, whatever the files hold.
-        schedule: Iteration schedule, instead of the model's own.
+        schedule: Iteration schedule, instead of the model's own; it may leave layers out.
         check: Verify the checksums of a checkpoint first.
         frozen: Without gradients. A model of ours stays memory-mapped on the CPU, so that all
             processes of a machine share its weights; otherwise they are a copy that can be trained.
@@ -90,7 +91,7 @@ def load_model(
         else:
             decoder = decoder_from_published(read_config(folder), _weights(folder, dtype))
         if schedule is not None:
-            decoder = decoder.with_schedule(schedule)
+            decoder = decoder_of_kept_layers(decoder, schedule)
     except ValueError as error:
         if isinstance(error, UserError):
             raise

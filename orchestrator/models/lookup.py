@@ -27,7 +27,8 @@ from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
 from orchestrator.records.influence import INFLUENCE_PATTERN, StoredInfluence
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.records.trial import Trial
-from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME, InfluenceSettings
+from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME
+from orchestrator.settings.evaluation import usual_metric
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user, resolve_path
 from orchestrator.workspace.journal import last_recorded
@@ -43,8 +44,8 @@ class Picked(Record):
 
     sweep: str
     checkpoint: WorkspacePath
-    schedule: tuple[int, ...] | None
-    """Iteration schedule; None for a method without corrections."""
+    schedule: str | None
+    """Iteration schedule under which the checkpoint is the model; None if it is no other model."""
     time: float
     """When the model was picked, in seconds since 1970."""
 
@@ -69,7 +70,7 @@ def find_model(
     folders: AcceptedFolders = "any",
     with_corrections: bool = False,
     note: Note | None = None,
-) -> tuple[Path, tuple[int, ...] | None]:
+) -> tuple[Path, str | None]:
     """Return the checkpoint or model folder that a user means, and the schedule of a pick or trial.
 
     Arguments and errors are those of `models.open.open_model`. The schedule is None where the
@@ -95,7 +96,7 @@ def find_model(
 
 def _newest_model(
     workspace: Workspace, note: Note | None, *, with_corrections: bool
-) -> tuple[Path, tuple[int, ...] | None]:
+) -> tuple[Path, str | None]:
     """Return the model of the newest finished run, or of a later pick, and the pick's schedule."""
     runs = sorted(_finished_runs(workspace), key=last_recorded, reverse=True)
     picked = None if with_corrections else picked_model(workspace)
@@ -139,7 +140,7 @@ def _finished_runs(workspace: Workspace) -> list[Path]:
     ]
 
 
-def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, tuple[int, ...] | None] | None:
+def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, str | None] | None:
     """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
 
     The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
@@ -158,7 +159,7 @@ def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, tuple[int, ...]
     if not trials:
         return None
     checkpoint = resolve_checkpoint(Path(str(trials[0].checkpoint)))
-    schedules = {trial.schedule for trial in trials}
+    schedules = {trial.opened_schedule for trial in trials}
     # Elastic weights are measured under several schedules: then the checkpoint's own is used.
     schedule = schedules.pop() if len(schedules) == 1 else None
     return checkpoint, schedule
@@ -257,8 +258,8 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
     """Return the influence table stored beside a checkpoint for its own schedule.
 
     Args:
-        metric: Metric of the table (default: that of the settings). If the checkpoint has no such
-            table, but one of another metric, that one is returned.
+        metric: Metric of the table (default: the usual one of the model). If the checkpoint has no
+            such table, but one of another metric, that one is returned.
 
     Returns:
         The table; None if there is none, or several of other metrics.
@@ -267,12 +268,13 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
         DamagedFile: If one of the tables is damaged.
     """
     own_schedule = load_config(checkpoint).corrections
+    wanted_metric = metric or usual_metric(of_whole_layers=not own_schedule.num_corrections)
     tables: dict[str, InfluenceTable] = {}
     for path in sorted(checkpoint.glob(INFLUENCE_PATTERN)):
         stored = StoredInfluence.read(path)
         if stored and stored.table.schedule == own_schedule:
             tables[stored.table.metric] = stored.table
-    if table := tables.get(metric or InfluenceSettings().metric):
+    if table := tables.get(wanted_metric):
         return table
     return next(iter(tables.values())) if len(tables) == 1 else None
 
@@ -283,13 +285,16 @@ def find_influence_table(
     """Return the first table of a metric beside one of several checkpoints; without one, the first
     that `load_influence_table` returns.
 
+    Args:
+        metric: As in `load_influence_table`.
+
     Raises:
         DamagedFile: If one of the tables is damaged.
     """
-    wanted_metric = metric or InfluenceSettings().metric
-    tables = [load_influence_table(checkpoint, wanted_metric) for checkpoint in checkpoints]
+    tables = [load_influence_table(checkpoint, metric) for checkpoint in checkpoints]
     known_tables = [table for table in tables if table is not None]
     for table in known_tables:
-        if table.metric == wanted_metric:
+        of_whole_layers = not table.schedule.num_corrections
+        if table.metric == (metric or usual_metric(of_whole_layers=of_whole_layers)):
             return table
     return known_tables[0] if known_tables else None

@@ -70,6 +70,9 @@ class OpenedModel:
     """What a depth is and costs, of a looped model that transformers runs; None of any other."""
     depth: Depth | None
     """How often the loops run; None without `loops`."""
+    schedule_in_checkpoint: IterationSchedule | None = None
+    """The schedule relative to the model in the files, if it leaves layers out; `config` has the
+    layers that stay."""
     schedule_label: str = ""
     """`r=2,1` or `depth=4`, if the user has chosen the schedule or depth; empty if it is the
     model's own."""
@@ -91,6 +94,8 @@ class OpenedModel:
         computation: Any = "transformers"
         if self.config is not None:
             computation = self.config.to_dict()
+            if self.schedule_in_checkpoint is not None:
+                computation = [computation, str(self.schedule_in_checkpoint)]
         elif self.loops and self.depth != self.loops.default_depth:
             computation = ["transformers", self.depth]
         if self.is_external:  # The tokenizer is one of the model's files.
@@ -112,12 +117,17 @@ class OpenedModel:
         """
         if self.config is not None:
             try:
-                config = self.config.with_schedule(schedule)
+                parsed = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
+                config = self.config.of_kept_layers(parsed)
             except ValueError as error:
                 problem = str(error).removeprefix("invalid model config: ")
                 raise UserError(f"{option}: {problem}; the model is {self.path}") from None
-            label = f"r={shortest_schedule(tuple(config.corrections))}"
-            return replace(self, config=config, schedule_label=label)
+            return replace(
+                self,
+                config=config,
+                schedule_in_checkpoint=parsed if parsed.left_out_layers else None,
+                schedule_label=f"r={shortest_schedule(parsed.corrections)}",
+            )
         if self.loops is None:
             raise UserError(
                 f"{option} {schedule}: {self.path} is a {self.architecture} model, which has no "
@@ -181,7 +191,7 @@ class OpenedModel:
             self.path,
             device=device,
             dtype=dtype or DTYPES["fp32"],
-            schedule=self.config.schedule,
+            schedule=self.schedule_in_checkpoint or self.config.schedule,
             frozen=frozen,
         )
 

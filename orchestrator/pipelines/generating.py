@@ -24,13 +24,12 @@ from iiet.speculative import DraftRecord
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.load import DTYPES, best_device, device_precision
-from orchestrator.models.lookup import Picked, picked_model
+from orchestrator.models.lookup import picked_model
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.models.tokenizer import Message
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import imported_model, plan_pick
 from orchestrator.planning.machine import check_device
-from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
@@ -119,11 +118,13 @@ def open_generator(
     name = imported_model(model, space, context.progress)
     picked_schedule = None
     if name is not None and _is_sweep(space, name):
-        picked: Picked | Trial | None = picked_model(space, name.name)
-        if picked is None:  # Nobody has picked from this sweep yet.
-            picked = plan_pick(name.name, workspace=space, allow_loss=True).model
-        name = Path(str(picked.checkpoint))
-        picked_schedule = picked.schedule
+        if picked := picked_model(space, name.name):
+            name = Path(picked.checkpoint)
+            picked_schedule = picked.schedule
+        else:  # Nobody has picked from this sweep yet.
+            trial = plan_pick(name.name, workspace=space, allow_loss=True).model
+            name = Path(str(trial.checkpoint))
+            picked_schedule = trial.opened_schedule
     opened = open_model(name, space, schedule or picked_schedule, folders="exports", note=note)
     return TextGenerator(opened, draft, draft_tokens=draft_tokens, device=device, note=note)
 

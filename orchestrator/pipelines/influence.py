@@ -9,17 +9,25 @@ model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from iiet.facts import facts_of, metric_facts_of
-from iiet.pruning import FamilyMember, InfluenceTable, schedule_family, spread_over_cost
+from iiet.pruning import (
+    FamilyMember,
+    InfluenceTable,
+    LeavingRound,
+    num_passes_one_at_a_time,
+    schedule_family,
+    spread_over_cost,
+    table_of_rounds,
+)
 from orchestrator.cluster.work import WorkPlace, command_place
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
@@ -28,18 +36,29 @@ from orchestrator.models.labels import model_name
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import imported_model
-from orchestrator.records.influence import StoredInfluence, influence_path
+from orchestrator.records.influence import (
+    StoredInfluence,
+    StoredRounds,
+    influence_path,
+    rounds_path,
+)
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_tables, schedules_table
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.settings.evaluation import usual_metric
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from iiet.batch import Batch
+    from iiet.decoder import Decoder
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
@@ -69,6 +88,12 @@ class InfluencePlan(Result):
     """Tokens of a sequence, as many as the model was trained on."""
     key: str = Field(exclude=True)
     """Hash of all that determines the table."""
+    num_layers: int = Field(exclude=True)
+    """Layers of the model."""
+    whole_layers: bool | None = Field(exclude=True)
+    """Whether whole layers are measured; None: where that takes no further pass."""
+    one_at_a_time: bool = Field(exclude=True)
+    """Whether whole layers are measured again after each one that goes."""
     cluster: ClusterSettings = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -77,9 +102,16 @@ class InfluencePlan(Result):
         """Whether it is measured already."""
         return self.table is not None
 
+    @property
+    def num_passes_one_at_a_time(self) -> int:
+        """Forward passes of each batch that measure whole layers one at a time."""
+        return num_passes_one_at_a_time(self.metric, self.num_layers, self.num_layers - 1)
+
     def shown(self) -> Iterable[RenderableType]:
         state = "stored" if self.is_stored else f"{self.num_tokens:,} tokens to measure"
         rows = [("model", str(self.checkpoint)), (f"influence ({self.metric})", state)]
+        if self.one_at_a_time and not self.is_stored:
+            rows.append(("one at a time", f"{self.num_passes_one_at_a_time:,} passes per batch"))
         yield two_column_table("Plan of the measurement", rows)
 
 
@@ -118,15 +150,21 @@ class InfluenceResult(Result):
     @property
     def schedules(self) -> list[str]:
         """Schedules that thresholds on the influence give, costliest first, as `--schedule` takes
-        them; empty if all corrections have the same influence."""
+        them; empty if all corrections, or layers of a plain model, have the same influence."""
         return [str(member.schedule) for member in self._proposed]
 
     @property
     def _proposed(self) -> tuple[FamilyMember, ...]:
-        influences = {value for row in self.table.value_rows for value in row}
+        table = self.table
+        max_left_out = 0
+        influences = {value for row in table.value_rows for value in row}
+        if not table.schedule.num_corrections:  # Half of the layers, as a sweep.
+            max_left_out = len(table.layer_values) // 2
+            influences = set(table.layer_values)
         if len(influences) < 2:  # A threshold keeps all of them or none.
             return ()
-        return spread_over_cost(schedule_family(self.table), NUM_PROPOSED)
+        family = schedule_family(table, max_left_out=max_left_out)
+        return spread_over_cost(family, NUM_PROPOSED)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual.
@@ -167,11 +205,16 @@ def plan_influence(
     *,
     workspace: Workspace | Path | str | None = None,
     model: Path | str | None = None,
+    leaves_out_layers: bool | None = None,
     progress: Progress | None = None,
 ) -> InfluencePlan:
     """Return the stored influence of a checkpoint, or what is to measure.
 
     Arguments and errors are those of `measure_influence`, but that the model is not imported.
+
+    Args:
+        leaves_out_layers: Whether schedules are chosen that may leave layers out; when unset, as
+            the model has no corrections.
     """
     space = find_workspace(workspace)
     note = (progress or Progress()).note
@@ -190,7 +233,10 @@ def plan_influence(
             f"{checkpoint} knows {config.vocab_size} tokens, but {data.folder} uses "
             f"{data.vocab_size}: these are not the tokens it was trained on"
         )
-    metric = settings.influence.metric
+    one_at_a_time = settings.influence.one_at_a_time
+    if leaves_out_layers is None:
+        leaves_out_layers = one_at_a_time or not config.corrections.num_corrections
+    metric = settings.influence.metric or usual_metric(of_whole_layers=leaves_out_layers)
     num_tokens = settings.influence.num_tokens
     if data.num_validation_tokens and data.num_validation_tokens < num_tokens:
         note(
@@ -210,19 +256,26 @@ def plan_influence(
         # Absent from keys where they were not there before.
         *([version] if version > 1 else []),
         *([["sequence_length", trained_length]] if trained_length else []),
+        *(["one_at_a_time"] if one_at_a_time else []),
     )
 
     path = influence_path(checkpoint, metric)
     stored = StoredInfluence.read(path)
+    table = stored.table if stored and stored.key == key else None
+    if table is not None and leaves_out_layers and not table.layer_values:
+        table = None  # Corrections alone were measured before.
     return InfluencePlan(
         checkpoint=checkpoint,
         metric=metric,
         tokens_folder=tokens_folder,
         num_tokens=num_tokens,
         path=path,
-        table=stored.table if stored and stored.key == key else None,
+        table=table,
         sequence_length=trained_length or config.context_length,
         key=key,
+        num_layers=config.num_layers,
+        whole_layers=True if leaves_out_layers else None,
+        one_at_a_time=one_at_a_time,
         cluster=settings.cluster,
     )
 
@@ -308,18 +361,55 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
     from orchestrator.models.load import load_model
 
     decoder = load_model(plan.checkpoint, device=device)
-    batches = open_data(plan.tokens_folder).validation_batches(
-        context_length=plan.sequence_length,
-        num_tokens=plan.num_tokens,
-        batch_size=SEQUENCES_PER_BATCH,
-    )
+    batches = [
+        *open_data(plan.tokens_folder).validation_batches(
+            context_length=plan.sequence_length,
+            num_tokens=plan.num_tokens,
+            batch_size=SEQUENCES_PER_BATCH,
+        )
+    ]
     per_batch = SEQUENCES_PER_BATCH * plan.sequence_length
-    return influence_table(
+    table = influence_table(
         decoder,
         batches,
         metric=plan.metric,
+        whole_layers=plan.whole_layers,
         progress=lambda done: progress.advance(min(done * per_batch, plan.num_tokens)),
     )
+    return _one_at_a_time(plan, decoder, batches, table, progress) if plan.one_at_a_time else table
+
+
+def _one_at_a_time(
+    plan: InfluencePlan,
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    table: InfluenceTable,
+    progress: Progress,
+) -> InfluenceTable:
+    """Measure whole layers again after each one that goes; each round is stored, so that the same
+    command goes on after a stop."""
+    from iiet.influence import leave_out_one_at_a_time
+
+    path = rounds_path(plan.checkpoint, plan.metric)
+    stored = StoredRounds.read(path)
+    rounds: list[LeavingRound] = []
+    if stored is not None and stored.key == plan.key:
+        rounds = [LeavingRound.from_dict(values) for values in stored.rounds]
+    num_leaving = plan.num_layers - 1  # One stays.
+    progress.start("layers, one at a time", num_leaving * len(batches))
+    for leaving in leave_out_one_at_a_time(
+        decoder,
+        batches,
+        metric=plan.metric,
+        num_leaving=num_leaving,
+        rounds=rounds,
+        progress=progress.advance,
+    ):
+        rounds.append(leaving)
+        stored_rounds = tuple(leaving.to_dict() for leaving in rounds)
+        StoredRounds(key=plan.key, rounds=stored_rounds).write(path)
+        end_if_stop_requested()
+    return table_of_rounds(table, rounds)
 
 
 def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:

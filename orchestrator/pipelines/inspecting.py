@@ -163,9 +163,9 @@ class InspectedModel(Result):
         if self.drop_candidates:
             layers = ", ".join(map(str, self.drop_candidates))
             yield (
-                f"Layers that matter least as a whole, the least first: {layers}. `iiet-orch "
-                f"distill {self.name} --drop-layers {len(self.drop_candidates)}` trains the model "
-                "without so many."
+                f"Layers that matter least as a whole, the least first: {layers}. "
+                f"`iiet-orch sweep-threshold {self.name} --leave-out-layers "
+                f"{len(self.drop_candidates)}` trains students without them, up to so many."
             )
         if any(self.corrections_influence):
             best = self._layers_by_correction()

@@ -627,7 +627,12 @@ def plan_pick(
         UserError: If there are two rules or no such sweep, no model meets the rule, the one that
             does has lost too much, its weights are gone, or the folder cannot be used.
     """
-    from orchestrator.reporting.front import busy_machine, reason_against_accuracy, sweep_front
+    from orchestrator.reporting.front import (
+        busy_machine,
+        reason_against_accuracy,
+        retention_reference,
+        sweep_front,
+    )
 
     rule = findings.pick_rule(
         keep=keep,
@@ -649,13 +654,15 @@ def plan_pick(
         (progress or Progress()).note(note)
     picked = findings.pick_from_front(front, rule)
     losses = front.losses.get(picked["key"], ())
+    compared = retention_reference(front)
+    reference = compared["role"] if compared else "source"
     if stored.retention and not allow_loss:
-        _refuse_loss(picked["label"], losses)
+        _refuse_loss(picked["label"], losses, reference)
     point = picked["trial"]
     seeds = picked["seeds"]
     sentence = findings.describe_pick(front, picked)
     if any(not loss.is_within_bound for loss in losses):
-        sentence += f"; it {loss_text(losses)} against the source"
+        sentence += f"; it {loss_text(losses)} against the {reference}"
     result = results.lowest_seed(seeds)
     if len(seeds) > 1:
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
@@ -677,17 +684,18 @@ def plan_pick(
     )
 
 
-def _refuse_loss(label: str, losses: Sequence[Loss]) -> None:
-    """Raise `UserError` if a model has lost too much against the source, or may have."""
+def _refuse_loss(label: str, losses: Sequence[Loss], reference: str) -> None:
+    """Raise `UserError` if a model has lost too much against the source or a plain teacher, or may
+    have."""
     if not losses:
         raise UserError(
-            f"what {label} has lost against the source is not known, and evaluation.retention "
+            f"what {label} has lost against the {reference} is not known, and evaluation.retention "
             "bounds it; run the sweep again, which measures what is missing, or add --allow-loss"
         )
     if any(not loss.is_within_bound for loss in losses):
         bounds = ", ".join(f"{loss.bound:g}" for loss in losses if not loss.is_within_bound)
         raise UserError(
-            f"{label} {loss_text(losses)} against the source, and evaluation.retention allows "
+            f"{label} {loss_text(losses)} against the {reference}, and evaluation.retention allows "
             f"{bounds}; choose another model by another rule, or add --allow-loss"
         )
 
@@ -702,7 +710,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     model = trial_model(result)
     if result.checkpoint is None or model is None:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name} to export")
-    opened = open_model(result.checkpoint, schedule=result.schedule)
+    opened = open_model(result.checkpoint, schedule=result.opened_schedule)
     checkpoint = opened.path
     decoder = opened.decoder(frozen=True)  # Mapped from its file.
     evaluation = results.load_item_values(workspace, [result]).get(result.key)
@@ -746,7 +754,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     lookup.Picked(
         sweep=sweep.name,
         checkpoint=str(checkpoint),
-        schedule=result.schedule,
+        schedule=result.opened_schedule,
         time=time.time(),
     ).write(workspace.picked)
     version = f"models:/{name}@{plan.alias}" if is_registered else None

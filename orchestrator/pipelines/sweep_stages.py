@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from iiet.config import ModelConfig
+from iiet.facts import facts_of
 from iiet.pruning import InfluenceTable
 from orchestrator.data.preparation import find_prepared
 from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, tasks_of_source
@@ -50,6 +51,7 @@ from orchestrator.sweeping.retrofit import (
     training_of_source,
     with_retention,
 )
+from orchestrator.sweeping.student_schedules import most_left_out
 from orchestrator.sweeping.students import bound_of_students, bound_text, most_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.source import find_source, follow_source, source_of_run, with_source
@@ -223,13 +225,20 @@ def plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
         stages += _plan_controls(retrofit)
     gaps += [text for stage in stages for text in stage.damaged]
     return plan.changed(
-        settings=with_retention(settings, retrofit),
+        settings=with_retention(settings, retrofit, teacher_is_plain=_is_plain(plan)),
         pretraining=tuple(stages),
         retrofit=retrofit,
         control_gap=control_gap,
         bound=[],
         gaps=[*plan.gaps, *gaps],
     )
+
+
+def _is_plain(plan: SweepPlan) -> bool:
+    """Return whether the teacher makes no corrections."""
+    if plan.teacher is not None:
+        return not load_config(plan.teacher).corrections.num_corrections
+    return not facts_of(plan.settings.model.method).has_corrections
 
 
 def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
@@ -282,7 +291,12 @@ def _plan_from_influence(
 def plan_measurements(plan: SweepPlan, teachers: Mapping[str, Path]) -> dict[str, InfluencePlan]:
     """Plan the second stage: label of a teacher -> measurement of its influence."""
     return {
-        label: plan_influence(plan.settings, workspace=plan.workspace, model=checkpoint)
+        label: plan_influence(
+            plan.settings,
+            workspace=plan.workspace,
+            model=checkpoint,
+            leaves_out_layers=most_left_out(plan.settings.sweep, load_config(checkpoint)) > 0,
+        )
         for label, checkpoint in teachers.items()
     }
 

@@ -16,10 +16,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_serializer
+from pydantic import Field
 
-from iiet.facts import metric_facts_of
-from iiet.pruning import most_important_layers
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
 from orchestrator.cluster.task import job_runner, joined_cluster, lack_of_resources, shard_runner
@@ -35,7 +33,6 @@ from orchestrator.models.folder import is_checkpoint, load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.influence import InfluencePlan, plan_influence, run_influence
 from orchestrator.pipelines.models import imported_model
 from orchestrator.planning.devices import run_devices
 from orchestrator.planning.estimate import Estimate
@@ -49,7 +46,8 @@ from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.settings.cluster import LOCAL
-from orchestrator.sweeping.students import distillation_job, student_config
+from orchestrator.sweeping.student_schedules import student_schedule
+from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, shortest_schedule
 from orchestrator.training.continuing import continue_job, continued_settings
@@ -71,10 +69,6 @@ UNPREPARED = (
 UNIMPORTED = "the source is not imported yet, which a run does first; nothing was downloaded"
 
 LOST_END = "the end of this training is lost and is trained again"
-
-UNMEASURED_LAYERS = (
-    "the influence of the teacher's layers, which says which of them are dropped, is not measured"
-)
 
 
 def prepare(
@@ -128,23 +122,11 @@ class TrainingPlan(Result):
     """Whether to train in this process, without Ray."""
     mfu: float | None = None
     """Share of the peak FLOP/s that is assumed; a usual range if unset."""
-    layers: InfluencePlan | None = None
-    """The influence of a teacher's layers, if its student drops some of them."""
-    num_dropped: int = 0
-    """How many layers the student drops."""
     source: Path | None = None
     """The model whose weights a pretraining starts from: its checkpoint, or the folder of one that
     is imported first."""
     source_defaults: dict[str, Any] = Field(default_factory=dict)
     """Setting -> its default with this source, where another one holds without."""
-    dropped_layers: tuple[int, ...] | None = None
-    """Numbers of these layers, the first being 1; None if there are none, or if the influence is
-    not measured. The job then keeps the layers that cost most, and its price is a bound."""
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether it is not known yet which layers the student drops."""
-        return self.layers is not None and self.dropped_layers is None
 
     @property
     def has_source(self) -> bool:
@@ -168,8 +150,9 @@ class TrainingPlan(Result):
     @cached_property
     def trainings(self) -> dict[str, Training | None]:
         """Label -> what its folder holds; None while it is not known which training it is."""
-        is_known = self.has_source and not self.is_bound
-        return {label: training_of(job) if is_known else None for label, job in self.jobs.items()}
+        return {
+            label: training_of(job) if self.has_source else None for label, job in self.jobs.items()
+        }
 
     @property
     def finished(self) -> dict[str, Path]:
@@ -235,8 +218,7 @@ class TrainingPlan(Result):
         if not self.jobs[label].tokens_folder:
             return UNPREPARED
         training = self.trainings[label]
-        if training is None:
-            return UNMEASURED_LAYERS
+        assert training is not None, "it is known which training it is"
         if training.outcome:
             return f"finished: {training.folder}"
         steps_done = self.estimate(label).steps_done
@@ -248,11 +230,10 @@ class TrainingPlan(Result):
 
         Keys:
             method: of the model
-            schedule: its corrections, or `null` without
+            schedule: its iteration schedule as text, that of a student relative to its teacher; or
+                `null` without corrections
             source: (optional) checkpoint or model folder that it starts from
             source_defaults: (optional) setting to its default with this source, where it differs
-            dropped_layers: (optional) with `--drop-layers`, numbers of the layers that it drops, as
-                in the table of `influence`; `null` while that is not measured
             state: whether it is finished, or where it begins
             price: what is left to train, as of a sweep
             problems: place to why the training does not fit there, or `null`
@@ -266,9 +247,8 @@ class TrainingPlan(Result):
         price = self._price_of(trainings)
         return {
             "method": job.model.method,
-            "schedule": job.schedule,
+            "schedule": label if self.kind == "distill" else job.schedule_text,
             **self._source_json,
-            **({"dropped_layers": self.dropped_layers} if self.layers else {}),
             "state": self.state(label),
             "price": price.model_dump(mode="json"),
             "problems": self._problems_of(trainings, price),
@@ -285,7 +265,7 @@ class TrainingPlan(Result):
                 *training_rows(training, self.tokens),
                 *([("other files", self.unread)] if self.unread else []),
                 *self._source_rows,
-                *([("dropped layers", self._dropped_text)] if self.layers else []),
+                *([("schedule", label)] if self.kind == "distill" else []),
                 ("state", self.state(label)),
                 *price_rows(price, self._problems_of(trainings, price)),
             ]
@@ -305,15 +285,6 @@ class TrainingPlan(Result):
         if self.source_defaults:
             rows.append(("defaults with a source", _assignments(self.source_defaults)))
         return rows
-
-    @property
-    def _dropped_text(self) -> str:
-        assert self.layers is not None, "a student drops layers"
-        num_layers = load_config(self.layers.checkpoint).num_layers
-        layers = "those of least influence"
-        if self.dropped_layers:
-            layers = ", ".join(map(str, self.dropped_layers))
-        return f"{self.num_dropped} of {num_layers}: {layers}"
 
 
 def _assignments(values: Mapping[str, Any]) -> str:
@@ -350,12 +321,8 @@ class PretrainResult(Result):
 class DistillResult(PretrainResult):
     """A distilled student."""
 
-    schedule: IterationSchedule
-    """The student's corrections."""
-
-    @field_serializer("schedule")
-    def _as_list(self, schedule: IterationSchedule) -> list[int]:
-        return list(schedule)
+    schedule: str
+    """The student's iteration schedule, relative to its teacher: `2,1,1,0`, `0*14,x*2,0*14`."""
 
 
 class StudentsResult(Result):
@@ -586,22 +553,19 @@ def plan_distill(
     *,
     workspace: Workspace | Path | str | None = None,
     schedules: Sequence[str | IterationSchedule] = (),
-    drop_layers: int | None = None,
     teacher: Path | str | None = None,
     name: str | None = None,
     local: bool = False,
     progress: Progress | None = None,
 ) -> TrainingPlan:
-    """Return what is distilled: a student under each schedule, or one of fewer layers.
+    """Return what is distilled: a student under each schedule; equal schedules give one.
 
-    Equal schedules give one student. A student of fewer layers starts without those of least block
-    influence, which is measured first, and its other layers make the teacher's corrections.
+    A student that leaves layers out starts with the weights of those that stay.
 
     Args:
-        settings: Sections `distillation`, `cluster`, and with dropped layers `influence`.
-        schedules: The students' corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
-        drop_layers: Instead: how many layers the student drops; the teacher may then be of any
-            method, also vanilla.
+        settings: Sections `distillation` and `cluster`.
+        schedules: The students' corrections: `1`, or one number a layer (`2,1,1,0,0,0`); `x` for a
+            layer that is left out (`0*14,x*2,0*14`).
         teacher: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
         name: Name of the run's folder; of several students, its beginning, before the schedule,
@@ -609,114 +573,38 @@ def plan_distill(
         local: Train in this process, without Ray.
 
     Raises:
-        UserError: If there is no such teacher, a schedule does not fit it, it has too few layers,
-            the control trains nothing, or the name is that of another run.
+        UserError: If there is no such teacher, a schedule does not fit it, the control trains
+            nothing, or the name is that of another run.
     """
-    if drop_layers is not None and schedules:
-        raise UserError(
-            f"--drop-layers {drop_layers} and --schedule {schedules[0]}: a student has fewer "
-            "layers or fewer corrections; leave one out"
-        )
-    if drop_layers is None and not schedules:
+    if not schedules:
         raise UserError(
             "--schedule says how many corrections the student's layers make, such as --schedule 1 "
-            "or --schedule 2,1,1,0,0,0; or --drop-layers N leaves out whole layers"
+            "or --schedule 2,1,1,0,0,0; x leaves a layer out: --schedule 0*14,x*2,0*14"
         )
     space = find_workspace(workspace)
     note = (progress or Progress()).note
     model = open_model(teacher, space, folders="none", with_corrections=True, note=note)
     checkpoint = model.path
-    if drop_layers is not None:
-        num_layers = load_config(checkpoint).num_layers
-        if not 1 <= drop_layers < num_layers:
-            raise UserError(
-                f"--drop-layers {drop_layers}: of the {format_count(num_layers, 'layer')} of "
-                f"{checkpoint}, at least one is dropped and one stays; give a number from 1 to "
-                f"{num_layers - 1}, or take a teacher of more layers"
-            )
-        _check_fewer_layers(settings)
-        layers = plan_influence(settings, workspace=space, model=checkpoint)
-        return _plan_fewer_layers(settings, space, layers, drop_layers, name=name, local=local)
     # A schedule that does not fit is refused before tokens are asked for.
-    students = [student_config(checkpoint, str(schedule)) for schedule in schedules]
+    full = load_config(checkpoint).corrections
+    # Equal schedules give one student.
+    students = dict.fromkeys(
+        student_schedule(schedule, full, "--schedule") for schedule in schedules
+    )
     tokens = tokens_folder_of(checkpoint, space)
-    jobs = {
-        str(student.corrections): distillation_job(settings, space, checkpoint, student, tokens)
-        for student in students
-    }
-    if name is not None:
-        for label, job in jobs.items():
+    jobs: dict[str, TrainingJob] = {}
+    for student in students:
+        job = distillation_job(settings, space, checkpoint, student, tokens)
+        if name is not None:
             run_name = name
-            if len(jobs) > 1:  # A name has no sign for times: `2*4,0*20` is `2x4,0x20`.
-                schedule = shortest_schedule(tuple(job.model.corrections)).replace("*", "x")
-                run_name = check_name(f"{name}-{schedule}", "--name")
-            folder = str(space.runs / run_name)
-            jobs[label] = job.model_copy(update={"run_folder": folder})
-            check_folder(jobs[label])
+            if len(students) > 1:  # A name has no sign for times: `2*4,0*20` is `2x4,0x20`.
+                schedule_text = shortest_schedule(student.corrections).replace("*", "x")
+                run_name = check_name(f"{name}-{schedule_text}", "--name")
+            job = job.model_copy(update={"run_folder": str(space.runs / run_name)})
+            check_folder(job)
+        jobs[str(student)] = job
     models = dict.fromkeys(jobs, settings)
     plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
-    for training in plan.trainings_left:
-        training.check_workers()
-    return plan
-
-
-def _check_fewer_layers(settings: Settings) -> None:
-    """Raise `UserError` if a distillation is none of a student of fewer layers."""
-    distillation = settings.distillation
-    if distillation.control == "pruned":
-        raise UserError("--drop-layers, distillation.control=pruned: the control trains nothing")
-    if distillation.control == "distill" and distillation.hidden_weight:
-        raise UserError(
-            f"--drop-layers, distillation.hidden_weight={distillation.hidden_weight:g}: hidden "
-            "states are compared layer with layer, and the student has fewer layers; leave one out"
-        )
-
-
-def _plan_fewer_layers(
-    settings: Settings,
-    workspace: Workspace,
-    layers: InfluencePlan,
-    num_dropped: int,
-    *,
-    name: str | None,
-    local: bool,
-) -> TrainingPlan:
-    """Return the plan of a student without the layers of least influence; see `is_bound`."""
-    teacher = load_config(layers.checkpoint)
-    metric = settings.influence.metric
-    if teacher.corrections.num_corrections and metric_facts_of(metric).is_of_stopping:
-        raise UserError(
-            f"--drop-layers, influence.metric={metric}: of a model with corrections it measures "
-            "these alone; set influence.metric=cosine"
-        )
-    importance: Sequence[float] = teacher.evaluations_per_layer()
-    if layers.table is not None:
-        importance = layers.table.layer_values
-    kept_layers = most_important_layers(importance, teacher.num_layers - num_dropped)
-    dropped_layers = tuple(
-        number + 1 for number in range(teacher.num_layers) if number not in kept_layers
-    )
-    label = f"{len(kept_layers)} of {teacher.num_layers} layers"
-    left_out = [number - 1 for number in dropped_layers]
-    config = teacher.of_kept_layers(teacher.corrections.leaving_out(left_out))
-    job = distillation_job(
-        settings, workspace, layers.checkpoint, config, layers.tokens_folder, kept_layers
-    )
-    if name is not None:
-        job = job.model_copy(update={"run_folder": str(workspace.runs / name)})
-        if layers.is_stored:
-            check_folder(job)
-    plan = TrainingPlan(
-        kind="distill",
-        models={label: settings},
-        jobs={label: job},
-        workspace=workspace,
-        name=name,
-        local=local,
-        layers=layers,
-        num_dropped=num_dropped,
-        dropped_layers=None if layers.table is None else dropped_layers,
-    )
     for training in plan.trainings_left:
         training.check_workers()
     return plan
@@ -731,25 +619,11 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
     """
     if not plan.local:
         check_ray_can_run(plan.cluster.ray_address)
-    if plan.layers is not None:
-        plan.check()
-        table = run_influence(plan.layers, context).table
-        if plan.is_bound:
-            [settings] = plan.models.values()
-            layers = plan.layers.model_copy(update={"table": table})
-            plan = _plan_fewer_layers(
-                settings,
-                plan.workspace,
-                layers,
-                plan.num_dropped,
-                name=plan.name,
-                local=plan.local,
-            )
     students = [
         DistillResult(
             checkpoint=result.checkpoint,
             validation_loss=result.validation_loss,
-            schedule=plan.jobs[label].model.corrections,
+            schedule=label,
         )
         for label, result in run_trainings(plan, context).items()
     ]
@@ -834,7 +708,7 @@ def run_trainings(
     }
     if plan.kind == "distill":
         students = "; ".join(f"{label}: {loss}" for label, loss in losses.items())
-        text = f"by {'layers' if plan.layers else 'schedule'} {students}"
+        text = f"by schedule {students}"
     else:
         text = ", ".join(f"{label} {loss}" for label, loss in losses.items())
     ending = ", found again" if len(plan.finished) == len(jobs) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from orchestrator.records.record import Influence, Record
 
@@ -16,6 +17,20 @@ class StoredInfluence(Record):
     key: str
     """Hash of all that determines the table: weights, schedule, tokens, metric."""
     table: Influence
+
+
+class StoredRounds(Record):
+    """How far whole layers are measured one at a time."""
+
+    key: str
+    """That of the table which the rounds lead to."""
+    rounds: tuple[dict[str, Any], ...]
+    """One entry for each layer that has gone, as `iiet.influence.LeavingRound` writes it."""
+
+
+def rounds_path(checkpoint: Path, metric: str) -> Path:
+    """Return the file of the rounds of a metric."""
+    return checkpoint / f"rounds-{metric}.json"
 
 
 def influence_path(checkpoint: Path, metric: str) -> Path:

@@ -85,6 +85,11 @@ class TrainingJob(Record):
         return tuple(self.model.corrections) if has_corrections else None
 
     @property
+    def schedule_text(self) -> str | None:
+        """Corrections per layer as text; None if the method has none."""
+        return None if self.schedule is None else str(self.model.corrections)
+
+    @property
     def frozen_teacher(self) -> str | None:
         """Folder of the frozen model that runs beside the trained one: a student's teacher, or a
         source from which the model must not move far; None if there is none."""

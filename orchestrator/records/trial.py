@@ -76,6 +76,9 @@ class Trial(Record):
     """Largest threshold that gives this schedule."""
     parent: str | None = None
     """Weights key of the teacher."""
+    teacher_schedule: str | None = None
+    """Its schedule relative to the teacher, if it leaves layers out: `0*14,x*2,0*14`. `model` has
+    the layers that stay."""
     is_elastic: bool = False
     """Whether its weights serve other schedules of the sweep, too."""
     seed: int | None = None
@@ -108,8 +111,19 @@ class Trial(Record):
 
     @property
     def schedule_text(self) -> str:
-        """The iteration schedule as `2,2,1,1` or `0*12,2*6,0*12`; empty if there is none."""
+        """The iteration schedule as `2,2,1,1`, or relative to the teacher `0*14,x*2,0*14`; empty if
+        there is none."""
+        if self.teacher_schedule:
+            return self.teacher_schedule
         return "" if self.schedule is None else str(self.model.corrections)
+
+    @property
+    def opened_schedule(self) -> str | None:
+        """The schedule under which its checkpoint is this model; None if any other model is not in
+        it."""
+        if self.teacher_schedule and self.job is None:  # The checkpoint is the teacher's.
+            return self.teacher_schedule
+        return None if self.schedule is None else str(self.model.corrections)
 
     @property
     def name(self) -> str:
@@ -185,6 +199,8 @@ class Trial(Record):
         params = {"role": self.role, **(job_parameters(trained) if trained else {})}
         # Elastic weights are trained under another schedule than they are measured under.
         params |= model_parameters(self.model)
+        if self.teacher_schedule:
+            params["schedule"] = self.teacher_schedule
         if self.threshold_text:
             up_to = self.threshold_up_to
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"

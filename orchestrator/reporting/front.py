@@ -623,13 +623,30 @@ def sweep_front(
     front = with_confidence(front, items, demanded_share=demanded_share)
     if len(sweeps) == 1 and (bounds := sweeps[0].retention):
         front = _with_losses(front, bounds)
-        notes.append(bounds_sentence(bounds, front.losses.values()))
+        reference = retention_reference(front)
+        role = reference["role"] if reference else SOURCE
+        notes.append(bounds_sentence(bounds, front.losses.values(), role))
     return front, notes
 
 
 def _with_losses(front: Front, bounds: Mapping[str, float]) -> Front:
-    """Return the front with what its models have lost against the source, as far as it is known."""
-    source = next((row["key"] for row in front.rows if row["role"] == SOURCE), None)
-    if source is None or front.paired is None or source not in front.paired.number_of:
+    """Return the front with what its models have lost, as far as it is known."""
+    reference = retention_reference(front)
+    if reference is None or front.paired is None:
         return front
-    return replace(front, losses=find_losses(front.paired, source, bounds))
+    key = reference["key"]
+    if key not in front.paired.number_of:
+        return front
+    return replace(front, losses=find_losses(front.paired, key, bounds))
+
+
+def retention_reference(front: Front) -> Row | None:
+    """Return the model that others must not lose much against: the source of the teacher, or a
+    plain teacher; None if there is neither."""
+    for row in front.rows:
+        if row["role"] == SOURCE:
+            return row
+    for row in front.rows:
+        if row["role"] == "teacher" and not row["trial"].model.corrections.num_corrections:
+            return row
+    return None

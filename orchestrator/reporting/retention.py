@@ -116,8 +116,14 @@ def loss_text(losses: Sequence[Loss]) -> str:
     return f"{verdict}{mark} {lost_words(losses)}" if verdict else ""
 
 
-def bounds_sentence(bounds: Mapping[str, float], losses: Iterable[tuple[Loss, ...]]) -> str:
-    """Return the sentence on how much a model may lose, and on tasks of which that is not known."""
+def bounds_sentence(
+    bounds: Mapping[str, float], losses: Iterable[tuple[Loss, ...]], reference: str = "source"
+) -> str:
+    """Return the sentence on how much a model may lose, and on tasks of which that is not known.
+
+    Args:
+        reference: What models are compared with: the `source`, or a plain `teacher`.
+    """
     are_bits = {loss.task: loss.is_bits for of_model in losses for loss in of_model}
     parts = []
     missing = []
@@ -130,13 +136,13 @@ def bounds_sentence(bounds: Mapping[str, float], losses: Iterable[tuple[Loss, ..
     sentences = []
     if parts:
         sentences.append(
-            f"Retention: against the source, a model may lose {' and '.join(parts)} "
+            f"Retention: against the {reference}, a model may lose {' and '.join(parts)} "
             "(evaluation.retention)."
         )
     if missing:
         sentences.append(
             f"What models have lost of {', '.join(missing)} is not known: not all of them, the "
-            "source among them, have values of its items."
+            f"{reference} among them, have values of its items."
         )
     return " ".join(sentences)
 

@@ -18,11 +18,21 @@ METRIC = OneOf(INFLUENCE_METRICS)
 class InfluenceSettings(Section):
     """Measurement of each correction's influence."""
 
-    metric: Annotated[str, METRIC] = "cosine"
+    metric: Annotated[str, METRIC] | None = None
     """`cosine`, `relative` (both from consecutive evaluations), `loss` (rise of the validation
-    loss), or a metric of another package."""
+    loss), or a metric of another package (default: `cosine`; `loss` of a model without corrections,
+    and where students may leave out layers)."""
+    one_at_a_time: StrictBool = False
+    """Measure the whole layers again after each one that is left out, in the order in which they
+    go. It takes about L*L/2 passes for L layers."""
     num_tokens: StrictInt = Field(default=32768, gt=0)
     """Validation tokens of the calibration set."""
+
+
+def usual_metric(*, of_whole_layers: bool) -> str:
+    """Return the metric of `influence.metric` where none is set: of the corrections, or of whole
+    layers, too."""
+    return "loss" if of_whole_layers else "cosine"
 
 
 class Prompts(Section):
@@ -94,12 +104,12 @@ class EvaluationSettings(Section):
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
     retention: dict[str, _Bound] | None = None
-    """How much the models of a sweep may lose against the source of their teacher, by task: points
-    of accuracy, or bits per byte, such as `{arc_easy: 1.0, bits_per_byte: 0.02}`. `bits_per_byte`
-    is that of held-out English text of `data.source: python`, whatever the data are; other names
-    are tasks as in `suite`. Tasks that `suite` does not name are measured, too, and are in no
-    average. `{}` asks for nothing (default: `{bits_per_byte: 0.02}`, if the teacher has a source
-    that reads text)."""
+    """How much the models of a sweep may lose, by task: points of accuracy, or bits per byte, such
+    as `{arc_easy: 1.0, bits_per_byte: 0.02}`. They are compared with the source of their teacher,
+    or with a plain teacher. `bits_per_byte` is that of held-out English text of `data.source:
+    python`, whatever the data are; other names are tasks as in `suite`. Tasks that `suite` does not
+    name are measured, too, and are in no average. `{}` asks for nothing (default:
+    `{bits_per_byte: 0.02}`, if the teacher has a source that reads text)."""
 
     @property
     def prompts(self) -> Prompts | None:

@@ -259,7 +259,9 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             "sweep.workers_per_trial, sweep.gpus_per_trial: each worker has one GPU; leave the "
             "first out"
         )
-    may_be_negative = metric_facts_of(settings.influence.metric).may_be_negative
+    metric = settings.influence.metric
+    # Without one it follows from the teacher, which is not known here.
+    may_be_negative = metric is None or metric_facts_of(metric).may_be_negative
     if kind != "iterations" and min(sweep.thresholds, default=0) < 0 and not may_be_negative:
         yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
     if sweep.asha and sweep.seeds:

@@ -86,8 +86,19 @@ class SweepSettings(Section):
     kind: Literal["threshold", "iterations", "search"] = "threshold"
     """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
     the students of a threshold sweep, then students with free schedules."""
-    num_schedules: StrictInt = Field(default=7, ge=2)
-    """Schedules of a threshold sweep, evenly spaced in cost, from all corrections to none."""
+    num_schedules: StrictInt = Field(default=7, ge=0)
+    """Schedules of a threshold sweep, evenly spaced in cost, from all corrections to none, or to
+    the fewest layers; 0 where `schedules` names all of them."""
+    schedules: Annotated[tuple[StrictInt | str, ...], _Different] = ()
+    """Iteration schedules of one's own, beside those that influence chooses: `2,2,1,1`, `0*14,x*2`
+    (`x` is a layer that is left out). `uniform`, `reversed` and `random*5` are controls of the
+    chosen ones at the same NFE: equal corrections in all layers, the layers in reversed order, and
+    schedules that are drawn."""
+    leave_out_layers: Annotated[StrictInt, Field(ge=0)] | Literal["all", "none"] | None = None
+    """Most layers that a student leaves out: a number, `all` (all but one) or `none` (default: half
+    of the layers if the teacher makes no corrections, and none if it makes some)."""
+    layer_controls: StrictBool = False
+    """Distill also a student of evenly spaced layers for each number of layers that is left."""
     thresholds: tuple[StrictFloat, ...] = ()
     """Thresholds to use instead; those that give the same schedule are one trial."""
     budgets: tuple[StrictFloat, ...] = ()
@@ -186,6 +197,13 @@ class SweepSettings(Section):
     def num_workers_per_trial(self) -> int:
         """Workers of each trial, one for each of its GPUs."""
         return ceil(self.gpus_per_trial or 0) or self.workers_per_trial
+
+    @field_validator("num_schedules")
+    @classmethod
+    def _refuse_a_single_schedule(cls, number: int) -> int:
+        if number == 1:
+            raise ValueError("a family has two ends; give 2 or more, or 0 beside sweep.schedules")
+        return number
 
     @field_validator("gpus_per_trial")
     @classmethod

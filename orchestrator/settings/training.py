@@ -99,12 +99,21 @@ class ModelSettings(Section):
         num_layers = sizes.get("num_layers", PRESETS[self.preset]["num_layers"])
         corrections = self.corrections if facts_of(self.method).has_corrections else 0
         try:
+            schedule = IterationSchedule.parse(corrections, num_layers=num_layers)
+        except ValueError as error:
+            raise UserError(f"model.corrections: {error}") from None
+        if schedule.left_out_layers:
+            raise UserError(
+                f"model.corrections={corrections}: x leaves out a layer of a teacher that exists; "
+                "model.num_layers says how many layers a new model has"
+            )
+        try:
             return preset(
                 self.preset,
                 method=self.method,
                 method_options=self.method_options or None,
                 vocab_size=vocab_size,
-                schedule=IterationSchedule.parse(corrections, num_layers=num_layers),
+                schedule=schedule,
                 **sizes,
             )
         except ValueError as error:

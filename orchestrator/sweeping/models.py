@@ -35,8 +35,10 @@ from orchestrator.settings import (
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
+from orchestrator.sweeping.student_schedules import cheapest_schedule, most_left_out
 from orchestrator.terminal.metrics import COSTS, METRICS
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.source import Source
 from orchestrator.workspace.errors import UserError
@@ -146,10 +148,11 @@ def baseline_models(settings: Settings) -> list[ModelVariant]:
     """Return the baselines of the settings' teacher, each at its numbers of layers.
 
     Baselines of several teachers are trained under each seed, as the teachers are. Beside a teacher
-    with a source there are only those that the settings name.
+    with a source, or of a plain one, there are only those that the settings name.
     """
     baselines: list[ModelVariant] = []
-    if not settings.has_source:
+    makes_corrections = facts_of(settings.model.method).has_corrections
+    if makes_corrections and not settings.has_source:
         baselines.append(ModelVariant(method=BASELINE_METHOD))
         baselines.append(ModelVariant(method=settings.model.method, corrections=0))
     baselines += _named_models(settings, settings.sweep.baselines)
@@ -310,7 +313,7 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
 
     @lru_cache
     def cost_of(schedule: IterationSchedule) -> float:
-        cost = inference_cost(replace(full, schedule=schedule))
+        cost = inference_cost(full, schedule)
         return float(getattr(cost, METRICS[COSTS[unit]].counted_as))
 
     return cost_of
@@ -360,14 +363,31 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
             cheapest schedule costs.
     """
     method = facts_of(full.method)
-    if method.repeats_stack or not method.has_corrections or not sum(full.corrections):
-        reason = "repeats the whole stack" if method.repeats_stack else "has none"
+    max_left_out = most_left_out(sweep, full)
+    if method.repeats_stack:
         raise UserError(
-            f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a teacher "
-            f"of model.method={full.method} and model.corrections={full.corrections} {reason}; "
-            "take method iiet with 1 correction or more, pcformer, or sweep.kind=iterations"
+            f"a {sweep.kind} sweep prunes the layers of its teacher, and one of "
+            f"model.method={full.method} repeats the whole stack; take method iiet, pcformer or "
+            "vanilla, or sweep.kind=iterations"
         )
-    least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
+    if not full.corrections.num_corrections and not max_left_out:
+        raise UserError(
+            f"a {sweep.kind} sweep leaves out corrections or layers, the teacher makes no "
+            f"corrections, and sweep.leave_out_layers={sweep.leave_out_layers} keeps its "
+            f"{format_count(full.num_layers, 'layer')}; leave the setting out, or take a teacher "
+            "with corrections or of more layers"
+        )
+    if sweep.teachers and not full.corrections.num_corrections:
+        raise UserError(
+            f"sweep.teachers: one of model.method={full.method} makes no corrections, and is a "
+            "baseline of this sweep already; sweep a plain teacher by itself"
+        )
+    if max_left_out and sweep.elastic:
+        raise UserError(
+            "sweep.elastic: elastic weights serve schedules of one set of layers; set "
+            "sweep.leave_out_layers=none, or leave sweep.elastic out"
+        )
+    least = schedule_cost(sweep.budget_unit, full)(cheapest_schedule(full, max_left_out))
     if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
         raise UserError(
             f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "

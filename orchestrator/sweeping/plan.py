@@ -6,7 +6,6 @@ of one teacher under schedules that its influence gives. How far each trial is, 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.pruning import FamilyMember, InfluenceTable
+from iiet.pruning import InfluenceTable
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.heldout import python_passages
@@ -52,6 +51,7 @@ from orchestrator.sweeping.models import (
     teachers_by_label,
 )
 from orchestrator.sweeping.states import TrialState
+from orchestrator.sweeping.student_schedules import StudentSchedule, most_left_out
 from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
 from orchestrator.terminal.metrics import COST, METRICS
 from orchestrator.terminal.progress import Progress
@@ -295,7 +295,8 @@ def schedule_search(
         plan,
         students.full.corrections,
         settings.search,
-        lambda schedule: students.student(FamilyMember(schedule, math.nan, math.nan)),
+        lambda schedule: students.student(StudentSchedule.of(schedule, "own")),
+        max_left_out=most_left_out(settings.sweep, students.full),
         folder=workspace.sweeps / plan.name,
     )
 
@@ -436,7 +437,7 @@ def num_models(trials: Sequence[Trial]) -> int:
     Baselines count where all models are trained from scratch.
     """
     counted = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
-    return len({t.schedule if t.parent else t.group or t.key for t in counted})
+    return len({t.schedule_text if t.parent else t.group or t.key for t in counted})
 
 
 def plan_table(plan: SweepTrials, states: Sequence[TrialState]) -> Table:

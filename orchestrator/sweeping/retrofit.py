@@ -153,7 +153,7 @@ class Retrofit:
             return None
         label = self.better_candidate or next(iter(self.candidates))
         candidate = self.candidates[label]
-        num_steps = _steps_at(candidate, training_flops(self.teacher))
+        num_steps = steps_at(candidate, training_flops(self.teacher))
         job = self._continued(candidate.recipe.learning_rate, num_steps)
         return job if self.better_candidate else job.model_copy(update={"tokens_folder": ""})
 
@@ -195,7 +195,7 @@ class Retrofit:
         rate = self.source.learning_rate or teacher_recipe.learning_rate
         recipe = teacher_recipe.without_source().model_copy(update={"learning_rate": rate})
         as_long = self._with_recipe(recipe, initial_folder=None)
-        recipe = recipe.model_copy(update={"num_steps": _steps_at(as_long, flops)})
+        recipe = recipe.model_copy(update={"num_steps": steps_at(as_long, flops)})
         return self._with_recipe(recipe, initial_folder=None)
 
     def _with_recipe(self, recipe: TrainingSettings, **fields: Any) -> TrainingJob:
@@ -295,7 +295,7 @@ class Retrofit:
         return text
 
 
-def _steps_at(job: TrainingJob, flops: float) -> int:
+def steps_at(job: TrainingJob, flops: float) -> int:
     """Return the fewest steps of a training with which it takes at least these FLOPs."""
     # Stages are shares of the steps, so FLOPs are proportional to them.
     per_step = training_flops(job) / job.recipe.num_steps
@@ -322,6 +322,8 @@ def retrofit_of(
     if stored is None or stored.job.objective != "pretrain" or stored.job.initial_folder is None:
         return None, ""
     job = stored.job
+    if not job.model.corrections.num_corrections:  # It is compared with its students alone.
+        return None, ""
     if step_of(checkpoint) != job.recipe.num_steps:
         return None, f"{checkpoint} is not the end of its training, so it has no controls"
     try:
@@ -350,17 +352,24 @@ def retrofit_of(
     ), ""
 
 
-def with_retention(settings: Settings, retrofit: Retrofit | None) -> Settings:
-    """Return the settings of a sweep with how much its models may lose against the source: what
-    they say, else the default; nothing without a source beside the front.
+def with_retention(
+    settings: Settings, retrofit: Retrofit | None, *, teacher_is_plain: bool = False
+) -> Settings:
+    """Return the settings of a sweep with how much its models may lose: what they say, else the
+    default.
+
+    Models are compared with the source of their teacher, or with a plain teacher itself, whose
+    students may lose what the settings say and nothing by default.
 
     Raises:
         UserError: If they bound a loss that cannot be measured.
     """
     retention = settings.evaluation.retention
     problem = None
-    if retrofit is None:
-        problem = "the teacher has no source, against which a model could lose"
+    if retrofit is None and teacher_is_plain:
+        retention = retention or {}
+    elif retrofit is None:
+        problem = "the teacher has corrections and no source, so there is no plain model to lose to"
     elif SOURCE not in retrofit.controls:
         problem = "models are compared with the source, and sweep.source_controls does not name it"
     if retention is None:

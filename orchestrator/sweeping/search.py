@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from iiet.schedule import IterationSchedule
+from iiet.schedule import LEFT_OUT, IterationSchedule
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
@@ -43,6 +43,7 @@ class ScheduleSearch:
         settings: SearchSettings,
         make_trial: Callable[[IterationSchedule], Trial],
         *,
+        max_left_out: int = 0,
         folder: Path,
     ) -> None:
         """Read the stored study, if there is one. Nothing is written before `open`.
@@ -50,6 +51,7 @@ class ScheduleSearch:
         Args:
             plan: The search's plan, with the trials of the family.
             full: Largest number of corrections of each layer.
+            max_left_out: Most layers that a schedule leaves out.
             folder: The sweep's folder.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -58,10 +60,18 @@ class ScheduleSearch:
         self._make_trial = make_trial
         self._path = folder / STUDY_FILE
         self._name = plan.key
+        self._max_left_out = max_left_out
+        self._least = LEFT_OUT if max_left_out else 0
         self._space: dict[str, BaseDistribution] = {
-            _layer_name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
+            _layer_name(layer): IntDistribution(self._least, most)
+            for layer, most in enumerate(full)
+            if most > self._least
         }
-        self._trials = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
+        self._trials = {
+            IterationSchedule.parse(trial.schedule_text, num_layers=len(full)): trial
+            for trial in plan.trials
+            if trial.role == "trial"
+        }
         """Schedule -> trial of all that are known: the family, then what is suggested."""
         self._num_family = len(self._trials)
         self._suggested: dict[str, int] = {}
@@ -76,7 +86,9 @@ class ScheduleSearch:
     @property
     def num_schedules(self) -> int:
         """Number of schedules to choose from."""
-        return self._full.num_within()
+        number = self._full.num_within(self._max_left_out)
+        # All layers of a plain teacher are the teacher.
+        return number if self._full.num_corrections else number - 1
 
     @property
     def num_wanted(self) -> int:
@@ -161,7 +173,7 @@ class ScheduleSearch:
                 study.enqueue_trial(self._point(self._unknown_schedule(seed=len(study.trials))))
             suggestion = study.ask(self._space)
             schedule = self._schedule(suggestion)
-            if schedule in self._trials:
+            if schedule is None or schedule in self._trials:
                 study.tell(suggestion, state=TrialState.FAIL)
                 continue
             trial = self._make_trial(schedule)
@@ -173,10 +185,15 @@ class ScheduleSearch:
     def _unknown_schedule(self, seed: int) -> IterationSchedule:
         """Draw a schedule that is not known; there is one while `num_left` is above 0."""
         draw = random.Random(seed)
-        schedule = self._full
-        while schedule in self._trials:
-            schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
-        return schedule
+        is_plain = not self._full.num_corrections
+        while True:
+            counts = [draw.randint(0, most) for most in self._full]
+            num_left_out = draw.randint(1 if is_plain else 0, self._max_left_out)
+            for layer in draw.sample(range(len(counts)), num_left_out):
+                counts[layer] = LEFT_OUT
+            schedule = IterationSchedule(tuple(counts))
+            if schedule not in self._trials:
+                return schedule
 
     def tell(self, trial: Trial, result: Trial | None) -> None:
         """Store the values of a trial that has ended, if it was suggested here."""
@@ -214,19 +231,29 @@ class ScheduleSearch:
         """Take over the schedules in the study that are not known yet."""
         for stored in study.get_trials(deepcopy=False):
             schedule = self._schedule(stored)
-            if self._is_whole(stored) and schedule not in self._trials:
+            if self._is_whole(stored) and schedule and schedule not in self._trials:
                 self._trials[schedule] = self._make_trial(schedule)
 
     def _is_whole(self, stored: FrozenTrial) -> bool:
         # A process that is killed while it asks leaves a part of a schedule.
         return stored.params.keys() == self._space.keys()
 
-    def _schedule(self, stored: FrozenTrial | optuna.Trial) -> IterationSchedule:
+    def _schedule(self, stored: FrozenTrial | optuna.Trial) -> IterationSchedule | None:
+        """Return the schedule of a point; None if it leaves out too many layers, or if it is a
+        plain teacher."""
         layers = range(len(self._full))
-        return IterationSchedule(tuple(stored.params.get(_layer_name(n), 0) for n in layers))
+        counts = tuple(stored.params.get(_layer_name(layer), 0) for layer in layers)
+        is_teacher = not self._full.num_corrections and counts == self._full.corrections
+        if is_teacher or counts.count(LEFT_OUT) > self._max_left_out:
+            return None
+        return IterationSchedule(counts)
 
     def _point(self, schedule: IterationSchedule) -> dict[str, int]:
-        return {_layer_name(n): schedule[n] for n, most in enumerate(self._full) if most}
+        return {
+            _layer_name(layer): schedule[layer]
+            for layer, most in enumerate(self._full)
+            if most > self._least
+        }
 
     @contextmanager
     def _damage_named(self) -> Iterator[None]:

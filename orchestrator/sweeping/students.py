@@ -8,7 +8,6 @@ those of the others wait for its checkpoint.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,15 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iiet.config import DistillationConfig, ModelConfig
-from iiet.pruning import (
-    Cost,
-    FamilyMember,
-    InfluenceTable,
-    knapsack,
-    num_evaluations,
-    schedule_family,
-    spread_over_cost,
-)
+from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.labels import seed_label
@@ -36,10 +27,16 @@ from orchestrator.settings import (
     DistillationSettings,
     ElasticSettings,
     Settings,
-    SweepSettings,
     TrainingSettings,
 )
 from orchestrator.sweeping.models import STUDENTS_SECTION, schedule_cost
+from orchestrator.sweeping.retrofit import steps_at, training_flops
+from orchestrator.sweeping.student_schedules import (
+    StudentSchedule,
+    choose_schedules,
+    most_left_out,
+    num_named,
+)
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
@@ -47,72 +44,39 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, checkpoint_name
 from orchestrator.workspace.provenance import content_key
 
-
-def choose_members(
-    influence: InfluenceTable, sweep: SweepSettings, *, cost: Cost = num_evaluations
-) -> tuple[FamilyMember, ...]:
-    """Return the schedules of a threshold sweep, costliest first, each once.
-
-    Args:
-        influence: The teacher's table.
-        sweep: Thresholds, budgets or a number of schedules; and the selection.
-        cost: Unit of the budgets, and the scale over which schedules are spread.
-
-    Returns:
-        Members with the thresholds that give them; those of a knapsack have none (NaN).
-
-    Raises:
-        UserError: If no correction matters more than another, so that none can be chosen.
-    """
-    values = [value for row in influence.value_rows for value in row]
-    if len(set(values)) == 1 and (len(values) > 1 or values[0] == 0.0):
-        raise UserError(
-            f"influence.metric={influence.metric}: the influence of all corrections of the teacher "
-            f"({format_count(len(values), 'correction')}) is {values[0]:g}, so they do nothing "
-            "yet; train it further, or with a higher training.gate_rate_factor"
-        )
-    family = schedule_family(influence)
-    if sweep.schedule_choice == "thresholds":
-        schedules = {
-            member.schedule
-            for threshold in sweep.thresholds
-            for member in family
-            if member.threshold_above < threshold <= member.threshold_up_to
-        }
-    elif sweep.schedule_choice == "budgets":
-        schedules = {family.within_cost(budget, cost) for budget in sweep.budgets}
-    else:
-        number = min(sweep.num_schedules, len(family))
-        schedules = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
-    chosen = tuple(member for member in family if member.schedule in schedules)
-    if sweep.selection != "knapsack":
-        return chosen
-    # The best schedule under each budget, or else at the cost of each chosen member.
-    if sweep.schedule_choice == "budgets":
-        budgets = sorted(sweep.budgets, reverse=True)
-        schedules_in_order = [knapsack(influence, budget, cost=cost) for budget in budgets]
-    else:
-        schedules_in_order = [
-            knapsack(influence, cost(member.schedule), cost=cost) for member in chosen
-        ]
-    return tuple(
-        FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(schedules_in_order)
-    )
+TEACHER_CONTINUED = "teacher, trained further"
+"""Label of the control of a plain teacher."""
 
 
 # Trainings
 
 
 def student_job(
-    distillation: DistillationSettings, *, teacher: Path, config: ModelConfig, tokens_folder: str
+    distillation: DistillationSettings,
+    *,
+    teacher: Path,
+    schedule: IterationSchedule,
+    tokens_folder: str,
 ) -> TrainingJob | None:
     """Return the job that trains a student; None for the control without training.
 
+    Args:
+        schedule: The student's, relative to the teacher.
+
     Raises:
-        UserError: If a step of the training is not a whole number of sequences.
+        UserError: If a step of the training is not a whole number of sequences, or hidden states
+            of a student with fewer layers are to be compared.
     """
     if distillation.control == "pruned":
         return None
+    config = load_config(teacher).of_kept_layers(schedule)
+    leaves_layers_out = bool(schedule.left_out_layers)
+    if leaves_layers_out and distillation.control == "distill" and distillation.hidden_weight:
+        raise UserError(
+            f"distillation.hidden_weight={distillation.hidden_weight:g}: hidden states are "
+            f"compared layer with layer, and a student under {schedule} has fewer layers; leave it "
+            "out, or set sweep.leave_out_layers=none"
+        )
     sequences_per_step(distillation.training, config, section=STUDENTS_SECTION)
     is_scratch = distillation.control == "scratch"
     is_distilled = distillation.control == "distill"
@@ -129,6 +93,8 @@ def student_job(
         objective=objective,
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
+        # Random weights have no layers to keep.
+        kept_layers=schedule.kept_layers if leaves_layers_out and not is_scratch else None,
         distillation=_loss_of(distillation) if is_distilled else None,
         section=STUDENTS_SECTION,
         provenance={"teacher": weights_key(teacher)},
@@ -146,52 +112,29 @@ def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
     )
 
 
-def student_config(teacher: Path, schedule: str) -> ModelConfig:
-    """Return a teacher's configuration under the schedule of a student.
-
-    Raises:
-        UserError: If the schedule does not fit the teacher.
-    """
-    full = load_config(teacher)
-    try:
-        parsed = IterationSchedule.parse(schedule, num_layers=full.num_layers)
-        config = replace(full, schedule=parsed)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not parsed.is_within(full.corrections):
-        raise UserError(
-            f"the schedule {parsed} asks for more corrections than the teacher makes, "
-            f"{full.corrections}"
-        )
-    return config
-
-
 def distillation_job(
     settings: Settings,
     workspace: Workspace,
     teacher: Path,
-    config: ModelConfig,
+    schedule: IterationSchedule,
     tokens: Path,
-    kept_layers: tuple[int, ...] | None = None,
 ) -> TrainingJob:
     """Return the job that distills a teacher into a student, in the folder of a sweep's trial.
 
     Args:
-        kept_layers: Numbers of the teacher's layers that the student has, the first being 0; all
-            when unset.
+        schedule: The student's, relative to the teacher.
 
     Raises:
         UserError: If the control trains nothing.
     """
-    distillation = settings.distillation
-    job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tokens))
+    job = student_job(
+        settings.distillation, teacher=teacher, schedule=schedule, tokens_folder=str(tokens)
+    )
     if job is None:
         raise UserError(
             "distillation.control=pruned trains nothing; "
             "`iiet-orch evaluate --schedule` measures it"
         )
-    if job.initial_folder:  # Random weights have no layers to keep.
-        job = job.model_copy(update={"kept_layers": kept_layers})
     return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
 
 
@@ -213,11 +156,13 @@ def student_estimate(
 def most_students(settings: Settings, teacher: ModelConfig) -> int:
     """Return how many schedules the students of a teacher have at most, before they are known."""
     sweep = settings.sweep
-    # A family of nested schedules drops one correction at a time.
-    num_schedules = min(sweep.num_requested, 1 + sum(teacher.corrections))
+    # A family of nested schedules drops one evaluation at a time.
+    num_droppable = sum(teacher.corrections) + most_left_out(sweep, teacher)
+    num_chosen = min(sweep.num_requested, 1 + num_droppable)
+    num_schedules = num_chosen + num_named(sweep, num_chosen)
     if sweep.kind == "search":
         num_searched = num_schedules + settings.search.num_trials
-        return min(num_searched, teacher.corrections.num_within())
+        return min(num_searched, teacher.corrections.num_within(most_left_out(sweep, teacher)))
     return num_schedules
 
 
@@ -245,6 +190,9 @@ def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> 
         student_recipe = recipe.model_copy(update=changes)
         training = student_estimate(settings, teacher, teacher, student_recipe)
         bound += [training] * num_trainings
+        if not teacher.corrections.num_corrections:
+            # The teacher is trained further, with the FLOPs of the costliest student.
+            bound.append(training)
     return bound
 
 
@@ -258,6 +206,8 @@ def bound_text(settings: Settings, teacher: ModelConfig) -> str:
     else:
         counts = format_count(most_students(settings, teacher) * num_seeds, "student")
     price = "they are priced as if each made all of the teacher's corrections"
+    if not teacher.corrections.num_corrections:
+        price = "they are priced as if each had all of the teacher's layers"
     if is_pruned:
         price = "none of them is trained"
     return f"its students' schedules are not known yet: at most {counts}; {price}"
@@ -311,12 +261,22 @@ def checkpoint_trial(
     config: ModelConfig,
     suite: Suite,
     workspace: Workspace,
+    schedule: IterationSchedule | None = None,
     **fields: Any,
 ) -> Trial:
-    """Return the trial that measures a checkpoint without training it."""
+    """Return the trial that measures a checkpoint without training it.
+
+    Args:
+        config: The model that is measured.
+        schedule: That of a pruned student, relative to the checkpoint, if it leaves layers out.
+    """
     # A pruned student under all corrections is another trial than its teacher.
     use = "pruned" if role == "trial" else "as it is"
     weights = content_key(use, weights_key(checkpoint), config.to_dict())
+    if schedule is not None and schedule.left_out_layers:
+        # Which layers these are, a configuration of the kept ones does not say.
+        weights = content_key(weights, str(schedule))
+        fields["teacher_schedule"] = str(schedule)
     return make_trial(
         role,
         label,
@@ -367,13 +327,15 @@ class Students:
         return load_config(self.teacher)
 
     @cached_property
-    def members(self) -> tuple[FamilyMember, ...]:
+    def schedules(self) -> tuple[StudentSchedule, ...]:
         """The students' schedules, costliest first."""
         if self.influence is None:
             return ()
         sweep = self.settings.sweep
         cost = schedule_cost(sweep.budget_unit, self.full)
-        return choose_members(self.influence, sweep, cost=cost)
+        return choose_schedules(
+            self.influence, sweep, cost=cost, max_left_out=most_left_out(sweep, self.full)
+        )
 
     def trials(self) -> list[Trial]:
         """Return the trials of the teacher, of elastic weights or students, and of baselines."""
@@ -385,32 +347,59 @@ class Students:
         if not is_elastic:
             seeds = self.seeds if is_trained else (self.seed,)
             for seed in seeds:
-                trials += [self.student(member, seed) for member in self.members]
+                trials += [self.student(schedule, seed) for schedule in self.schedules]
+        if not self.full.corrections.num_corrections:
+            trials += self._teachers_continued(trials[1:])
         for label, checkpoint in self.baselines.items():
             trials.append(self._checkpoint_trial(role_beside(label), label, checkpoint))
         return trials
 
-    def student(self, member: FamilyMember, seed: int | None = None) -> Trial:
+    def _teachers_continued(self, students: Sequence[Trial]) -> list[Trial]:
+        """Return the control of a plain teacher, for each seed: the teacher trained further, on the
+        same tokens, with the training FLOPs of the costliest student.
+
+        A student is trained after its teacher was, so it may be better than the teacher by that.
+        """
+        jobs = [trial.job for trial in students if trial.job is not None]
+        if not jobs:  # They are not known yet, or none is trained.
+            return []
+        distillation = without_elastic(self.settings).distillation
+        continued = distillation.model_copy(update={"control": "cross_entropy"})
+        job = self._job(continued, self.full.corrections)
+        assert job is not None, "this control is trained"
+        num_steps = steps_at(job, max(map(training_flops, jobs)))
+        recipe = job.recipe.model_copy(update={"num_steps": num_steps})
+        job = job.model_copy(update={"recipe": recipe})
+        return [
+            self._trained_trial(TEACHER_CONTINUED, job, seed, role="baseline")
+            for seed in self.seeds
+        ]
+
+    def student(self, student: StudentSchedule, seed: int | None = None) -> Trial:
         """Return the trial that trains and measures a student, or a control, under a schedule."""
-        config = replace(self.full, schedule=member.schedule)
+        schedule = student.schedule
         control = self.settings.distillation.control
-        label = str(config.corrections)
+        label = student.label
         if control != "distill":
             label += f", {control.replace('_', ' ')}"
-        job = self._job(without_elastic(self.settings).distillation, config)
+        fields = _thresholds(student.member)
+        job = self._job(without_elastic(self.settings).distillation, schedule)
         if job is None:
             return checkpoint_trial(
                 "trial",
                 self.label(label),
                 self.teacher,
-                config,
+                self.full.of_kept_layers(schedule),
                 self.suite,
                 self.workspace,
+                schedule,
                 parent=weights_key(self.teacher),
                 seed=seed,
-                **_thresholds(member),
+                **fields,
             )
-        return self._trained_trial(label, job, seed, **_thresholds(member))
+        if schedule.left_out_layers:
+            fields["teacher_schedule"] = str(schedule)
+        return self._trained_trial(label, job, seed, **fields)
 
     def _checkpoint_trial(self, role: Role, label: str, checkpoint: Path) -> Trial:
         """Return the trial that measures a trained model under its own schedule."""
@@ -419,16 +408,23 @@ class Students:
             role, label, checkpoint, config, self.suite, self.workspace, seed=self.seed
         )
 
-    def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
+    def _job(
+        self, distillation: DistillationSettings, schedule: IterationSchedule
+    ) -> TrainingJob | None:
         return student_job(
             distillation,
             teacher=self.teacher,
-            config=config,
+            schedule=schedule,
             tokens_folder=self.suite.tokens_folder,
         )
 
     def _trained_trial(
-        self, label: str, job: TrainingJob, seed: int | None, **fields: Any
+        self,
+        label: str,
+        job: TrainingJob,
+        seed: int | None,
+        role: Role = "trial",
+        **fields: Any,
     ) -> Trial:
         """Return the trial that runs a job under a seed, and measures its weights."""
         if seed is not None:
@@ -439,7 +435,7 @@ class Students:
         usual_folder = self.workspace.trials / weights
         folder = str(folder_of_weights(self.workspace, weights, usual_folder))
         return make_trial(
-            "trial",
+            role,
             self.label(label),
             weights,
             self.suite,
@@ -460,7 +456,7 @@ class Students:
             UserError: If no schedule is below the full one.
         """
         full = self.full
-        members = {member.schedule: member for member in self.members}
+        members = {student.schedule: student.member for student in self.schedules}
         cheaper = [schedule for schedule in members if schedule != full.corrections]
         if not cheaper:
             raise UserError(
@@ -468,7 +464,7 @@ class Students:
                 "sweep has none; set lower sweep.budgets, or higher sweep.thresholds than those "
                 f"that keep {full.corrections}"
             )
-        job = self._job(_elastic_distillation(self.settings, cheaper), full)
+        job = self._job(_elastic_distillation(self.settings, cheaper), full.corrections)
         assert job is not None, "check_sweep refuses controls"
         trials = []
         for seed in self.seeds:
@@ -500,7 +496,7 @@ class Students:
         return trials
 
 
-def _thresholds(member: FamilyMember | None) -> dict[str, float | None]:
+def _thresholds(member: FamilyMember | None) -> dict[str, Any]:
     """Return the bounds of the thresholds that give a schedule, as fields of its trial."""
     if member is None:
         return {}

@@ -140,7 +140,7 @@ def measure_trial(trial: Trial, device: str, progress: Progress) -> Trial:
     Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
-    model = open_model(str(trial.checkpoint), schedule=trial.model.corrections)
+    model = open_model(str(trial.checkpoint), schedule=trial.opened_schedule)
     if suite.vocabulary_folder:  # Students of an imported model read text as it does.
         model = replace(model, text_folder=Path(suite.vocabulary_folder))
     # A trial's folder lies in `trials` or `runs` of its workspace.

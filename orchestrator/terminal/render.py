@@ -76,11 +76,11 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def shortest_schedule(schedule: Sequence[int]) -> str:
-    """Write a schedule as short as it can be typed: `3` (all layers), `2*4,0*20`, `2,1,0`."""
+    """Write a schedule as short as it can be typed: `3` (all layers), `2*4,0*20`, `2,x,0`."""
     if len(set(schedule)) == 1:
         return str(schedule[0])
-    repeated = IterationSchedule(tuple(schedule)).with_repetitions()
-    return min(",".join(map(str, schedule)), repeated, key=len)
+    parsed = IterationSchedule(tuple(schedule))
+    return min(",".join(map(str, parsed.as_list())), parsed.with_repetitions(), key=len)
 
 
 def scale_and_digits(value: float, *, is_percent: bool) -> tuple[float, int]:

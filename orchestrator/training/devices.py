@@ -342,8 +342,9 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     if folder := checkpoint or job.initial_folder:
         if checkpoint is None and job.kept_layers is not None:
             origin = load_model(Path(folder), check=False, frozen=True)
-            left_out = set(range(origin.config.num_layers)).difference(job.kept_layers)
-            smaller = decoder_of_kept_layers(origin, origin.schedule.leaving_out(left_out))
+            full = origin.config.corrections
+            others = set(range(full.num_layers)) - set(job.kept_layers)
+            smaller = decoder_of_kept_layers(origin, full.leaving_out(others))
             origin_config = smaller.config
             weights = smaller.state_dict()
         else:

@@ -55,8 +55,6 @@ MISTAKES = {
     "pretrain --gpu 8": "--gpus",
     "pretrain training.num_steps=5": "training.num_steps=5",
     "distill 1": "--schedule says how many corrections",
-    "distill --drop-layers 0": "--drop-layers",
-    "distill --drop-layers 1 -r 1": "--drop-layers 1 and --schedule 1",
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
     "pretrain --workers 0": "--workers",
     "pretrain --method vanilla -r 2": "--schedule 2 is read by no method of: vanilla",
@@ -72,6 +70,8 @@ MISTAKES = {
     "pick --dry-run --to there": "--dry-run exports nothing",
     # Schedules, thresholds, rates and seeds
     "sweep-iterations -r y": "'y' is not an iteration schedule",
+    "sweep-iterations -r x": "keeps at least one layer",
+    "pretrain -r x,0*5": "model.corrections",
     "pretrain --method looped -r 2..0": "repeats the whole stack",
     "sweep-threshold --thresholds a,b": "sweep.thresholds",
     "sweep-iterations --rates fast": "sweep.learning_rates",

@@ -13,7 +13,7 @@ from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.cli.session import is_read
-from orchestrator.cli.train import READ_BY_KIND, STUDENTS_ALONE
+from orchestrator.cli.train import READ_BY_KIND
 from orchestrator.settings import Settings, find_field, read_settings
 from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_settings
 from orchestrator.settings.schema import fields_of
@@ -138,8 +138,8 @@ def test_a_mistake_writes_nothing(tmp_path, capsys, monkeypatch):
 KEYS = {f"{section}.{name}" for section in Settings.model_fields for name in fields_of([section])}
 """All settings."""
 READS = {name: command.callback.reads for name, command in all_commands().items()}
-READS |= {**READ_BY_KIND, "distill alone": STUDENTS_ALONE}
-"""What commands read, or sweeps of a kind, or `distill` where it drops no layers."""
+READS |= READ_BY_KIND
+"""What commands read, or sweeps of a kind."""
 
 
 def _read(name: str) -> set[str]:
@@ -163,10 +163,9 @@ def test_a_command_that_does_the_work_of_others_reads_what_they_read():
     influence = _read("influence")
     evaluate = _read("evaluate")
     sweep = _of("sweep")
-    students = _read("distill alone") | influence | evaluate | sweep
-    measured_before = {"influence.num_tokens"}
+    students = _read("distill") | influence | evaluate | sweep
+    measured_before = {"influence.num_tokens", "influence.one_at_a_time"}
     works = {
-        "distill": _read("distill alone") | influence,
         "inspect": pretrain | influence - measured_before,
         "export": influence - measured_before | evaluate,
         "sweep-threshold": students | _of("search"),
@@ -188,10 +187,9 @@ def test_trainings_have_workers_and_only_what_measures_chooses_its_device():
     measuring = {*anywhere, "cluster.num_gpus", "cluster.device"}
     training = _of("cluster") - {"cluster.device"}
     assert _read("prepare") & _of("cluster") == anywhere
-    assert _read("distill") & _of("cluster") == _of("cluster"), "it measures to drop layers"
     for name in ("influence", "evaluate", "export"):
         assert _read(name) & _of("cluster") == measuring, name
-    trainings = ("pretrain", "distill alone", "sweep-threshold", "sweep-iterations", "inspect")
+    trainings = ("pretrain", "distill", "sweep-threshold", "sweep-iterations", "inspect")
     for name in (*trainings, *READ_BY_KIND):
         assert _read(name) & _of("cluster") == training, name
 

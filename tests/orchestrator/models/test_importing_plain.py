@@ -157,7 +157,7 @@ def test_every_command_works_on_an_import(case, make_folder, answer, tmp_path):
     options = [f"--set=data.tokenizer={checkpoint}", "--set=data.validation_fraction=0.4"]
     prepared = open_tokens(Path(answer("prepare", str(texts), *options)["tokens"]))
     calibration = "--set=influence.num_tokens=128"
-    measured = answer("influence", "full", calibration)
+    measured = answer("influence", "full", calibration, "--metric=cosine")
     assert measured["num_tokens"] == 128
     batches = prepared.validation_batches(context_length=64, num_tokens=128, batch_size=2)
     with torch.no_grad():
@@ -171,11 +171,10 @@ def test_every_command_works_on_an_import(case, make_folder, answer, tmp_path):
     training = "--set=distillation.training."
     sizes = [f"{training}num_tokens_per_step=128", f"{training}num_validation_tokens=128"]
     student_options = [
-        "--drop-layers=1",
+        "--schedule=0,x,0,0",
         "--steps=2",
         "--local",
         "--name=small",
-        calibration,
         *sizes,
     ]
     (student,) = answer("distill", "full", *student_options)["students"]

@@ -89,7 +89,7 @@ def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announ
     assert open_model("levels", workspace, with_corrections=True).path == levels
     assert newest(with_corrections=True).path == teacher
     assert newest().path == levels
-    picked = Picked(sweep="s", checkpoint=str(teacher), schedule=(1, 0), time=50.0)
+    picked = Picked(sweep="s", checkpoint=str(teacher), schedule="1,0", time=50.0)
     picked.write(workspace.picked)
     assert (newest().path, newest().schedule) == (teacher, IterationSchedule((1, 0)))
     models = open_models([], workspace, ["1", "2"], note=notes.append)

@@ -114,8 +114,11 @@ def test_of_a_model_without_corrections_each_whole_layer_is_measured(
     assert measured_or_stored(checkpoint, context, settings) == table
     result = InfluenceResult(checkpoint=checkpoint, table=table)
     assert [table.title for table in [*result.shown()][1:]] == [
-        f"Influence ({metric}, {table.num_tokens} tokens)"
+        f"Influence ({metric}, {table.num_tokens} tokens)",
+        "Schedules by threshold, as --schedule takes them",
     ]
+    assert result.schedules[0] == "0,0"
+    assert result.schedules[1] in ("x,0", "0,x")
     assert tuple(result.to_pandas()["block_influence"]) == table.layer_values
     assert "2 whole layers" in influence.summary(table)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from same_run import called_in_step, stop_at
 
 from orchestrator import cli
 from orchestrator.models.folder import load_config, load_provenance, weights_key
-from orchestrator.models.lookup import load_influence_table
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.training import (
     DistillResult,
@@ -30,10 +28,9 @@ from orchestrator.pipelines.training import (
     run_pretrain,
     run_trainings,
 )
-from orchestrator.records.influence import StoredInfluence
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.training.job import job_key, pretraining_job
+from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.files import write_text
@@ -252,8 +249,7 @@ def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
             students(context, teacher, tiny_tokens, "1", schedule)
     assert not context.workspace.trials.exists()
     (student,) = students(context, teacher, tiny_tokens, "1,0")
-    assert student.schedule == load_config(student.checkpoint).corrections
-    assert student.schedule.corrections == (1, 0)
+    assert student.schedule == str(load_config(student.checkpoint).corrections) == "1,0"
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
@@ -297,100 +293,67 @@ def test_a_schedule_is_refused_before_tokens_are_asked_for(context, teacher):
 # Students of fewer layers
 
 
-def set_importance(path: Path, *layers: float) -> None:
-    """Change the stored block influence of a teacher."""
-    stored = StoredInfluence.read(path)
-    assert stored is not None
-    table = replace(stored.table, layer_values=layers)
-    stored.model_copy(update={"table": table}).write(path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["iiet", "vanilla"])
-def test_a_student_drops_the_layers_of_least_influence(method, context, tiny_tokens, tracking):
+def test_a_student_leaves_layers_out_and_starts_with_those_that_stay(
+    method, context, tiny_tokens, tracking
+):
     tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
     (trained,) = train({"teacher": settings(method)}, context, tokens).values()
     teacher = trained.checkpoint
 
-    def plan() -> TrainingPlan:
+    def plan(**options: Any) -> TrainingPlan:
         return plan_distill(
-            settings(), workspace=context.workspace, drop_layers=1, teacher=teacher, local=True
+            settings(),
+            workspace=context.workspace,
+            schedules=["x,0"],
+            teacher=teacher,
+            local=True,
+            **options,
         )
 
     before = sorted(context.workspace.root.rglob("*"))
-    unknown = plan()
+    planned = plan()
     assert sorted(context.workspace.root.rglob("*")) == before, "a plan only reads"
-    (student,) = unknown.to_json()["students"]
-    assert student["dropped_layers"] is None
-    assert "is not measured" in student["state"]
-    assert student["price"]["num_tokens"] == 6 * 64
-    [(label, bound)] = unknown.jobs.items()
-    assert label == "1 of 2 layers"
-
-    (student_of_trials,) = run_distill(unknown, context).students
-    table = load_influence_table(teacher)
-    assert table is not None
-    least = min(range(2), key=lambda layer: table.layer_values[layer])
-    known = plan()
-    assert known.dropped_layers == (least + 1,)
-    [(known_label, job)] = known.jobs.items()
-    assert known.state(known_label).startswith("finished")
-    assert job.kept_layers == (1 - least,)
+    (student,) = planned.to_json()["students"]
+    assert student["schedule"] == "x,0"
+    [job] = planned.jobs.values()
+    assert job.kept_layers == (1,)
     assert (job.model.num_layers, job.model.method) == (1, method)
     assert (job.objective, job.teacher_folder) == ("distill", str(teacher))
-    assert known.price.num_tokens == 0
-    assert student_of_trials.checkpoint.parent == context.workspace.trials / job_key(job)
-    assert load_config(student_of_trials.checkpoint).num_layers == 1
-    assert load_provenance(student_of_trials.checkpoint)["kept_layers"] == [1 - least]
+
+    (distilled,) = run_distill(planned, context).students
+    assert distilled.schedule == "x,0"
+    assert load_config(distilled.checkpoint).num_layers == 1
+    assert load_provenance(distilled.checkpoint)["kept_layers"] == [1]
     (run,) = [run for run in tracking.published if run.kind == "distill"][-1:]
-    assert run.params["kept_layers"] == str(1 - least)
-    assert run_distill(known, context).students == [student_of_trials], "it is found again"
-
-    named_plan = plan_distill(
-        settings(),
-        workspace=context.workspace,
-        drop_layers=1,
-        teacher=teacher,
-        name="smaller",
-        local=True,
-    )
-    (smaller,) = run_distill(named_plan, context).students
-    assert smaller.checkpoint.parent == context.workspace.runs / "smaller"
-    assert weights_key(smaller.checkpoint) == weights_key(student_of_trials.checkpoint)
-
-    # Another influence is another student.
-    set_importance(known.layers.path, *(0.9 if layer == least else 0.1 for layer in range(2)))
-    changed_plan = plan()
-    assert changed_plan.dropped_layers == (2 - least,)
-    assert job_key(next(iter(changed_plan.jobs.values()))) != job_key(job)
-    assert bound.model.num_layers == 1
+    assert run.params["kept_layers"] == "1"
+    assert run_distill(plan(), context).students == [distilled], "it is found again"
+    (named,) = run_distill(plan(name="smaller"), context).students
+    assert named.checkpoint.parent == context.workspace.runs / "smaller"
+    assert weights_key(named.checkpoint) == weights_key(distilled.checkpoint)
 
 
-def test_layers_that_cannot_be_dropped_are_refused_by_the_name_of_the_option(context, tiny_tokens):
+def test_schedules_that_leave_out_too_much_are_refused(context, tiny_tokens):
     tokens = shutil.copytree(tiny_tokens, context.workspace.tokens / tiny_tokens.name)
-    models = {"teacher": settings(), "looped": settings("looped")}
-    trained = train(models, context, tokens)
+    (trained,) = train({"teacher": settings()}, context, tokens).values()
 
-    def plan(*changes: str, teacher: str = "teacher", **options: Any) -> TrainingPlan:
-        changed = resolve_settings(settings().model_dump(mode="json"), changes)
+    def plan(*changes: str, schedules: tuple[str, ...] = ("x,0",)) -> TrainingPlan:
         return plan_distill(
-            changed,
+            resolve_settings(settings().model_dump(mode="json"), changes),
             workspace=context.workspace,
-            teacher=trained[teacher].checkpoint,
-            **{"drop_layers": 1, **options},
+            teacher=trained.checkpoint,
+            schedules=schedules,
         )
 
-    for number in (0, 2):
-        with pytest.raises(UserError, match=rf"^--drop-layers {number}: of the 2 layers"):
-            plan(drop_layers=number)
-    with refused(UserError, "--drop-layers 1", "--schedule 1"):
-        plan(schedules=["1"])
-    with pytest.raises(UserError, match=r"--schedule .*--drop-layers"):
-        plan(drop_layers=None)
-    with refused(UserError, "--drop-layers", "distillation.control=pruned"):
+    with refused(UserError, "--schedule"):
+        plan(schedules=())
+    for schedule in ("x,x", "x,0,0", "x,9"):
+        with refused(UserError, "--schedule"):
+            plan(schedules=(schedule,))
+    with refused(UserError, "distillation.control=pruned"):
         plan("distillation.control=pruned")
-    with refused(UserError, "--drop-layers", "distillation.hidden_weight=0.5"):
+    with refused(UserError, "distillation.hidden_weight=0.5", "x,0"):
         plan("distillation.hidden_weight=0.5")
-    with refused(UserError, "stack"):
-        plan(teacher="looped")
-    assert next(iter(plan("distillation.control=scratch").jobs.values())).kept_layers is None
+    scratch = plan("distillation.control=scratch")
+    assert next(iter(scratch.jobs.values())).kept_layers is None, "random weights keep none"

@@ -64,4 +64,4 @@ def test_a_command_takes_one_schedule(workspace):
         "--dry-run", "--json",
     ]  # fmt: skip
     planned = json.loads(run_here(*words[:3], *sizes, workspace=workspace.root))
-    assert planned["schedule"] == [1, 0]
+    assert planned["schedule"] == "1,0"

@@ -121,7 +121,7 @@ def test_flatten_returns_every_leaf():
 def test_a_file_is_blamed_for_its_own_problems_only(tmp_path):
     path = tmp_path / "mine.yaml"
     changes: list[tuple[dict[str, Any], bool]] = [
-        ({"assignments": ["sweep.num_schedules=0"]}, False),
+        ({"assignments": ["sweep.num_schedules=1"]}, False),
         ({"options": {"training.learning_rate": -1}}, False),
         ({}, True),
         ({"assignments": ["training.batch_size=3"]}, False),

@@ -16,12 +16,15 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepTrials
 from orchestrator.settings import DistillationSettings, resolve_settings
 from orchestrator.sweeping.plan import students_plan
+from orchestrator.sweeping.student_schedules import (
+    StudentSchedule,
+    choose_members,
+    student_schedule,
+)
 from orchestrator.sweeping.students import (
     Students,
-    choose_members,
     distillation_job,
     most_students,
-    student_config,
     student_job,
 )
 from orchestrator.training.job import finished_outcome
@@ -143,12 +146,12 @@ def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_ke
 
 
 def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, teacher):
-    config = replace(load_config(teacher), schedule=IterationSchedule((1, 0)))
+    schedule = IterationSchedule((1, 0))
     kinds = {}
     sections = set()
     for control in ("distill", "cross_entropy", "pruned", "scratch"):
         settings = DistillationSettings.model_validate({"control": control})
-        job = student_job(settings, teacher=teacher, config=config, tokens_folder="t")
+        job = student_job(settings, teacher=teacher, schedule=schedule, tokens_folder="t")
         if job:
             kinds[control] = job.objective, bool(job.teacher_folder), bool(job.initial_folder)
             sections.add(job.section)
@@ -176,16 +179,16 @@ def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, 
 
 def test_finished_weights_are_found_whatever_they_were_trained_for(students, space):
     assignments = [*SMALL, "distillation.control=scratch"]
-    member = FamilyMember(IterationSchedule((2, 1)), 0.0, 1.0)
-    usual = students(*assignments).student(member)
+    student = StudentSchedule(FamilyMember(IterationSchedule((2, 1)), 0.0, 1.0))
+    usual = students(*assignments).student(student)
     assert Path(usual.folder).parent == space.trials
     run_job(usual.job.model_copy(update={"run_folder": str(space.runs / "mine")}))
-    student = students(*assignments).student(member)
-    assert (student.key, student.folder) == (usual.key, str(space.runs / "mine"))
-    assert finished_outcome(student.job), "nothing is left to train"
+    found = students(*assignments).student(student)
+    assert (found.key, found.folder) == (usual.key, str(space.runs / "mine"))
+    assert finished_outcome(found.job), "nothing is left to train"
     # What was begun in its usual place goes on there.
     run_job(usual.job, should_stop=lambda: True)
-    assert students(*assignments).student(member).folder == usual.folder
+    assert students(*assignments).student(student).folder == usual.folder
 
 
 # Elastic weights
@@ -229,8 +232,8 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(space, teacher, tin
     def job(schedule: str, *changes: str) -> TrainingJob:
         family = "distillation.training.elastic.schedules=['1,0']"
         settings = resolve_settings({}, [*SMALL, family, *changes])
-        config = student_config(teacher, schedule)
-        return distillation_job(settings, space, teacher, config, tiny_tokens)
+        student = student_schedule(schedule, load_config(teacher).corrections, "--schedule")
+        return distillation_job(settings, space, teacher, student, tiny_tokens)
 
     distilled = job("2,1", "distillation.kl_weight=2")
     assert (distilled.objective, distilled.teacher_folder) == ("distill", str(teacher))

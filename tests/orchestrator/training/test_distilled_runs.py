@@ -11,8 +11,8 @@ import pytest
 import torch
 from same_run import curve
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob
@@ -46,7 +46,7 @@ def student(tmp_path, tiny_tokens, tiny_model, teacher) -> MakeJob:
         job = student_job(
             DistillationSettings(training=recipe, **more),
             teacher=teacher,
-            config=ModelConfig.from_dict({**tiny_model, "schedule": schedule}),
+            schedule=IterationSchedule(schedule),
             tokens_folder=str(tiny_tokens),
         )
         assert job

@@ -1,0 +1,311 @@
+"""The schedules of a teacher's students: those that influence chooses, and those that a user names.
+
+A schedule may leave layers out (`x`). `uniform`, `reversed` and `random*5` stand for controls of
+the schedules that influence chooses, each at the same number of field evaluations (NFE): a front
+then shows what influence is worth against a choice without it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from iiet.config import ModelConfig
+from iiet.pruning import (
+    Cost,
+    FamilyMember,
+    InfluenceTable,
+    ScheduleFamily,
+    knapsack,
+    num_evaluations,
+    schedule_family,
+    spread_over_cost,
+)
+from iiet.schedule import LEFT_OUT, IterationSchedule, ScheduleLike
+from orchestrator.settings import SweepSettings
+from orchestrator.terminal.render import format_count
+from orchestrator.workspace.errors import UserError
+
+_RANDOM = re.compile(r"random(?:\*([1-9][0-9]?))?")
+"""How users write controls that are drawn: `random`, `random*5`."""
+
+
+@dataclass(frozen=True)
+class StudentSchedule:
+    """The schedule of a student, and how it was chosen."""
+
+    member: FamilyMember
+    """The schedule, relative to the teacher, with the thresholds that give it."""
+    choice: str = ""
+    """`uniform`, `reversed` or `random 1` for a control, `own` for a schedule of the user; empty if
+    influence has chosen it."""
+
+    @classmethod
+    def of(cls, schedule: IterationSchedule, choice: str = "") -> StudentSchedule:
+        """Return a schedule that no threshold has chosen."""
+        return cls(FamilyMember(schedule, math.nan, math.nan), choice)
+
+    @property
+    def schedule(self) -> IterationSchedule:
+        """The schedule, relative to the teacher."""
+        return self.member.schedule
+
+    @property
+    def label(self) -> str:
+        """How tables call the student: by its schedule, or of many layers by their number."""
+        if not self.choice:
+            return self.schedule.label()
+        if self.choice == "own":
+            return str(self.schedule)
+        return f"{self.schedule.label()}, {self.choice}"
+
+
+def most_left_out(sweep: SweepSettings, teacher: ModelConfig) -> int:
+    """Return how many layers of a teacher its students leave out at most.
+
+    Raises:
+        UserError: If the setting leaves no layer.
+    """
+    num_layers = teacher.num_layers
+    number = sweep.leave_out_layers
+    if number is None:
+        return 0 if sum(teacher.corrections) else num_layers // 2
+    if number == "none":
+        return 0
+    if number == "all":
+        return num_layers - 1
+    if number >= num_layers:
+        raise UserError(
+            f"sweep.leave_out_layers={number}: the teacher has "
+            f"{format_count(num_layers, 'layer')}, and one must stay; set it to at most "
+            f"{num_layers - 1}"
+        )
+    return number
+
+
+def cheapest_schedule(full: ModelConfig, max_left_out: int) -> IterationSchedule:
+    """Return a schedule of the fewest evaluations: no corrections, and as many layers left out as
+    may be."""
+    num_kept = full.num_layers - max_left_out
+    return IterationSchedule((0,) * num_kept + (LEFT_OUT,) * max_left_out)
+
+
+def num_named(sweep: SweepSettings, num_chosen: int) -> int:
+    """Return how many schedules `sweep.schedules` stands for, beside chosen ones, at most."""
+    number = 0
+    for text in map(str, sweep.schedules):
+        drawn = _RANDOM.fullmatch(text)
+        if drawn:
+            number += num_chosen * int(drawn[1] or 1)
+        else:
+            number += num_chosen if text in ("uniform", "reversed") else 1
+    return number
+
+
+def choose_schedules(
+    influence: InfluenceTable,
+    sweep: SweepSettings,
+    *,
+    cost: Cost = num_evaluations,
+    max_left_out: int = 0,
+) -> tuple[StudentSchedule, ...]:
+    """Return the schedules of a sweep's students, costliest first, each once.
+
+    Args:
+        influence: The teacher's table.
+        sweep: Thresholds, budgets or a number of schedules; the selection; and the user's own.
+        cost: Unit of the budgets, and the scale over which schedules are spread.
+        max_left_out: Most layers that a student leaves out.
+
+    Raises:
+        UserError: If no correction matters more than another, so that none can be chosen, or a
+            schedule of the user does not fit the teacher.
+    """
+    members = choose_members(influence, sweep, cost=cost, max_left_out=max_left_out)
+    chosen = [StudentSchedule(member) for member in members]
+    full = influence.schedule
+    for text in sweep.schedules:
+        chosen += _named_schedules(str(text), full, members, max_left_out)
+    # The first way in which a schedule was chosen names it.
+    by_schedule: dict[IterationSchedule, StudentSchedule] = {}
+    for student in chosen:
+        by_schedule.setdefault(student.schedule, student)
+    return tuple(
+        sorted(by_schedule.values(), key=lambda student: cost(student.schedule), reverse=True)
+    )
+
+
+def choose_members(
+    influence: InfluenceTable,
+    sweep: SweepSettings,
+    *,
+    cost: Cost = num_evaluations,
+    max_left_out: int = 0,
+) -> tuple[FamilyMember, ...]:
+    """Return the schedules that influence chooses, costliest first, each once.
+
+    Returns:
+        Members with the thresholds that give them; those of a knapsack have none (NaN).
+
+    Raises:
+        UserError: If nothing matters more than anything else, so that none can be chosen.
+    """
+    if sweep.schedule_choice == "num_schedules" and sweep.num_schedules == 0:
+        return ()
+    rows = influence.evaluation_rows if max_left_out else influence.value_rows
+    values = [value for row in rows for value in row]
+    if len(set(values)) == 1 and (len(values) > 1 or values[0] == 0.0):
+        evaluations = format_count(len(values), "evaluation" if max_left_out else "correction")
+        raise UserError(
+            f"influence.metric={influence.metric}: the influence of all that the teacher's "
+            f"students could leave out ({evaluations}) is {values[0]:g}, so nothing of it matters "
+            "yet; train the teacher further, or with a higher training.gate_rate_factor"
+        )
+    family = schedule_family(influence, max_left_out=max_left_out)
+    if not influence.schedule.num_corrections:
+        # A student of all layers of a plain model is that model, which stands beside the front.
+        family = ScheduleFamily(member for member in family if member.schedule.left_out_layers)
+    if sweep.schedule_choice == "thresholds":
+        schedules = {
+            member.schedule
+            for threshold in sweep.thresholds
+            for member in family
+            if member.threshold_above < threshold <= member.threshold_up_to
+        }
+    elif sweep.schedule_choice == "budgets":
+        schedules = {family.within_cost(budget, cost) for budget in sweep.budgets}
+    else:
+        number = min(sweep.num_schedules, len(family))
+        schedules = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
+    chosen = tuple(member for member in family if member.schedule in schedules)
+    if sweep.selection != "knapsack":
+        return chosen
+    # The best schedule under each budget, or else at the cost of each chosen member.
+    if sweep.schedule_choice == "budgets":
+        budgets = sorted(sweep.budgets, reverse=True)
+    else:
+        budgets = [cost(member.schedule) for member in chosen]
+    best = [knapsack(influence, budget, cost=cost, max_left_out=max_left_out) for budget in budgets]
+    return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
+
+
+# What a user names
+
+
+def _named_schedules(
+    text: str, full: IterationSchedule, members: Sequence[FamilyMember], max_left_out: int
+) -> Iterator[StudentSchedule]:
+    """Yield the schedules that one entry of `sweep.schedules` stands for.
+
+    Raises:
+        UserError: If it does not fit the teacher.
+    """
+    drawn = _RANDOM.fullmatch(text)
+    if text not in ("uniform", "reversed") and not drawn:
+        schedule = student_schedule(text, full, "sweep.schedules")
+        yield StudentSchedule.of(schedule, "own")
+        return
+    for member in members:
+        num_kept_evaluations = member.schedule.num_evaluations
+        if text == "uniform":
+            controls = [uniform_schedule(full, num_kept_evaluations)]
+        elif text == "reversed":
+            controls = [_reversed_schedule(member.schedule, full)]
+        else:
+            assert drawn is not None, "the only other form"
+            controls = [
+                random_schedule(full, num_kept_evaluations, max_left_out, seed=seed)
+                for seed in range(int(drawn[1] or 1))
+            ]
+        for number, schedule in enumerate(controls, start=1):
+            choice = f"random {number}" if drawn else text
+            yield StudentSchedule.of(schedule, choice)
+
+
+def student_schedule(
+    text: ScheduleLike, full: IterationSchedule, setting: str
+) -> IterationSchedule:
+    """Read a schedule that is relative to a teacher, as a user writes it.
+
+    Args:
+        setting: The setting or option that holds it.
+
+    Raises:
+        UserError: If it has another number of layers, or asks for more corrections.
+    """
+    try:
+        schedule = IterationSchedule.parse(text, num_layers=full.num_layers)
+    except ValueError as error:
+        raise UserError(f"{setting}: {error}") from None
+    if not schedule.is_within(full):
+        raise UserError(
+            f"{setting}: the schedule {schedule} asks for more corrections than the teacher makes, "
+            f"{full}"
+        )
+    return schedule
+
+
+def uniform_schedule(full: IterationSchedule, num_evaluations: int) -> IterationSchedule:
+    """Return the most even schedule of a number of field evaluations within a full one.
+
+    All layers get one evaluation after another; where the rest is not enough for all, evenly spaced
+    layers get it. With fewer evaluations than layers, evenly spaced layers stay.
+    """
+    evaluations = [0] * full.num_layers
+    num_left = num_evaluations
+    while num_left:
+        open_layers = [layer for layer, most in enumerate(full) if evaluations[layer] < 1 + most]
+        number = min(num_left, len(open_layers))
+        for layer in _evenly_spaced(open_layers, number):
+            evaluations[layer] += 1
+        num_left -= number
+    return _schedule_of(evaluations)
+
+
+def _evenly_spaced(layers: Sequence[int], number: int) -> list[int]:
+    """Choose layers from the first to the last one; of one, the first."""
+    steps = max(1, number - 1)
+    return [
+        layers[(2 * place * (len(layers) - 1) + steps) // (2 * steps)] for place in range(number)
+    ]
+
+
+def random_schedule(
+    full: IterationSchedule, num_evaluations: int, max_left_out: int, *, seed: int
+) -> IterationSchedule:
+    """Draw a schedule of a number of field evaluations within a full one.
+
+    Layers that must stay are drawn first; then each further evaluation goes to a layer that is
+    drawn among those that may make more.
+    """
+    draw = random.Random(f"{seed} {num_evaluations} {full}")
+    evaluations = [0] * full.num_layers
+    num_staying = min(num_evaluations, full.num_layers - max_left_out)
+    for layer in draw.sample(range(full.num_layers), num_staying):
+        evaluations[layer] = 1
+    for _ in range(num_evaluations - num_staying):
+        open_layers = [layer for layer, most in enumerate(full) if evaluations[layer] < 1 + most]
+        evaluations[draw.choice(open_layers)] += 1
+    return _schedule_of(evaluations)
+
+
+def _schedule_of(evaluations: Sequence[int]) -> IterationSchedule:
+    return IterationSchedule(tuple(number - 1 if number else LEFT_OUT for number in evaluations))
+
+
+def _reversed_schedule(schedule: IterationSchedule, full: IterationSchedule) -> IterationSchedule:
+    """Return a schedule with the layers in reversed order.
+
+    Raises:
+        UserError: If the teacher's own schedule does not allow it.
+    """
+    turned = IterationSchedule(schedule.corrections[::-1])
+    if not turned.is_within(full):
+        raise UserError(
+            f"sweep.schedules=reversed: {schedule} reversed is {turned}, which asks for more "
+            f"corrections than the teacher makes, {full}; leave it out"
+        )
+    return turned
