@@ -27,6 +27,8 @@ _MODEL_WITH_COUNT = re.compile(
 """How users write a model with its corrections: `r = 3`, `other, r = 3..0`, `pcformer, level 0`."""
 _WITH_LAYERS = re.compile(r"(?P<model>.+), [1-9][0-9,]* layers?")
 """A model with its number of layers: `vanilla, 8 layers`, `r = 3, 1 layer`."""
+_SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%")
+"""A share of the teacher's cost: `80%`."""
 
 MIN_GPU_SHARE = 0.01
 """Smallest share of a GPU that a trial may ask for."""
@@ -70,6 +72,14 @@ def _refuse_duplicates(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
+def _refuse_no_share(text: str) -> str:
+    share = _SHARE.fullmatch(text)
+    if not share or not 0 < float(share[1]) <= 100:
+        raise ValueError(f"{quoted(text)} is no share of the teacher's cost; write 80%")
+    return text
+
+
+Budget = StrictFloat | Annotated[str, AfterValidator(_refuse_no_share)]
 ModelName = Annotated[str, AfterValidator(_refuse_unknown_model)]
 DeepModelName = Annotated[str, AfterValidator(partial(_refuse_unknown_model, may_have_layers=True))]
 _Rate = Annotated[StrictFloat, Field(gt=0)]
@@ -97,18 +107,17 @@ class SweepSettings(Section):
     leave_out_layers: Annotated[StrictInt, Field(ge=0)] | Literal["all", "none"] | None = None
     """Most layers that a student leaves out: a number, `all` (all but one) or `none` (default: half
     of the layers if the teacher makes no corrections, and none if it makes some)."""
-    layer_controls: StrictBool = False
-    """Distill also a student of evenly spaced layers for each number of layers that is left."""
     thresholds: tuple[StrictFloat, ...] = ()
     """Thresholds to use instead; those that give the same schedule are one trial."""
-    budgets: tuple[StrictFloat, ...] = ()
-    """Budgets to use instead: for each, the schedule with the most influence that costs no more."""
+    budgets: tuple[Budget, ...] = ()
+    """Budgets to use instead, as numbers or as shares of the teacher's cost (`80%`): for each, the
+    schedule with the most influence that costs no more."""
     budget_unit: Annotated[
         BudgetUnit,
         AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
     ] = "evaluations"
     """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
-    FLOPs or KV bytes per token."""
+    FLOPs or KV bytes per token, or parameters, which corrections do not change."""
     selection: Selection = "threshold"
     """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
     cost."""

@@ -35,8 +35,8 @@ from orchestrator.settings import (
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
-from orchestrator.sweeping.student_schedules import cheapest_schedule, most_left_out
-from orchestrator.terminal.metrics import COSTS, METRICS
+from orchestrator.sweeping.student_schedules import budget_costs, cheapest_schedule, most_left_out
+from orchestrator.terminal.metrics import BUDGET_METRICS, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import sequences_per_step
@@ -306,7 +306,7 @@ def check_named_baselines(
 def schedule_cost(unit: str, full: ModelConfig) -> Cost:
     """Return the function that computes the cost per token of a model's schedules.
 
-    Its unit is `evaluations`, `flops` or `kv` (bytes).
+    Its unit is `evaluations`, `flops`, `kv` (bytes) or `parameters`.
     """
     if unit == "evaluations":
         return num_evaluations
@@ -314,7 +314,7 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
     @lru_cache
     def cost_of(schedule: IterationSchedule) -> float:
         cost = inference_cost(full, schedule)
-        return float(getattr(cost, METRICS[COSTS[unit]].counted_as))
+        return float(getattr(cost, METRICS[BUDGET_METRICS[unit]].counted_as))
 
     return cost_of
 
@@ -387,8 +387,15 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
             "sweep.elastic: elastic weights serve schedules of one set of layers; set "
             "sweep.leave_out_layers=none, or leave sweep.elastic out"
         )
-    least = schedule_cost(sweep.budget_unit, full)(cheapest_schedule(full, max_left_out))
-    if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
+    cost = schedule_cost(sweep.budget_unit, full)
+    least = cost(cheapest_schedule(full, max_left_out))
+    allowed_costs = budget_costs(sweep, cost(full.corrections))
+    short = [
+        f"{budget:g}" if isinstance(budget, float) else budget
+        for budget, allowed in zip(sweep.budgets, allowed_costs, strict=True)
+        if allowed < least
+    ]
+    if short:
         raise UserError(
             f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
             f"the cheapest costs {least:,.10g}"

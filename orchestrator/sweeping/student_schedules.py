@@ -138,6 +138,18 @@ def choose_schedules(
     )
 
 
+def budget_costs(sweep: SweepSettings, full_cost: float) -> list[float]:
+    """Return the budgets of a sweep in their unit.
+
+    Args:
+        full_cost: What the teacher costs, of which some budgets are shares.
+    """
+    return [
+        full_cost * float(budget.removesuffix("%")) / 100 if isinstance(budget, str) else budget
+        for budget in sweep.budgets
+    ]
+
+
 def choose_members(
     influence: InfluenceTable,
     sweep: SweepSettings,
@@ -176,7 +188,10 @@ def choose_members(
             if member.threshold_above < threshold <= member.threshold_up_to
         }
     elif sweep.schedule_choice == "budgets":
-        schedules = {family.within_cost(budget, cost) for budget in sweep.budgets}
+        schedules = {
+            family.within_cost(budget, cost)
+            for budget in budget_costs(sweep, cost(influence.schedule))
+        }
     else:
         number = min(sweep.num_schedules, len(family))
         schedules = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
@@ -185,7 +200,7 @@ def choose_members(
         return chosen
     # The best schedule under each budget, or else at the cost of each chosen member.
     if sweep.schedule_choice == "budgets":
-        budgets = sorted(sweep.budgets, reverse=True)
+        budgets = sorted(budget_costs(sweep, cost(influence.schedule)), reverse=True)
     else:
         budgets = [cost(member.schedule) for member in chosen]
     best = [knapsack(influence, budget, cost=cost, max_left_out=max_left_out) for budget in budgets]

@@ -19,7 +19,7 @@ CostName = Literal["nfe", "flops", "ms", "kv", "evaluations"]
 """Values of the option `--cost`; a test compares them with the table."""
 QualityName = Literal["accuracy", "bits", "perplexity", "loss"]
 """Values of the option `--quality`."""
-BudgetUnit = Literal["nfe", "evaluations", "flops", "kv"]
+BudgetUnit = Literal["nfe", "evaluations", "flops", "kv", "parameters"]
 """The costs that follow from a model's shape and schedule."""
 
 COST = "cost/"
@@ -218,6 +218,13 @@ COSTS = _by_option(COST)
 """Value of the option `--cost` -> tracked name."""
 QUALITIES = _by_option(QUALITY)
 """Value of the option `--quality` -> tracked name."""
+BUDGET_METRICS = {
+    "evaluations": NFE,
+    "flops": FLOPS,
+    "kv": KV_BYTES,
+    "parameters": NUM_PARAMETERS,
+}
+"""Unit of a budget -> tracked name."""
 OVERHEADS = {
     NFE: (OVERHEAD_NFE, OVERHEAD_NFE_SHARE),
     DECODE_MS: (OVERHEAD_MS, OVERHEAD_MS_SHARE),

@@ -15,7 +15,7 @@ from small_size import SMALL
 from orchestrator import cli
 from orchestrator.cli.command import SettingOption
 from orchestrator.settings import SearchSettings, Section, Settings, SweepSettings, find_field
-from orchestrator.terminal.metrics import COSTS, METRICS, QUALITIES
+from orchestrator.terminal.metrics import BUDGET_METRICS, METRICS, NFE, QUALITIES
 from orchestrator.workspace.errors import UserError
 
 COMMANDS = all_commands()
@@ -102,7 +102,7 @@ def test_options_change_their_settings(settings_of, tmp_path):
     assert objectives < set(QUALITIES.values())
     assert settings_of("sweep-threshold", "full", "--search", "5", *where).sweep.kind == "search"
     for unit in allowed(SweepSettings, "budget_unit"):
-        assert METRICS[COSTS[unit]].counted_as, (
+        assert METRICS[BUDGET_METRICS.get(unit, NFE)].counted_as, (
             "schedules are compared before any model is measured"
         )
     for unit in ("nfe", "evaluations"):
