@@ -268,3 +268,37 @@ def test_it_becomes_iterative_and_still_answers(walk):
         writer = TextGenerator(open_model(checkpoint, schedule=schedule))
         prompts = writer.texts_to_continue(["What is the capital of France?"], chat=True)
         assert "Paris" in "".join(writer.stream(*prompts, Sampling(max_new_tokens=24)))
+
+
+FEWER_LAYERS = (
+    "iiet-orch sweep-threshold smollm2 --json --trials-at-once 1 --budgets 27,24 "
+    "--set influence.num_tokens=1024 --set distillation.training.num_steps=10 "
+    "--set distillation.training.sequence_length=256 --set evaluation.sequence_length=256 "
+    "--set distillation.training.num_tokens_per_step=256 --set evaluation.num_items=20 "
+    "--set distillation.training.num_validation_tokens=256 --set evaluation.limit=20"
+)
+"""Students of 27 and 24 of the 30 layers."""
+
+
+@pytest.mark.timeout(3600)  # A quarter of an hour on two idle cores, and setup counts.
+def test_it_becomes_cheaper_by_leaving_layers_out(walk):
+    write_texts(walk.folder / "my-texts")
+    walk.run(TRAINING_LINES[0])
+    distilled = json.loads(walk.run(f"{FEWER_LAYERS} --name cheaper"))["results"]
+    layers = {result["name"]: result["num_layers"] for result in distilled}
+    assert layers == {
+        "teacher": 30, "27 of 30 layers": 27, "24 of 30 layers": 24, "teacher, trained further": 30,
+    }  # fmt: skip
+
+    pruned = json.loads(walk.run(f"{FEWER_LAYERS} --name pruned --control pruned -r uniform"))
+    losses = {
+        result["name"]: result["quality/validation_loss"]
+        for result in pruned["results"]
+        if result["role"] == "trial"
+    }
+    for number in (27, 24):
+        chosen = losses[f"{number} of 30 layers, pruned"]
+        evenly_spaced = losses[f"{number} of 30 layers, uniform, pruned"]
+        assert chosen < evenly_spaced, (
+            "layers chosen by the loss are better than evenly spaced ones"
+        )
