@@ -396,6 +396,7 @@ def _one_at_a_time(
     if stored is not None and stored.key == plan.key:
         rounds = [LeavingRound.from_dict(values) for values in stored.rounds]
     num_leaving = plan.num_layers - 1  # One stays.
+    is_noted = False
     progress.start("layers, one at a time", num_leaving * len(batches))
     for leaving in leave_out_one_at_a_time(
         decoder,
@@ -407,7 +408,12 @@ def _one_at_a_time(
     ):
         rounds.append(leaving)
         stored_rounds = tuple(leaving.to_dict() for leaving in rounds)
-        StoredRounds(key=plan.key, rounds=stored_rounds).write(path)
+        try:
+            StoredRounds(key=plan.key, rounds=stored_rounds).write(path)
+        except OSError as error:  # The table needs no file.
+            if not is_noted:
+                progress.note(f"cannot store the rounds beside the weights: {error}")
+            is_noted = True
         end_if_stop_requested()
     return table_of_rounds(table, rounds)
 

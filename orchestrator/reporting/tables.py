@@ -8,8 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import MAX_TIME_SPREAD, Front, Row, known, relative_time_spread
+from orchestrator.records.trial import SOURCE, Trial
+from orchestrator.reporting.front import (
+    MAX_TIME_SPREAD,
+    Front,
+    Row,
+    known,
+    relative_time_spread,
+    retention_reference,
+)
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
 from orchestrator.reporting.retention import loss_text, lost_words, retention_verdict
 from orchestrator.reporting.sections import Column, Table, TableRow
@@ -177,7 +184,9 @@ def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -
     )
     columns.append((Column(f"vs {full}", 6), difference))
     columns.append((Column("retention", 1, is_text=True), retention))
-    columns.append((Column("lost against source", 7, is_text=True), lost))
+    reference = retention_reference(front)
+    role = reference["role"] if reference else SOURCE
+    columns.append((Column(f"lost against {role}", 7, is_text=True), lost))
     columns.append((Column(f"P({DEMANDED_SHARE:.0%})", 8), keeps))
     columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))

@@ -68,7 +68,8 @@ class ScheduleSearch:
             if most > self._least
         }
         self._trials = {
-            IterationSchedule.parse(trial.schedule_text, num_layers=len(full)): trial
+            # A plain model of all layers has no text.
+            IterationSchedule.parse(trial.schedule_text or full, num_layers=len(full)): trial
             for trial in plan.trials
             if trial.role == "trial"
         }
@@ -93,7 +94,9 @@ class ScheduleSearch:
     @property
     def num_wanted(self) -> int:
         """Largest number of schedules that the search suggests, over all restarts."""
-        return min(self._settings.num_trials, self.num_schedules - self._num_family)
+        known = [*self._trials][: self._num_family]
+        num_known = sum(map(self._is_searched, known))
+        return min(self._settings.num_trials, self.num_schedules - num_known)
 
     @property
     def num_left(self) -> int:
@@ -212,7 +215,7 @@ class ScheduleSearch:
         for schedule, trial in self._trials.items():
             result = results.get(trial.key)
             values = self._values(result) if result else None
-            if values and schedule not in entered:
+            if values and schedule not in entered and self._is_searched(schedule):
                 self._study.add_trial(
                     create_trial(
                         params=self._point(schedule),
@@ -243,10 +246,16 @@ class ScheduleSearch:
         plain teacher."""
         layers = range(len(self._full))
         counts = tuple(stored.params.get(_layer_name(layer), 0) for layer in layers)
-        is_teacher = not self._full.num_corrections and counts == self._full.corrections
-        if is_teacher or counts.count(LEFT_OUT) > self._max_left_out:
+        if counts.count(LEFT_OUT) == len(counts):
             return None
-        return IterationSchedule(counts)
+        schedule = IterationSchedule(counts)
+        return schedule if self._is_searched(schedule) else None
+
+    def _is_searched(self, schedule: IterationSchedule) -> bool:
+        """Return whether the search may suggest a schedule; a user's own may leave out more layers,
+        or none of a plain teacher."""
+        is_teacher = not self._full.num_corrections and schedule == self._full
+        return not is_teacher and len(schedule.left_out_layers) <= self._max_left_out
 
     def _point(self, schedule: IterationSchedule) -> dict[str, int]:
         return {

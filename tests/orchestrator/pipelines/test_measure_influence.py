@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from orchestrator.models.load import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
+from orchestrator.records.influence import StoredRounds
 from orchestrator.settings import InfluenceSettings, Settings
-from orchestrator.workspace.errors import UserError
+from orchestrator.terminal.stop import stop_when
+from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import Workspace
 
 SETTINGS = InfluenceSettings(num_tokens=512)
@@ -121,6 +124,65 @@ def test_of_a_model_without_corrections_each_whole_layer_is_measured(
     assert result.schedules[1] in ("x,0", "0,x")
     assert tuple(result.to_pandas()["block_influence"]) == table.layer_values
     assert "2 whole layers" in influence.summary(table)
+
+
+ONE_AT_A_TIME = InfluenceSettings(metric="loss", num_tokens=64, one_at_a_time=True)
+
+
+@pytest.fixture
+def plain_runs(make_checkpoint, tmp_path) -> list[Path]:
+    """Two checkpoints of one plain model of four layers."""
+    checkpoint = make_checkpoint(method="vanilla", schedule=None, num_layers=4)
+    copy = shutil.copytree(checkpoint.parent, tmp_path / "copy")
+    return [checkpoint, copy / checkpoint.name]
+
+
+def num_passes(checkpoint: Path, context: Context, settings: InfluenceSettings) -> int:
+    """Measure, and return how many passes that took; a stop may come after the first round."""
+    with noted_tokens() as read, suppress(Interrupted):
+        measured_or_stored(checkpoint, context, settings)
+    return len(read.others)
+
+
+def test_layers_that_leave_one_at_a_time_go_on_after_a_stop(plain_runs, context):
+    stopped, undisturbed = plain_runs
+    with stop_when(lambda: True):
+        num_before = num_passes(stopped, context, ONE_AT_A_TIME)
+    num_after = num_passes(stopped, context, ONE_AT_A_TIME)
+    num_undisturbed = num_passes(undisturbed, context, ONE_AT_A_TIME)
+    table = measured_or_stored(stopped, context, ONE_AT_A_TIME)
+    assert table == measured_or_stored(undisturbed, context, ONE_AT_A_TIME)
+    # What no round has stored, the table of all layers, is measured again.
+    num_of_table = num_passes(
+        undisturbed, context, ONE_AT_A_TIME.model_copy(update={"one_at_a_time": False})
+    )
+    assert num_before > num_of_table
+    assert num_before + num_after == num_undisturbed + num_of_table
+
+
+@pytest.mark.parametrize("change", [{"metric": "cosine"}, {"num_tokens": 128}])
+def test_rounds_of_another_metric_or_of_other_tokens_are_not_taken_over(
+    change, plain_runs, context
+):
+    stopped, undisturbed = plain_runs
+    with stop_when(lambda: True), pytest.raises(Interrupted):
+        measured_or_stored(stopped, context, ONE_AT_A_TIME)
+    changed = ONE_AT_A_TIME.model_copy(update=change)
+    assert num_passes(stopped, context, changed) == num_passes(undisturbed, context, changed)
+    table = measured_or_stored(stopped, context, changed)
+    assert table == measured_or_stored(undisturbed, context, changed)
+
+
+def test_rounds_that_cannot_be_stored_are_measured_all_the_same(plain_runs, context, monkeypatch):
+    def write(*_: object) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(StoredRounds, "write", write)
+    progress = KeptProgress()
+    context = untracked(context.workspace, progress)
+    measured_or_stored(plain_runs[0], context, ONE_AT_A_TIME)
+    [note] = progress.notes
+    assert "read-only" in note
 
 
 def test_a_model_of_other_tokens_is_refused(make_checkpoint, tiny_tokens, context):

@@ -19,11 +19,12 @@ from orchestrator.pipelines.models import plan_pick, run_pick
 from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.sweeps import SweepResult, run_sweep
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.retrofit import training_flops
 from orchestrator.sweeping.students import TEACHER_CONTINUED
 from orchestrator.training.trainer import run_job
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import Workspace
 
 RECIPE = {"num_steps": 3, "num_tokens_per_step": 64, "warmup_steps": 1, "num_validation_tokens": 64}
@@ -151,6 +152,30 @@ def test_pruned_students_are_measured_in_the_teachers_checkpoint(trainings, work
     assert opened.decoder().config.num_layers == 3
     assert opened.label.endswith(f"r={pruned[1].teacher_schedule}")
     assert TEACHER_CONTINUED not in {trial.label for trial in result.trials}, "nothing is trained"
+
+
+@pytest.mark.slow
+def test_a_plain_sweep_that_is_stopped_trains_nothing_twice(trainings, workspace, monkeypatch):
+    ended: list[str] = []
+    is_stopped = False
+
+    def end(trial: Trial) -> Trial:
+        nonlocal is_stopped
+        if len(ended) == 2 and not is_stopped:
+            is_stopped = True
+            raise Interrupted("stopped")
+        ended.append(trial.key)
+        return finished(trial)
+
+    end_trials(monkeypatch, end)
+    with pytest.raises(Interrupted):
+        run(workspace)
+    result = run(workspace)
+    assert is_stopped
+    assert len(trainings) == 1
+    assert len(ended) == len(set(ended))
+    assert set(ended) == {trial.key for trial in result.trials}
+    assert [trial.role for trial in result.trials] == ["teacher", *["trial"] * 3, "baseline"]
 
 
 @pytest.mark.parametrize(

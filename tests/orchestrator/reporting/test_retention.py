@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 from rich.console import Console
 from sample_trials import sample_trial, with_items
 from stored_texts import assert_as_stored
@@ -19,7 +20,7 @@ from orchestrator.cli import main
 from orchestrator.pipelines.models import plan_pick
 from orchestrator.records.evaluation import BITS_METRIC, EvaluationResult, TaskResult
 from orchestrator.records.trial import Role, Trial
-from orchestrator.reporting.front import Front, FrontAxes, sweep_front
+from orchestrator.reporting.front import Front, FrontAxes, retention_reference, sweep_front
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.retention import Loss, loss_text
 from orchestrator.reporting.statistics import Interval, pair_scores
@@ -182,6 +183,7 @@ def test_what_is_not_known_is_said_and_not_picked(workspace):
     sweep.model_copy(update={"results": without}).store(workspace)
     front, notes = front_of(workspace)
     assert front.losses == {}
+    assert retention_reference(front) is None, "a teacher of corrections is none"
     assert any("bits_per_byte" in note and "not known" in note for note in notes)
     with pytest.raises(UserError, match="--allow-loss"):
         plan_pick("kept", workspace=workspace, best=True)
@@ -189,6 +191,28 @@ def test_what_is_not_known_is_said_and_not_picked(workspace):
     # Without bounds there is nothing to know.
     sweep.model_copy(update={"results": without, "retention": {}}).store(workspace)
     assert plan_pick("kept", workspace=workspace, best=True)
+
+
+def test_students_of_a_plain_teacher_are_compared_with_it(workspace):
+    sweep = StoredSweep.read(workspace.sweeps / "kept" / "results.json")
+    assert sweep is not None
+    plain = sample_trial(method="vanilla").model
+    results = tuple(
+        trial.model_copy(update={"model": plain}) if trial.role == "teacher" else trial
+        for trial in sweep.results
+        if trial.role != "source"
+    )
+    sweep.model_copy(update={"results": results, "retention": {"hops": 15.0}}).store(workspace)
+    front, notes = front_of(workspace)
+    assert any("against the teacher" in note and "15 points of hops" in note for note in notes)
+    lost = {key: loss.lost.value for key, [loss] in front.losses.items()}
+    assert lost == pytest.approx({"2-1": 0.0, "1-1": 10.0, "0-1": 20.0})
+    assert "lost against teacher" in models_table(front).to_markdown()
+    with refused(UserError, "0,1", "against the teacher", "evaluation.retention", "--allow-loss"):
+        plan_pick("kept", workspace=workspace, cheapest=True)
+    allowed = plan_pick("kept", workspace=workspace, cheapest=True, allow_loss=True)
+    assert allowed.sentence.endswith("against the teacher")
+    assert plan_pick("kept", workspace=workspace, budget=4.0).name == "1,1"
 
 
 def test_a_loss_that_is_the_bound_is_kept():

@@ -19,13 +19,15 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from iiet.config import ModelConfig
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings, resolve_settings
-from orchestrator.sweeping.plan import search_plan
+from orchestrator.sweeping.plan import schedule_search, search_plan, students_plan
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.sweeping.states import RunningSweep, trial_states
+from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.view import SweepView
 from orchestrator.workspace.layout import open_workspace
 
@@ -45,7 +47,10 @@ class World:
     """Trials in a folder; `finish` does as if they were trained. The first schedule of the family
     is the full one."""
 
-    def __init__(self, folder: Path, family: Sequence[IterationSchedule] = FAMILY) -> None:
+    def __init__(
+        self, folder: Path, family: Sequence[IterationSchedule] = FAMILY, max_left_out: int = 0
+    ) -> None:
+        self.max_left_out = max_left_out
         self.workspace = open_workspace(folder)
         self.folder = folder
         self.num_made = 0
@@ -58,27 +63,35 @@ class World:
         )  # fmt: skip
 
     def trial(self, schedule: IterationSchedule) -> Trial:
-        model = ModelConfig(
+        is_plain = not self.full.num_corrections
+        full = ModelConfig(
             vocab_size=64, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=32,
-            context_length=16, schedule=schedule,
+            context_length=16, method="vanilla" if is_plain else "iiet",
+            schedule=None if is_plain else self.full,
         )  # fmt: skip
         key = str(schedule).replace(",", "")
         return Trial(
-            key=key, role="trial", label=str(schedule), model=model, parent="parent",
-            folder=str(self.workspace.trials / key), suite=Suite(),
+            key=key, role="trial", label=str(schedule), parent="parent",
+            model=full.of_kept_layers(schedule), suite=Suite(),
+            teacher_schedule=str(schedule) if schedule.left_out_layers else None,
+            folder=str(self.workspace.trials / key),
         )  # fmt: skip
 
     def finish(self, trial: Trial) -> None:
         if trial.result() is None:
             self.num_made += trial.role == "trial"
-            right = self.accuracy(trial.model.corrections)
+            text = trial.schedule_text or self.full
+            right = self.accuracy(IterationSchedule.parse(text, num_layers=6))
             quality = {"accuracy": right, "bits_per_byte": 1.0 - right}
             trial.with_numbers("quality", quality).write(trial.result_path)
 
     def search(self, **settings: Any) -> ScheduleSearch:
         search_settings = SearchSettings(**settings)
         plan = search_plan(self.family, search_settings, "search")
-        return ScheduleSearch(plan, self.full, search_settings, self.trial, folder=self.folder)
+        return ScheduleSearch(
+            plan, self.full, search_settings, self.trial,
+            max_left_out=self.max_left_out, folder=self.folder,
+        )  # fmt: skip
 
     def run(
         self, *, failing: str = "", at_once: int = 1, most: int = 10**6, **settings: Any
@@ -215,6 +228,77 @@ def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path):
     assert search.num_schedules == 2**3
     assert len(set(suggested)) == len(suggested) == search.num_schedules - 2
     assert search.num_left == 0
+
+
+def schedules_of(*texts: str) -> list[IterationSchedule]:
+    return [IterationSchedule.parse(text, num_layers=6) for text in texts]
+
+
+def test_a_search_that_leaves_layers_out_suggests_each_schedule_but_the_plain_teacher(tmp_path):
+    world = World(tmp_path, schedules_of("0*6", "x,0*5"), max_left_out=1)
+    world.family = world.family.model_copy(update={"trials": world.family.trials[2:]})
+    before = world.run(num_trials=99, most=2)
+    after = world.run(num_trials=99)
+    expected = {",".join("x" if n == layer else "0" for n in range(6)) for layer in range(1, 6)}
+    assert {*before, *after} == expected
+    assert len(before) + len(after) == 5, "a killed search goes on"
+    assert world.search(num_trials=99).num_left == 0
+    assert len(world.complete()) == 6, "the family's is one of them"
+
+
+def test_a_search_leaves_out_no_more_layers_than_it_may_beside_corrections(tmp_path):
+    family = schedules_of("1*6", "0*6")
+    suggested = schedules_of(*World(tmp_path, family, max_left_out=2).run(num_trials=12))
+    num_left_out = [len(schedule.left_out_layers) for schedule in suggested]
+    assert len(set(suggested)) == 12
+    assert max(num_left_out) in (1, 2)
+    assert any(schedule.num_corrections and schedule.left_out_layers for schedule in suggested)
+
+
+@pytest.mark.parametrize(
+    ("family", "max_left_out"),
+    [
+        (["1,0*5", "x,x,0*4"], 0),  # It leaves out layers, and the search none.
+        (["0*6", "x,x,0*4", "x,0*5"], 1),  # All layers, distilled from themselves; and too few.
+    ],
+)
+def test_schedules_of_ones_own_that_no_search_suggests_stand_beside_it(
+    family, max_left_out, tmp_path
+):
+    world = World(tmp_path, schedules_of(*family), max_left_out=max_left_out)
+    suggested = world.run(num_trials=99)
+    assert len(suggested) == len(set(suggested)) == (5 if max_left_out else 1)
+    assert not set(schedules_of(*suggested)) & set(schedules_of(*family))
+    assert len(world.complete()) == (6 if max_left_out else 2)
+
+
+@pytest.mark.parametrize("control", ["distill", "pruned"])
+def test_suggested_trials_know_which_layers_of_the_teacher_they_are(
+    control, tmp_path, save_tiny, tiny_tokens
+):
+    space = open_workspace(tmp_path)
+    teacher = save_tiny(tmp_path / "plain", method="vanilla", schedule=None, num_layers=4)
+    assignments = ["sweep.kind=search", f"distillation.control={control}", "search.num_trials=3"]
+    settings = resolve_settings({}, [*assignments, "distillation.training.num_tokens_per_step=64"])
+    suite = Suite(suite="x", tokens_folder=str(tiny_tokens))
+    table = InfluenceTable(
+        "loss", ((),) * 4, ((),) * 4, 64, layer_values=(4.0, 1.0, 2.0, 3.0)
+    )  # fmt: skip
+    plan = search_plan(
+        students_plan(Students(settings, space, teacher, suite, table)), settings.search
+    )
+    search = schedule_search(settings, space, plan, teacher)
+    search.open({})
+    for _ in range(3):
+        trial = search.suggest()
+        assert trial is not None
+        schedule = IterationSchedule.parse(trial.teacher_schedule, num_layers=4)
+        assert 1 <= len(schedule.left_out_layers) <= 2
+        assert trial.model.num_layers == schedule.num_kept_layers
+        if trial.job is not None:
+            assert trial.job.kept_layers == schedule.kept_layers
+    again = schedule_search(settings, space, plan, teacher)
+    assert again.suggested_trials() == search.suggested_trials()
 
 
 def test_a_plan_says_how_much_of_the_space_is_tried(tmp_path):

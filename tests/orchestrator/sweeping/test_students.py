@@ -12,16 +12,19 @@ from refusals import refused
 from iiet.pruning import FamilyMember, InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
+from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepTrials
+from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import DistillationSettings, resolve_settings
 from orchestrator.sweeping.plan import students_plan
+from orchestrator.sweeping.retrofit import training_flops
 from orchestrator.sweeping.student_schedules import (
     StudentSchedule,
     choose_members,
     student_schedule,
 )
 from orchestrator.sweeping.students import (
+    TEACHER_CONTINUED,
     Students,
     distillation_job,
     most_students,
@@ -189,6 +192,45 @@ def test_finished_weights_are_found_whatever_they_were_trained_for(students, spa
     # What was begun in its usual place goes on there.
     run_job(usual.job, should_stop=lambda: True)
     assert students(*assignments).student(student).folder == usual.folder
+
+
+# A plain teacher
+
+
+@pytest.fixture
+def plain_trials(save_tiny, space, tiny_tokens, tmp_path) -> Callable[..., tuple[Trial, ...]]:
+    """A function that returns the trials of a plain teacher of four layers under settings."""
+    teacher = save_tiny(tmp_path / "plain", method="vanilla", schedule=None, num_layers=4)
+    suite = Suite(suite="x", tokens_folder=str(tiny_tokens))
+    rows = ((),) * 4
+    table = InfluenceTable("loss", rows, rows, 64, layer_values=(4.0, 1.0, 2.0, 3.0))
+
+    def make(*assignments: str) -> tuple[Trial, ...]:
+        settings = resolve_settings({}, [*SMALL, *assignments])
+        return students_plan(Students(settings, space, teacher, suite, table)).trials
+
+    return make
+
+
+def test_a_plain_teacher_is_trained_further_with_the_flops_of_its_costliest_student(plain_trials):
+    _, *students, continued = plain_trials("distillation.training.num_steps=50")
+    assert (continued.role, continued.label) == ("baseline", TEACHER_CONTINUED)
+    assert continued.model.num_layers == 4
+    flops = [training_flops(trial.job) for trial in students]
+    assert len(flops) == 2
+    assert max(flops) <= training_flops(continued.job) < max(flops) * 1.03 > min(flops) * 1.1
+
+
+def test_pruned_students_differ_by_the_layers_that_they_keep(plain_trials):
+    own = ["x,0,0,0", "0,0,0,x"]
+    teacher, *pruned = plain_trials(
+        "distillation.control=pruned", "sweep.num_schedules=0", f"sweep.schedules={own}"
+    )
+    assert {trial.opened_schedule for trial in pruned} == set(own)
+    assert {trial.checkpoint for trial in pruned} == {teacher.checkpoint}
+    assert [trial.model.num_layers for trial in pruned] == [3, 3]
+    assert len({trial.key for trial in (teacher, *pruned)}) == 3
+    assert len({trial.folder for trial in (teacher, *pruned)}) == 3
 
 
 # Elastic weights
