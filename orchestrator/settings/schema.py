@@ -17,7 +17,6 @@ from typing import Self, get_args
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
-from iiet.facts import metric_facts_of
 from orchestrator.settings.cluster import ClusterSettings
 from orchestrator.settings.data import DataSettings
 from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
@@ -259,11 +258,6 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
             "sweep.workers_per_trial, sweep.gpus_per_trial: each worker has one GPU; leave the "
             "first out"
         )
-    metric = settings.influence.metric
-    # Without one it follows from the teacher, which is not known here.
-    may_be_negative = metric is None or metric_facts_of(metric).may_be_negative
-    if kind != "iterations" and min(sweep.thresholds, default=0) < 0 and not may_be_negative:
-        yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
     if sweep.asha and sweep.seeds:
         yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
 

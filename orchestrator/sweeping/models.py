@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from iiet.config import PRESETS, ModelConfig
 from iiet.cost import inference_cost
-from iiet.facts import METHODS, facts_of
+from iiet.facts import METHODS, facts_of, metric_facts_of
 from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import reads_tokens, sequence_length
@@ -30,8 +30,8 @@ from orchestrator.settings import (
     BASELINE_METHOD,
     ModelSettings,
     Settings,
-    SweepSettings,
 )
+from orchestrator.settings.evaluation import usual_metric
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
@@ -355,13 +355,14 @@ def check_devices(
         check_run_resources(settings.cluster, resources)
 
 
-def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
+def check_teacher(settings: Settings, full: ModelConfig) -> None:
     """Check that a teacher has what its sweep asks for.
 
     Raises:
-        UserError: If it makes no corrections that could be pruned, or a budget is less than the
-            cheapest schedule costs.
+        UserError: If it makes no corrections that could be pruned, a threshold is below every
+            influence, or a budget is less than the cheapest schedule costs.
     """
+    sweep = settings.sweep
     method = facts_of(full.method)
     max_left_out = most_left_out(sweep, full)
     if method.repeats_stack:
@@ -386,6 +387,12 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
         raise UserError(
             "sweep.elastic: elastic weights serve schedules of one set of layers; set "
             "sweep.leave_out_layers=none, or leave sweep.elastic out"
+        )
+    metric = settings.influence.metric or usual_metric(of_whole_layers=max_left_out > 0)
+    if min(sweep.thresholds, default=0) < 0 and not metric_facts_of(metric).may_be_negative:
+        raise UserError(
+            f"sweep.thresholds: no influence by influence.metric={metric} is below 0; leave "
+            "negative thresholds out"
         )
     cost = schedule_cost(sweep.budget_unit, full)
     least = cost(cheapest_schedule(full, max_left_out))
@@ -455,4 +462,4 @@ def check_models(settings: Settings, source: Source | None = None) -> None:
     if settings.distillation.control != "pruned":
         sequences_per_step(settings.distillation.training, configs[0], section=STUDENTS_SECTION)
     for config in configs:
-        check_teacher(sweep, config)
+        check_teacher(settings, config)

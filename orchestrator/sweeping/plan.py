@@ -177,7 +177,7 @@ def plan_students(
     for label, checkpoint in teachers.items():
         variant = variants[label]
         config = load_config(checkpoint)
-        check_teacher(settings.sweep, config)
+        check_teacher(settings, config)
         tokens = tokens_folder_of(checkpoint, workspace)
         suite = plan_suite(
             settings.evaluation, tokens, config, hashes, teacher=checkpoint, workspace=workspace

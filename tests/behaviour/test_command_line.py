@@ -44,7 +44,7 @@ MISTAKES = {
     "pretrain --config toi": "did you mean toy?",
     "pretrain --config ~no-such-user/a.yaml": "there is no settings file",
     "sweep nothing": "shipped",
-    "sweep toy --set sweep.thresholds=[-1]": "no influence of this metric is below 0",
+    "sweep toy --set sweep.thresholds=[-1]": "no influence by influence.metric=cosine is below 0",
     "sweep toy --set distillation.training.num_tokens_per_step=100":
         "distillation.training.num_tokens_per_step must be a multiple",
     "sweep toy --set distillation.training.sequence_length=4096":

@@ -54,7 +54,7 @@ FROM_SETTINGS = {
 """Dry runs that need nothing of a workspace."""
 FROM_MODELS = {
     "distill": small("distill", "full", "-r", "1"),
-    "distill -r x": small("distill", "full", "-r", "x,1"),
+    "distill -r x": small("distill", "full", "-r", "x,1,1"),
     "sweep-threshold": small("sweep-threshold", "full"),
     "search": small("sweep-threshold", "full", "--search", "2"),
     "influence": small("influence", "full"),

@@ -338,7 +338,7 @@ def _fill(workspace: Workspace) -> None:
     journal.event("finished")
     journal.close()
     Picked(
-        sweep="s", checkpoint=str(results[-1].checkpoint), schedule=(0, 0), time=time.time()
+        sweep="s", checkpoint=str(results[-1].checkpoint), schedule="0,0", time=time.time()
     ).write(workspace.picked)
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])

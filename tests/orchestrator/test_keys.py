@@ -83,9 +83,9 @@ def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
     other = save_tiny(tmp_path / "other", initializer_std=0.03)
     words = [f"word {number} " * 40 for number in range(40)]
     tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
-    # A model with gates, whose rate is then part of the key.
+    # A model with gates, whose rate is then part of the key, as those of Muon are.
     model = ModelConfig.from_dict({**tiny_model, "method_options": {"start": "identity"}})
-    recipe = TrainingSettings(elastic=ElasticSettings())
+    recipe = TrainingSettings(elastic=ElasticSettings(), optimizer="muon")
     job = TrainingJob(
         run_folder=str(tmp_path), tokens_folder=str(tiny_tokens), model=model, recipe=recipe,
         objective="distill", teacher_folder=str(teacher), initial_folder=str(teacher),

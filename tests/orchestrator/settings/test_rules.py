@@ -75,11 +75,6 @@ def test_what_breaks_no_rule_is_taken():
         ("threshold", "gpus_per_trial=9; cluster.num_gpus=8", "sweep.gpus_per_trial=9.0, cluster"),
         ("search", "workers_per_trial=16; cluster.num_gpus=8", "sweep.workers_per_trial=16, cl"),
         ("search", "workers_per_trial=3; sweep.gpus_per_trial=2", "each worker has one GPU"),
-        (
-            "threshold",
-            "thresholds=[-0.1]; influence.metric=cosine",
-            "influence.metric='cosine': no",
-        ),
         ("threshold", "asha=true", "sweep.asha=True, sweep.kind='threshold': "),
         ("iterations", "asha=true; sweep.seeds=[0, 1]", "sweep.asha=True, sweep.seeds=(0, 1): "),
         ("search", "seeds=[0, 1]", "kind threshold or iterations reads the first"),

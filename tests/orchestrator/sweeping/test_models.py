@@ -198,6 +198,15 @@ def test_options_are_of_the_models_own_method(other_method):
 # What is refused
 
 
+def test_a_threshold_is_negative_only_where_an_influence_may_be():
+    negative = "sweep.thresholds=[-0.1]"
+    for more in ("influence.metric=loss", "sweep.leave_out_layers=1"):  # Then `loss` is usual.
+        check_models(resolve_settings({}, [negative, more]))
+    for more in ("influence.metric=relative", "sweep.seeds=[]"):
+        with refused(UserError, "sweep.thresholds", "below 0"):
+            check_models(resolve_settings({}, [negative, more]))
+
+
 REFUSED = [
     ("threshold", "model.method=looped", "model.method=looped repeats the whole stack"),
     ("threshold", "sweep.budgets=[1, 9]", "no schedule costs at most 1 evaluations; the che"),
