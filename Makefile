@@ -18,11 +18,15 @@ INSTALLED := $(VENV)/.installed
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
 # The ten slowest tests are listed at the end.
 PARALLEL := --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 --durations 10
+# What other people have set, which no test may notice (tests/clean_environment.py).
+ELSEWHERE := MLFLOW_TRACKING_URI=http://127.0.0.1:9 MLFLOW_EXPERIMENT_NAME=theirs RAY_ADDRESS=127.0.0.1:9 \
+	HF_HUB_OFFLINE=1 HF_TOKEN=theirs HF_ENDPOINT=http://127.0.0.1:9 HTTPS_PROXY=http://127.0.0.1:9 \
+	IIET_WORKSPACE=/proc/theirs IIET_CPU_KERNELS=0 FORCE_COLOR=1 COLUMNS=40
 # Without stored bytecode each of hundreds of processes would compile the packages anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long test-floors test-wheel mutants mutants-random wheel lint format docs docs-links bench gpu ui clean
+.PHONY: help demo test test-quick test-elsewhere test-long test-floors test-wheel mutants mutants-random wheel lint format docs docs-links bench gpu ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +39,9 @@ test: $(INSTALLED) ## Install, then run all tests but those of test-long and tes
 
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
+
+test-elsewhere: $(INSTALLED) ## Run the quick tests with the variables of somebody else, the last one first
+	$(ELSEWHERE) $(BIN)/python -m pytest --reversed --numprocesses 2 $(PARALLEL) -m "not slow" $(TESTS)
 
 test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (up to an hour)
 	IIET_LAW_EXAMPLES=20 $(BIN)/python -m pytest --numprocesses 2 $(PARALLEL) -m "(long or law) and not installs" $(TESTS)

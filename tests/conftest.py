@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+import clean_environment  # noqa: F401 (before the others, which read variables)
 import pytest
 from commands import run_here, settings_options
 from copied_database import copy_databases
@@ -83,6 +84,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # For programs with two thr
 os.environ.update({name: value for name, value in address_variables("local").items() if value})
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer another order of the tests."""
+    parser.addoption("--reversed", action="store_true", help="begin with the last test")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Ignore Ray's deprecation warnings about its own calls."""
     config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:ray\.")
@@ -123,6 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         group = "ray" if item.path.stem in with_ray else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda i: (i.path.stem not in with_ray, -seconds.get(i.path.stem, 0)))
+    if config.getoption("reversed"):
+        items.reverse()
 
 
 def pytest_collection_finish() -> None:
@@ -192,6 +200,12 @@ def _modules_are_no_garbage() -> None:
     would take a second. Not before each test, as what is garbage now stays for ever.
     """
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _own_workspace(tmp_path, monkeypatch) -> None:
+    """Give a command that names no workspace one that no other test sees."""
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "own-workspace"))
 
 
 @pytest.fixture

@@ -245,10 +245,8 @@ COLOR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9
 
 @pytest.mark.slow
 def test_a_pipe_gets_no_escape_sequence_and_a_terminal_colors_where_they_are_wanted(tmp_path):
-    (tmp_path / "iiet-workspace").mkdir()
-    wishes = ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "IIET_WORKSPACE")
-    without_wishes = {name: value for name, value in os.environ.items() if name not in wishes}
-    environment = {**without_wishes, "TERM": "xterm-256color", "COLUMNS": "80"}
+    Path(os.environ["IIET_WORKSPACE"]).mkdir()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
 
     def program(*commands: list[str]) -> list[str]:
         return [sys.executable, "-c", PROGRAM, json.dumps(commands)]

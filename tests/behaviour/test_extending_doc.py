@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +65,7 @@ class Place:
         command = line_with(words)
         with on_path(self.site), pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
+            patch.delenv("IIET_WORKSPACE")  # The page uses the folder's own.
             assert cli.main([*command, *(["--local"] if command[0] in TRAINS else [])]) == code
         self.done.add(words)
 
@@ -75,10 +75,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Iterator[Place]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("IIET_WORKSPACE", raising=False)
-        yield Place(tmp_path_factory.mktemp("extending"))
+def place(tmp_path_factory) -> Place:
+    return Place(tmp_path_factory.mktemp("extending"))
 
 
 def test_the_package_of_the_page_extends_everything_that_can_be(place):
@@ -95,7 +93,11 @@ def test_the_method_trains_in_ray(place):
     # The command has a process of its own, whose Ray starts its workers with this path.
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", *line_with("--method heavy_ball")],
-        env={**os.environ, "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}"},
+        env={
+            **os.environ,
+            "IIET_WORKSPACE": str(place.workspace),
+            "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}",
+        },
         cwd=place.folder,
         capture_output=True,
         text=True,

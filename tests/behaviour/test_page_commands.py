@@ -74,7 +74,6 @@ def started_project(tmp_path_factory, ray_session) -> Path:
     write_files(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.delenv("IIET_WORKSPACE", raising=False)
         options = settings_options(SMALL_TEXT, "pretrain")
         for number, name in enumerate(("my-run", "other", "tiny")):
             seed = f"--set=training.seed={number}"
@@ -115,7 +114,7 @@ def test_the_commands_of_a_page_run(page, started_project, tmp_path, monkeypatch
         shutil.copytree(started_project, project)
     monkeypatch.setattr("sys.stdin", terminal)
     monkeypatch.chdir(project)
-    monkeypatch.delenv("IIET_WORKSPACE", raising=False)
+    monkeypatch.delenv("IIET_WORKSPACE")  # The pages use the folder's own.
     used = []
     for line in LINES:
         if line.page != page or LEFT_OUT.match(shlex.join(line.words)):

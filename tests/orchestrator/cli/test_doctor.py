@@ -18,12 +18,6 @@ from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
 from orchestrator.workspace.processors import CPUINFO
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch) -> None:
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def _without_prices(monkeypatch) -> None:
     """Price no shipped sweep, which takes most of the command's time."""

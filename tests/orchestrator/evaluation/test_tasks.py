@@ -46,8 +46,6 @@ def hub_look_ups(monkeypatch) -> list[str]:
             look_ups.append("hub")
         raise OSError("no route")
 
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
     # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     monkeypatch.setattr(socket, "create_connection", unreachable)

@@ -178,9 +178,6 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[LocalHub]:
     """A hub on this machine, an empty cache, and no token."""
-    for name in ("HF_TOKEN", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -402,13 +399,6 @@ def test_a_dry_run_connects_to_nothing_also_where_a_run_needs_the_hub(
 # The network
 
 
-@pytest.fixture
-def _plain_environment(monkeypatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.usefixtures("_plain_environment")
 def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(monkeypatch):
     addresses: list[tuple[Any, float]] = []
 
@@ -431,7 +421,6 @@ def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(monkeypatch):
     assert hub_problem() == "HF_HUB_OFFLINE is set"
 
 
-@pytest.mark.usefixtures("_plain_environment")
 @pytest.mark.parametrize("before", [None, "0", "1"])
 def test_offline_affects_imported_libraries_and_is_undone(before, monkeypatch):
     from huggingface_hub import constants, is_offline_mode

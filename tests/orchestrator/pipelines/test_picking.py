@@ -249,8 +249,8 @@ def test_the_card_holds_the_influence_that_the_schedule_was_chosen_by(
     assert "correction (relative)" in (choice.folder / "README.md").read_text()
 
 
-def test_an_influence_table_is_taken_only_if_one_can_be_meant(context, save_tiny):
-    checkpoint = save_tiny(context.workspace.runs / "measured")
+def test_an_influence_table_is_taken_only_if_one_can_be_meant(tmp_path, save_tiny):
+    checkpoint = save_tiny(tmp_path / "measured")
 
     def metric(preferred: str | None = None) -> str | None:
         table = load_influence_table(checkpoint, preferred)

@@ -66,7 +66,6 @@ def last_checkpoint(trial: Trial) -> str:
 @pytest.fixture
 def workspace(tiny_plan, tiny_job, tmp_path, monkeypatch) -> Workspace:
     """A pretraining, a student, a table, and a sweep in which one trial has failed."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = open_workspace(tmp_path)
     settings = resolve_settings({})
     context = Context(workspace)
@@ -167,8 +166,7 @@ def test_a_finished_workspace_is_published_in_an_empty_store_and_only_once(
     assert stored_runs(database).keys() == after.keys()
 
 
-def test_a_damaged_file_is_noted_and_the_others_are_published(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_damaged_file_is_noted_and_the_others_are_published(tmp_path):
     workspace = open_workspace(tmp_path)
     (workspace.tracked / "sweep").mkdir(parents=True)
     readable = TrackedRun(key="whole", kind="trial", name="t", parent="sweep")
@@ -183,10 +181,7 @@ def test_a_damaged_file_is_noted_and_the_others_are_published(tmp_path, monkeypa
     assert stored_runs(workspace.database).keys() == {("trial", "whole"), ("sweep", "sweep")}
 
 
-def test_what_was_killed_without_a_word_is_shown_as_killed_and_what_runs_is_left(
-    tmp_path, monkeypatch
-):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_what_was_killed_without_a_word_is_shown_as_killed_and_what_runs_is_left(tmp_path):
     workspace = open_workspace(tmp_path)
     for sweep, trial in (("dead", "killed"), ("live", "running"), ("live", "gone")):
         folder = workspace.trials / trial

@@ -48,7 +48,6 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, st
 
 
 def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     lines = printed(capsys, "--config", "paper-340m", "-w", str(tmp_path / "ws"))
     assert not (tmp_path / "ws").exists()
     assert lines["parameters"] == "341,198,472"
@@ -115,7 +114,6 @@ def test_a_dry_run_of_seven_billion_parameters_on_256_gpus_says_what_does_not_fi
 ):
     # A machine with a GPU would plan for that one.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     options = [part for value in (*SEVEN_BILLION, *changes) for part in ("--set", value)]
     words = ["pretrain", "--dry-run", "--json", "--config", "paper-340m", "--gpus", "256"]
     assert cli.main([*words, *options, "-w", str(tmp_path)]) == 0
@@ -172,7 +170,6 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(tmp_path, capsys
         for dry_run in ([], ["--dry-run"]):
             error = refused("--set", f"training.sequence_length={wrong}", *dry_run)
             assert "training.sequence_length" in error
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for memory, disk, words in ((2**30, 2**50, "GiB free"), (2**50, 2**20, "--workspace")):
         free = SimpleNamespace(available=memory)
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)

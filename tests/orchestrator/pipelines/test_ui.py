@@ -25,8 +25,7 @@ from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspac
 
 
 @pytest.fixture
-def workspace(tmp_path, monkeypatch) -> Workspace:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def workspace(tmp_path) -> Workspace:
     return open_workspace(tmp_path / "ws")
 
 

@@ -102,7 +102,6 @@ def curve_heights(page: str) -> list[list[float]]:
 @pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_pages_behind_a_path_and_a_password_show_the_sweep(tmp_path, monkeypatch, sample_results):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     at_home = open_workspace(tmp_path / "server")
     workspace = open_workspace(tmp_path / "ws")
     placed = []

@@ -49,8 +49,7 @@ FILES |= {"influence.png", "influence.svg"}
 
 
 @pytest.fixture
-def workspace(tmp_path, monkeypatch) -> Workspace:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def workspace(tmp_path) -> Workspace:
     return open_workspace(tmp_path / "ws")
 
 

@@ -26,9 +26,7 @@ def test_the_address_in_the_settings_counts_before_the_variable(monkeypatch):
         ("[fe80::1]:6379", None, "[fe80::1]:6379"),
         ("a-b.example:1", None, "a-b.example:1"),
     ):
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        if variable is not None:
-            monkeypatch.setenv("RAY_ADDRESS", variable)
+        monkeypatch.setenv("RAY_ADDRESS", variable or "")
         assert ClusterSettings(address=setting).ray_address == expected
     for address, words in (
         ("ray://head:10001", "Ray Client"),

@@ -83,8 +83,7 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tiny_plan, tmp_path, monkeypatch) -> Watched:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def watched(tiny_plan, tmp_path) -> Watched:
     return Watched(tiny_plan, tmp_path)
 
 

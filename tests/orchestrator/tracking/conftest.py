@@ -15,7 +15,5 @@ def workspace(tmp_path_factory) -> Workspace:
 
 
 @pytest.fixture
-def tracking(workspace, monkeypatch) -> Tracking:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+def tracking(workspace) -> Tracking:
     return open_tracking(workspace, warn=pytest.fail)

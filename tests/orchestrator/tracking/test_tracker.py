@@ -318,7 +318,6 @@ def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("MLflow would retry for minutes")
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = open_workspace(tmp_path)
     database = tmp_path / "mlflow.db"
     with monkeypatch.context() as patch:

@@ -29,7 +29,6 @@ def test_the_workspace_and_its_mlflow_store_are_where_the_environment_says(tmp_p
     assert open_workspace().root == tmp_path / "here"
     space = open_workspace(tmp_path / "there")
     assert space.root == tmp_path / "there"
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert space.tracking_uri == f"sqlite:///{tmp_path / 'there' / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert space.tracking_uri == "http://127.0.0.1:1"
