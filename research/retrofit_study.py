@@ -524,11 +524,6 @@ class Study:
         selection = metrics_of(decoder, choosing)
         metrics = metrics_of(decoder, measured)
         loss = metrics[VALIDATION_METRIC]
-        bits_per_byte = None
-        data = self.data(training.task)
-        if isinstance(data, TokenStore):
-            held_out = data.manifest.validation
-            bits_per_byte = loss / math.log(2) * held_out.tokens / held_out.bytes
         of_cell = training.cell.recipe
         tokens = recipe.num_steps * of_cell.num_sequences * training.cell.length
         flops = tokens * training_flops_per_token(decoder.config)
@@ -544,7 +539,7 @@ class Study:
             selection_loss=selection[VALIDATION_METRIC],
             loss=loss,
             accuracy=metrics.get(ACCURACY_METRIC),
-            bits_per_byte=bits_per_byte,
+            bits_per_byte=bits_per_byte_of(loss, self.data(training.task)),
             seconds=seconds,
         )
 
@@ -604,6 +599,14 @@ def with_weights(config: ModelConfig, other: Decoder, seed: int) -> Decoder:
     missing = decoder.load_state_dict(other.state_dict(), strict=False)
     assert not missing.unexpected_keys
     return decoder
+
+
+def bits_per_byte_of(loss: float, data: PreparedData) -> float | None:
+    """Return bits per byte of held-out text from nats per token; None for data that are no text."""
+    if not isinstance(data, TokenStore):
+        return None
+    held_out = data.manifest.validation
+    return loss / math.log(2) * held_out.tokens / held_out.bytes
 
 
 def metrics_of(decoder: Decoder, batches: Sequence[Batch]) -> dict[str, float]:
