@@ -1,0 +1,433 @@
+"""`python research/cheaper_results.py`: verdicts, tables and pictures of `cheaper.md`, from JSON.
+
+In: what `cheaper_choice.py` and `cheaper_recovery.py` have stored. Out: the part of the page
+between its two comments, written anew, which a test compares; and two pictures. The rules are those
+of the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import cheaper_choice
+import cheaper_recovery
+import numpy as np
+from cheaper_choice import (
+    DEFAULT,
+    SMALL,
+    SMOLLM2,
+    WAYS,
+    ModelChoices,
+    best_way,
+    chosen_default,
+    read_choices,
+)
+from cheaper_recovery import (
+    BOTH,
+    COMPARED,
+    CONTINUED,
+    NUM_LAYERS,
+    NUM_STEPS,
+    PRUNED,
+    RATES,
+    STUDENTS,
+    TEXTS,
+    Measured,
+    Training,
+    measured_in,
+)
+from retrofit_results import NOT_DECIDED, with_part
+
+from orchestrator.reporting.charts import Spec, chart_spec, marks, number, save_chart, word
+from orchestrator.reporting.sections import bullets, markdown_table
+from orchestrator.reporting.statistics import NUM_RESAMPLES, Interval, interval_of
+from orchestrator.workspace.files import write_text
+
+PAGE = Path(__file__).with_name("cheaper.md")
+IMAGES = Path(__file__).with_name("images")
+BEGIN = "<!-- made by `python research/cheaper_results.py` -->"
+KEEPS = "keeps"
+LOSES = "loses"
+WITHIN = "within"
+BEYOND = "beyond"
+KEPT_SHARES = (0.98, 0.95)
+"""Shares of the right answers that a student may keep."""
+MOST_RATIOS = (1.02, 1.05)
+"""Bits per byte of a student over those of the whole model."""
+T_QUANTILES = {11: 2.201, 39: 2.023}
+"""Of Student's t, 95 % on both sides, by degrees of freedom."""
+LARGEST_RISE = 3.0
+"""Bits per byte at which the picture ends."""
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return a mean over sequences with its 95 % interval by Student's t."""
+    half = T_QUANTILES[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
+
+
+# Question 1
+
+
+def choice_part(models: Mapping[str, ModelChoices]) -> list[str]:
+    """Return the paragraphs on the choice of layers."""
+    finished = {name: choices for name, choices in models.items() if choices.is_complete}
+    parts = ["### Question 1: which layers can go?"]
+    if SMOLLM2 in finished:
+        parts += [
+            "SmolLM2-135M: rise of the bits per byte, by layers left out. "
+            f"The whole model needs {_whole_bits(finished[SMOLLM2]):.3f}.",
+            _rises_table(finished[SMOLLM2]),
+        ]
+    if finished:
+        names = [name for name in (SMOLLM2, *SMALL) if name in finished]
+        rows = [
+            [way, *(_score_text(finished[name], way) for name in names)]
+            for way in WAYS
+        ]  # fmt: skip
+        parts += [
+            "Scores: the mean rise over all numbers of layers, with its 95 % interval over "
+            "sequences; in brackets the difference from `loss`. **Best** in bold.",
+            markdown_table(["way", *names], rows),
+            "![Rise of the bits per byte by layers left out, a line for each way, a panel for "
+            "each model](images/cheaper-choice.png)",
+        ]
+    missing = [name for name in (SMOLLM2, *SMALL) if name not in finished]
+    if missing:
+        parts.append(f"Not run: {', '.join(missing)}. So the rule is not applied yet.")
+    else:
+        default = chosen_default(models, mean_interval)
+        word_of = "stays" if default == DEFAULT else "becomes"
+        parts.append(
+            f"By the rule **`{default}` {word_of} the default** of `influence` for whole layers."
+        )
+    return parts
+
+
+def _whole_bits(choices: ModelChoices) -> float:
+    return choices.bits_per_nat * fmean(choices.nats[""])
+
+
+def _rises_table(choices: ModelChoices) -> str:
+    rows = []
+    for count in choices.counts:
+        rises = {way: fmean(choices.rises(way, count)) for way in WAYS}
+        least = min(rises.values())
+        cells = [
+            f"**{rise:.3f}**" if rise == least else f"{rise:.3f}" for rise in rises.values()
+        ]  # fmt: skip
+        rows.append([str(count), *cells])
+    rows_of_layers = [
+        [way, *(", ".join(map(str, choices.left_out[way][str(n)])) for n in _shown(choices))]
+        for way in WAYS
+    ]
+    header = ["way", *(f"{n} layers left out" for n in _shown(choices))]
+    table = markdown_table(["left out", *WAYS], rows)
+    return f"{table}\n\nWhich layers these are, the first being 1:\n\n" + markdown_table(
+        header, rows_of_layers
+    )
+
+
+def _shown(choices: ModelChoices) -> list[int]:
+    return [NUM_LAYERS - n for n in STUDENTS if NUM_LAYERS - n in choices.counts]
+
+
+def _score_text(choices: ModelChoices, way: str) -> str:
+    score = mean_interval(choices.mean_rises(way))
+    text = f"{score.value:.3f}"
+    if way == best_way(choices):
+        text = f"**{text}**"
+    if way == DEFAULT:
+        return f"{text} ({score.low:.3f} to {score.high:.3f})"
+    pairs = zip(choices.mean_rises(way), choices.mean_rises(DEFAULT), strict=True)
+    difference = mean_interval([ours - theirs for ours, theirs in pairs])
+    return f"{text} ({difference.value:+.3f}, {difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def choice_chart(models: Mapping[str, ModelChoices]) -> Spec:
+    """Return the picture of the rises: a panel for each model, a line for each way."""
+    panels = []
+    for name, choices in models.items():
+        points = [
+            {"way": way, "count": count, "rise": max(0.01, fmean(choices.rises(way, count)))}
+            for way in WAYS
+            for count in choices.counts
+        ]
+        encoding = {
+            "x": number("count", title="layers left out", axis={"tickMinStep": 1}),
+            "y": number(
+                "rise", title="rise, bits per byte",
+                scale={"type": "log", "domain": [0.01, LARGEST_RISE], "clamp": True},
+            ),
+            "color": word("way", sort=list(WAYS), title=None, legend={"orient": "bottom"}),
+            "shape": word("way", sort=list(WAYS), title=None),
+        }  # fmt: skip
+        line = marks("line", encoding, values=points, strokeWidth=1.6, point=True)
+        panels.append({**line, "title": name, "width": 300, "height": 220})
+    return chart_spec({"concat": panels, "columns": 2})
+
+
+# Question 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A model of the second question beside the whole model as it was."""
+
+    measured: Measured
+    whole: Measured
+    bits_per_nat: Mapping[str, float]
+
+    def bits(self, text: str) -> float:
+        """Return the bits per byte of a text."""
+        return self.bits_per_nat[text] * fmean(self.measured.nats[text])
+
+    def ratio(self, text: str) -> Interval:
+        """Return its bits per byte over those of the whole model, with the interval."""
+        return _ratio(self.measured.nats[text], self.whole.nats[text])
+
+    @property
+    def kept(self) -> Interval:
+        """The right answers over those of the whole model, with the interval."""
+        return _ratio(
+            [float(right) for right in self.measured.is_right],
+            [float(right) for right in self.whole.is_right],
+        )
+
+    def facts_verdict(self, share: float) -> str:
+        """Return whether it keeps a share of the right answers."""
+        return KEEPS if self.kept.low > share else LOSES if self.kept.high < share else NOT_DECIDED
+
+    def text_verdict(self, text: str, most: float) -> str:
+        """Return whether its bits per byte are within a multiple of the whole model's."""
+        ratio = self.ratio(text)
+        return WITHIN if ratio.high < most else BEYOND if ratio.low > most else NOT_DECIDED
+
+    @property
+    def sentence(self) -> str:
+        """What holds of a student."""
+        facts = _joined([self.facts_verdict(share) for share in KEPT_SHARES], ("98 %", "95 %"))
+        texts = [
+            f"{text}: "
+            + _joined([self.text_verdict(text, most) for most in MOST_RATIOS], ("2 %", "5 %"))
+            for text in TEXTS
+        ]
+        kept = self.kept
+        interval = f"{100 * kept.low:.0f} to {100 * kept.high:.0f} %"
+        return (
+            f"**{self.measured.training.num_layers} layers**: {100 * kept.value:.0f} % of the "
+            f"right answers ({interval}; {facts}); {'; '.join(texts)}."
+        )
+
+
+def _joined(verdicts: Sequence[str], bounds: Sequence[str]) -> str:
+    """Return verdicts with their bounds; equal verdicts are said once."""
+    if len(set(verdicts)) == 1:
+        return f"{verdicts[0]} {' and '.join(bounds)}"
+    return ", ".join(
+        f"{verdict} {bound}" for verdict, bound in zip(verdicts, bounds, strict=True)
+    )  # fmt: skip
+
+
+def _ratio(values: Sequence[float], of_whole: Sequence[float]) -> Interval:
+    """Return the ratio of two means over the same items, over draws of the items."""
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(values), size=(NUM_RESAMPLES, len(values)))
+    ours = np.asarray(values)
+    theirs = np.asarray(of_whole)
+    ratios = ours[drawn].mean(1) / np.maximum(theirs[drawn].mean(1), 1e-9)
+    return interval_of(float(ours.mean() / theirs.mean()), ratios)
+
+
+def readings_of(stored: Mapping[str, Any]) -> dict[Training, Reading]:
+    """Return what is stored, each model beside the whole one."""
+    measured = measured_in(stored)
+    whole = measured.get(Training(num_layers=NUM_LAYERS, arm=PRUNED))
+    if whole is None:
+        return {}
+    return {
+        training: Reading(measured=result, whole=whole, bits_per_nat=stored["bits_per_nat"])
+        for training, result in measured.items()
+    }
+
+
+def at_better_rate(
+    readings: Mapping[Training, Reading], piece: str, num_layers: int, arm: str
+) -> Reading | None:
+    """Return a model at the rate that counts; None if it has not run."""
+    steps = NUM_STEPS[piece]
+    found = [
+        reading
+        for training, reading in readings.items()
+        if (training.num_layers, training.arm) == (num_layers, arm)
+        and (arm in (PRUNED, CONTINUED) or training.num_steps == steps)
+        and (arm != CONTINUED or steps < training.num_steps < 2 * steps)
+    ]
+    return min(found, key=lambda reading: reading.measured.selection_nats, default=None)
+
+
+def has_both_rates(readings: Mapping[Training, Reading], training: Training) -> bool:
+    """Return whether a training has run at both rates."""
+    return all(
+        Training(**{**vars(training), "rate": rate}) in readings for rate in RATES
+    )  # fmt: skip
+
+
+def recovery_part(stored: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs on students."""
+    parts = ["### Question 2: what does a training give back?"]
+    readings = readings_of(stored)
+    if not readings:
+        return [*parts, "Not run."]
+    times = stored["times"]
+    if times:
+        whole_time = times[str(NUM_LAYERS)]["cpu_ms_per_token"]
+        rows = [
+            [
+                count,
+                f"{values['num_parameters'] / 1e6:.1f}",
+                f"{values['kv_bytes_per_token'] / 1024:.1f}",
+                f"{values['cpu_ms_per_token']:.1f}",
+                f"{100 * values['cpu_ms_per_token'] / whole_time:.0f} %",
+            ]
+            for count, values in times.items()
+        ]
+        header = ["layers", "million parameters", "KiB of cache a token", "CPU ms/token", "of 30"]
+        parts.append(markdown_table(header, rows))
+    for piece in ("short", "long"):
+        arms = [*((n, PRUNED) for n in (NUM_LAYERS, *STUDENTS))]
+        arms += [(NUM_LAYERS, CONTINUED), *((n, BOTH) for n in STUDENTS)]
+        counts = (COMPARED,) if piece == "short" else STUDENTS
+        arms += [
+            (n, arm)
+            for arm in (cheaper_recovery.CROSS_ENTROPY, cheaper_recovery.KL)
+            for n in counts
+        ]
+        shown = {of_arm: at_better_rate(readings, piece, *of_arm) for of_arm in arms}
+        trained = [arm for (_, arm), reading in shown.items() if reading and arm != PRUNED]
+        if piece == "long" and not trained:
+            parts.append("The piece `long` (600 steps) has not run.")
+            continue
+        rows = [
+            _row(readings, reading) if reading else [f"{n}", arm, "not run", *6 * [""]]
+            for (n, arm), reading in shown.items()
+        ]
+        header = [
+            "layers", "arm", "rate", *(f"bits per byte, {text}" for text in TEXTS), "right of 32",
+            *(f"same token, {text}" for text in TEXTS), "CPU minutes",
+        ]  # fmt: skip
+        parts += [
+            f"Piece `{piece}`, {NUM_STEPS[piece]} steps of 512 tokens. Brackets: change from the "
+            "whole model, with the 95 % interval.",
+            markdown_table(header, rows),
+        ]
+        students = [shown[count, BOTH] for count in STUDENTS]
+        sentences = [student.sentence for student in students if student]
+        if sentences:
+            parts += [
+                "By the rule, students trained with cross-entropy and KL:",
+                bullets(sentences),
+            ]
+    return parts
+
+
+def _row(readings: Mapping[Training, Reading], reading: Reading) -> list[str]:
+    training = reading.measured.training
+    cells = [str(training.num_layers), training.arm, ""]
+    if training.num_steps:
+        one = "" if has_both_rates(readings, training) else " (the other has not run)"
+        cells[2] = f"{training.rate:g}{one}"
+    for text in TEXTS:
+        ratio = reading.ratio(text)
+        change = f" ({100 * ratio.value - 100:+.1f} %, {100 * ratio.low - 100:+.1f} to "
+        change += f"{100 * ratio.high - 100:+.1f})"
+        is_whole = reading.measured is reading.whole
+        cells.append(f"{reading.bits(text):.3f}{'' if is_whole else change}")
+    cells.append(str(sum(reading.measured.is_right)))
+    cells += [f"{100 * reading.measured.agreement[text]:.1f} %" for text in TEXTS]
+    minutes = reading.measured.cpu_seconds / 60
+    cells.append(f"{minutes:.1f}" if training.num_steps else "")
+    return cells
+
+
+def recovery_chart(readings: Mapping[Training, Reading], times: Mapping[str, Any]) -> Spec:
+    """Return the front: bits per byte of both texts against CPU time per token."""
+    panels = []
+    for text in TEXTS:
+        points = []
+        for arm in (PRUNED, BOTH, CONTINUED):
+            for count in (NUM_LAYERS, *STUDENTS):
+                reading = at_better_rate(readings, "short", count, arm)
+                if reading is not None:
+                    points.append(
+                        {
+                            "arm": arm if count < NUM_LAYERS or arm != PRUNED else "whole model",
+                            "layers": str(count),
+                            "ms": times[str(count)]["cpu_ms_per_token"],
+                            "bits": reading.bits(text),
+                        }
+                    )
+        encoding = {
+            "x": number("ms", title="CPU ms per token", scale={"zero": False}),
+            "y": number("bits", title="bits per byte", scale={"zero": False, "type": "log"}),
+            "color": word("arm", title=None, legend={"orient": "bottom"}),
+        }
+        names = {**encoding, "text": word("layers")}
+        panels.append(
+            {
+                "title": text,
+                "width": 300,
+                "height": 240,
+                "data": {"values": points},
+                "layer": [
+                    marks("line", encoding, point=True, strokeWidth=1.6),
+                    marks("text", names, dy=-10),
+                ],
+            }
+        )
+    return chart_spec({"hconcat": panels})
+
+
+def stored_recovery(file: Path = cheaper_recovery.RESULTS) -> dict[str, Any]:
+    """Return the object of the second script's results file; without a file, an empty one."""
+    if not file.is_file():
+        return {"models": [], "times": {}}
+    stored: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return stored
+
+
+def stored_choices(file: Path = cheaper_choice.RESULTS) -> dict[str, ModelChoices]:
+    """Return what the first script has stored; without a file, nothing."""
+    return read_choices(file) if file.is_file() else {}
+
+
+def filled(page: str, choices: Mapping[str, ModelChoices], recovery: Mapping[str, Any]) -> str:
+    """Return the page with its results written anew."""
+    parts = [*choice_part(choices), *recovery_part(recovery)]
+    parts += ["### Question 3: is a correction worth a layer?", "Not run."]
+    return with_part(page, BEGIN, "\n\n".join(part.strip() for part in parts))
+
+
+def main() -> None:
+    """Write the page and its pictures."""
+    choices = stored_choices()
+    recovery = stored_recovery()
+    write_text(PAGE, filled(PAGE.read_text("utf-8"), choices, recovery))
+    finished = {name: choices[name] for name in (SMOLLM2, *SMALL) if name in choices}
+    finished = {name: values for name, values in finished.items() if values.is_complete}
+    if finished:
+        save_chart(choice_chart(finished), IMAGES / "cheaper-choice", formats=["png"])
+    readings = readings_of(recovery)
+    if readings and recovery["times"]:
+        chart = recovery_chart(readings, recovery["times"])
+        save_chart(chart, IMAGES / "cheaper-recovery", formats=["png"])
+
+
+if __name__ == "__main__":
+    main()
