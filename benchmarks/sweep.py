@@ -26,10 +26,11 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import DataSettings, resolve_settings
-from orchestrator.sweeping.plan import load_tasks, plan_suite, students_plan
-from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.run import run_trials
 from orchestrator.sweeping.students import Students
+from orchestrator.sweeping.suite import load_tasks, plan_suite
 from orchestrator.sweeping.trial import measure_trial
+from orchestrator.sweeping.trials import trials_of_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.training.trainer import run_job
@@ -79,13 +80,15 @@ def sweep(setup: Setup) -> Iterator[Row]:
     suite = plan_suite(*asked, load_tasks(*asked, Progress()))
     here, there = (open_workspace(setup.folder / name) for name in ("swept", "looped"))
     plans = [
-        students_plan(Students(settings, space, Path(str(teacher.checkpoint)), suite, influence))
+        trials_of_students(
+            Students(settings, space, Path(str(teacher.checkpoint)), suite, influence)
+        )
         for space in (here, there)
     ]
     swept, looped = ([trial for trial in plan.trials if trial.job] for plan in plans)
 
     with ray_cluster(num_cpus=torch.get_num_threads()):
-        run_plan(plans[0], settings, here, tracking=open_tracking(here))
+        run_trials(plans[0], settings, here, tracking=open_tracking(here))
     ends = sorted(trial.result_path.stat().st_mtime for trial in swept)
     loop_ends: list[float] = []
     for trial in looped:

@@ -28,8 +28,6 @@ from orchestrator.pipelines import (
     influence,
     inspecting,
     models,
-    sweep_plan,
-    sweeps,
     syncing,
     training,
     upkeep,
@@ -37,6 +35,7 @@ from orchestrator.pipelines import (
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import Settings
+from orchestrator.sweeping import plan, sweep
 
 COMMAND_LINE = "command-line.md"
 SETTINGS = "settings.md"
@@ -49,7 +48,7 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
-SWEEPS: dict[str, type[Result]] = {"": sweeps.SweepResult, "--dry-run": sweep_plan.SweepPlan}
+SWEEPS: dict[str, type[Result]] = {"": sweep.SweepResult, "--dry-run": plan.SweepPlan}
 RESULTS: dict[str, dict[str, type[Result]]] = {
     **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "doctor": {"": doctor.Findings},

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.inspecting import InspectedModel, inspect_model
     from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.reports import report
-    from orchestrator.pipelines.sweep_plan import SweepPlan
-    from orchestrator.pipelines.sweep_stages import plan_sweep
-    from orchestrator.pipelines.sweeps import SweepResult, sweep
     from orchestrator.pipelines.syncing import sync
     from orchestrator.pipelines.training import (
         DistillResult,
@@ -49,6 +46,9 @@ if TYPE_CHECKING:
     from orchestrator.records.trial import Trial
     from orchestrator.reporting.sweep_report import ReportResult
     from orchestrator.settings import Settings, read_settings
+    from orchestrator.sweeping.plan import SweepPlan
+    from orchestrator.sweeping.stages import plan_sweep
+    from orchestrator.sweeping.sweep import SweepResult, sweep
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
     from orchestrator.workspace.layout import Workspace
@@ -62,9 +62,9 @@ _MODULES = {
     "pipelines.inspecting": "InspectedModel inspect_model",
     "pipelines.models": "PickResult export import_model pick plan_pick",
     "pipelines.reports": "report",
-    "pipelines.sweep_plan": "SweepPlan",
-    "pipelines.sweep_stages": "plan_sweep",
-    "pipelines.sweeps": "SweepResult sweep",
+    "sweeping.plan": "SweepPlan",
+    "sweeping.stages": "plan_sweep",
+    "sweeping.sweep": "SweepResult sweep",
     "pipelines.syncing": "sync",
     "pipelines.training": (
         "DistillResult PretrainResult TrainingPlan distill plan_distill plan_pretrain prepare "

@@ -59,8 +59,8 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.mixture import open_data
-from orchestrator.pipelines.sweep_plan import SweepPlan
-from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.sweeping.plan import SweepPlan
+from orchestrator.sweeping.sweep import raise_failures
 from orchestrator.terminal.render import print_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.provenance import content_key

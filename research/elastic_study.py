@@ -45,7 +45,6 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
-from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.price import price_of
 from orchestrator.reporting.front import Front
@@ -55,6 +54,7 @@ from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.reporting.statistics import INTERVAL_LEVEL
 from orchestrator.reporting.tables import difference_text
 from orchestrator.sweeping.students import student_estimate, without_elastic
+from orchestrator.sweeping.sweep import raise_failures
 from orchestrator.terminal.metrics import metric_of
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job

@@ -32,7 +32,7 @@ PRELOADED_BUT_RAY = [
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [*PRELOADED_BUT_RAY, "orchestrator.pipelines.sweeps", "ray.train", "ray.tune"]
+    [*PRELOADED_BUT_RAY, "orchestrator.sweeping.sweep", "ray.train", "ray.tune"]
 )
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Variables of the server; without them NumPy and Arrow start threads when they are imported."""

@@ -346,8 +346,8 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     from iiet.pruning import InfluenceTable
     from orchestrator.records.evaluation import Suite
     from orchestrator.settings import resolve_settings
-    from orchestrator.sweeping.plan import students_plan
     from orchestrator.sweeping.students import Students
+    from orchestrator.sweeping.trials import trials_of_students
     from orchestrator.workspace.layout import open_workspace
 
     recipe = {"num_steps": 20, "num_tokens_per_step": 64, "num_validation_tokens": 64}
@@ -357,7 +357,7 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
     teacher = shutil.copytree(trained_run, tmp_path / "teacher") / "step_00000002"
     suite = Suite(suite="x", tokens_folder=str(tiny_tokens))
-    return students_plan(Students(settings, open_workspace(tmp_path), teacher, suite, table))
+    return trials_of_students(Students(settings, open_workspace(tmp_path), teacher, suite, table))
 
 
 @pytest.fixture(scope="session")

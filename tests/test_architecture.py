@@ -57,8 +57,8 @@ ORDER = (
     "planning",
     "cluster",
     "reporting",
-    "sweeping",
     "pipelines",
+    "sweeping",
     "cli",
 )
 """Packages of `orchestrator/`: each imports from itself and from those before it."""

@@ -133,7 +133,8 @@ def doctor(call: Call) -> "Result":
 
     Example: iiet-orch doctor
     """
-    from orchestrator.pipelines.doctor import Findings, examine, price_shipped_sweeps
+    from orchestrator.pipelines.doctor import Findings, examine
+    from orchestrator.sweeping.shipped import price_shipped_sweeps
 
     findings = []
     for finding in examine(call.session.workspace):

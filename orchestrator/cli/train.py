@@ -397,8 +397,8 @@ def _refuse_unread_by_kind(call: Call) -> None:
 
 
 def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> "Result":
-    from orchestrator.pipelines.sweep_stages import plan_sweep
-    from orchestrator.pipelines.sweeps import run_sweep
+    from orchestrator.sweeping.stages import plan_sweep
+    from orchestrator.sweeping.sweep import run_sweep
 
     plan = plan_sweep(call.settings, teacher=call.imported(teacher), name=name, **call.common)
     return plan if call.dry_run else run_sweep(plan, call.context)

@@ -191,7 +191,7 @@ TrialFunction = Callable[[Trial, TuneProcess], Trial | None]
 """Importable function that returns a trial with its result; None if it is not finished."""
 
 
-def run_trials(
+def run_queue(
     function: TrialFunction,
     queue: TrialQueue,
     storage: Path,

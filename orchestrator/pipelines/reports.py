@@ -62,7 +62,7 @@ def report(
 
 def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep:
     """Return a sweep with times per token that are measured now, where its trials ran."""
-    from orchestrator.sweeping.costs import with_costs  # Imports PyTorch.
+    from orchestrator.reporting.costs import with_costs  # Imports PyTorch.
 
     space = context.workspace
     if len(sweeps) > 1:

@@ -46,11 +46,10 @@ from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.settings.cluster import LOCAL
-from orchestrator.sweeping.student_schedules import student_schedule
-from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, shortest_schedule
 from orchestrator.training.continuing import continue_job, continued_settings
+from orchestrator.training.distilling import distillation_job, student_schedule
 from orchestrator.training.job import check_folder, check_job, pretraining_job, training_of
 from orchestrator.training.source import Source, find_source, follow_source, with_source
 from orchestrator.workspace.errors import UserError

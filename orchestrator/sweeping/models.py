@@ -39,14 +39,13 @@ from orchestrator.sweeping.student_schedules import budget_costs, cheapest_sched
 from orchestrator.terminal.metrics import BUDGET_METRICS, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
+from orchestrator.training.distilling import STUDENTS_SECTION
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.source import Source
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
 TEACHER = "teacher"
-STUDENTS_SECTION = "distillation.training"
-"""Settings section of the students' recipe."""
 T = TypeVar("T")
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.records.status import FAILED_EVENT, STARTED_EVENT
 from orchestrator.records.trial import SweepTrials
+from orchestrator.reporting.costs import with_costs
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.states import WAITING, RunningSweep, competing_trials, trial_states
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.view import SweepView
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
 
 
-def run_plan(
+def run_trials(
     plan: SweepTrials,
     settings: Settings,
     workspace: Workspace,
@@ -76,7 +76,7 @@ def run_plan(
                 with ray_cluster(placed.cluster, folder=folder, say=say):
                     from orchestrator.cluster import tune  # Imports Ray, which reads what is set.
 
-                    tune.run_trials(
+                    tune.run_queue(
                         run_trial,
                         run,
                         folder / RAY_FOLDER,

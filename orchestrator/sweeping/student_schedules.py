@@ -24,9 +24,10 @@ from iiet.pruning import (
     schedule_family,
     spread_over_cost,
 )
-from iiet.schedule import LEFT_OUT, IterationSchedule, ScheduleLike
+from iiet.schedule import LEFT_OUT, IterationSchedule
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.render import format_count
+from orchestrator.training.distilling import student_schedule
 from orchestrator.workspace.errors import UserError
 
 _RANDOM = re.compile(r"random(?:\*([1-9][0-9]?))?")
@@ -238,29 +239,6 @@ def _named_schedules(
         for number, schedule in enumerate(controls, start=1):
             choice = f"random {number}" if drawn else text
             yield StudentSchedule.of(schedule, choice)
-
-
-def student_schedule(
-    text: ScheduleLike, full: IterationSchedule, setting: str
-) -> IterationSchedule:
-    """Read a schedule that is relative to a teacher, as a user writes it.
-
-    Args:
-        setting: The setting or option that holds it.
-
-    Raises:
-        UserError: If it has another number of layers, or asks for more corrections.
-    """
-    try:
-        schedule = IterationSchedule.parse(text, num_layers=full.num_layers)
-    except ValueError as error:
-        raise UserError(f"{setting}: {error}") from None
-    if not schedule.is_within(full):
-        raise UserError(
-            f"{setting}: the schedule {schedule} asks for more corrections than the teacher makes, "
-            f"{full}"
-        )
-    return schedule
 
 
 def uniform_schedule(full: IterationSchedule, num_evaluations: int) -> IterationSchedule:

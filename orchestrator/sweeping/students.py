@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from iiet.config import DistillationConfig, ModelConfig
 from iiet.pruning import FamilyMember, InfluenceTable
@@ -29,7 +29,7 @@ from orchestrator.settings import (
     Settings,
     TrainingSettings,
 )
-from orchestrator.sweeping.models import STUDENTS_SECTION, schedule_cost
+from orchestrator.sweeping.models import schedule_cost
 from orchestrator.sweeping.retrofit import steps_at, training_flops
 from orchestrator.sweeping.student_schedules import (
     StudentSchedule,
@@ -38,8 +38,8 @@ from orchestrator.sweeping.student_schedules import (
     num_named,
 )
 from orchestrator.terminal.render import format_count
-from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
-from orchestrator.training.schedules import checked_family
+from orchestrator.training.distilling import STUDENTS_SECTION, distillation_loss, student_job
+from orchestrator.training.job import folder_of_weights, job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, checkpoint_name
 from orchestrator.workspace.provenance import content_key
@@ -51,99 +51,12 @@ TEACHER_CONTINUED = "teacher, trained further"
 # Trainings
 
 
-def student_job(
-    distillation: DistillationSettings,
-    *,
-    teacher: Path,
-    schedule: IterationSchedule,
-    tokens_folder: str,
-) -> TrainingJob | None:
-    """Return the job that trains a student; None for the control without training.
-
-    Args:
-        schedule: The student's, relative to the teacher.
-
-    Raises:
-        UserError: If a step of the training is not a whole number of sequences, or hidden states
-            of a student with fewer layers are to be compared.
-    """
-    if distillation.control == "pruned":
-        return None
-    config = load_config(teacher).of_kept_layers(schedule)
-    leaves_layers_out = bool(schedule.left_out_layers)
-    if leaves_layers_out and distillation.control == "distill" and distillation.hidden_weight:
-        raise UserError(
-            f"distillation.hidden_weight={distillation.hidden_weight:g}: hidden states are "
-            f"compared layer with layer, and a student under {schedule} has fewer layers; leave it "
-            "out, or set sweep.leave_out_layers=none"
-        )
-    sequences_per_step(distillation.training, config, section=STUDENTS_SECTION)
-    is_scratch = distillation.control == "scratch"
-    is_distilled = distillation.control == "distill"
-    objective: Literal["pretrain", "distill", "cross_entropy"] = "cross_entropy"
-    if is_scratch:
-        objective = "pretrain"
-    elif is_distilled:
-        objective = "distill"
-    return TrainingJob(
-        run_folder="",
-        tokens_folder=tokens_folder,
-        model=config,
-        recipe=checked_family(distillation.training, config, section=STUDENTS_SECTION),
-        objective=objective,
-        teacher_folder=str(teacher) if is_distilled else None,
-        initial_folder=None if is_scratch else str(teacher),
-        # Random weights have no layers to keep.
-        kept_layers=schedule.kept_layers if leaves_layers_out and not is_scratch else None,
-        distillation=_loss_of(distillation) if is_distilled else None,
-        section=STUDENTS_SECTION,
-        provenance={"teacher": weights_key(teacher)},
-    )
-
-
-def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
-    return DistillationConfig(
-        kl_weight=distillation.kl_weight,
-        temperature=distillation.temperature,
-        divergence=distillation.divergence,
-        hidden_weight=distillation.hidden_weight,
-        start_step=distillation.teacher_from_step,
-        end_step=distillation.teacher_until_step,
-    )
-
-
-def distillation_job(
-    settings: Settings,
-    workspace: Workspace,
-    teacher: Path,
-    schedule: IterationSchedule,
-    tokens: Path,
-) -> TrainingJob:
-    """Return the job that distills a teacher into a student, in the folder of a sweep's trial.
-
-    Args:
-        schedule: The student's, relative to the teacher.
-
-    Raises:
-        UserError: If the control trains nothing.
-    """
-    job = student_job(
-        settings.distillation, teacher=teacher, schedule=schedule, tokens_folder=str(tokens)
-    )
-    if job is None:
-        raise UserError(
-            "distillation.control=pruned trains nothing; "
-            "`iiet-orch evaluate --schedule` measures it"
-        )
-    return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
-
-
 def student_estimate(
     settings: Settings, teacher: ModelConfig, config: ModelConfig, recipe: TrainingSettings
 ) -> Estimate:
     """Return what a student takes whose teacher need not be trained."""
     is_distilled = settings.distillation.control == "distill"
-    loss = _loss_of(settings.distillation) if is_distilled else DistillationConfig()
+    loss = distillation_loss(settings.distillation) if is_distilled else DistillationConfig()
     return Estimate(
         config=config,
         recipe=recipe,

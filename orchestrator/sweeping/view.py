@@ -17,6 +17,7 @@ from orchestrator.data.mixture import describe_data
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, SWEEP_TAG, TrackedRun, status_after
 from orchestrator.records.tracked_run import Status as ShownStatus
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.costs import exact_cost, full_trial
 from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
 from orchestrator.reporting.mlflow_report import (
     front_so_far,
@@ -25,7 +26,7 @@ from orchestrator.reporting.mlflow_report import (
 )
 from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.plan import exact_cost, full_trial, sweep_parameters
+from orchestrator.sweeping.plan_text import sweep_parameters
 from orchestrator.sweeping.states import RunningSweep, Status, TrialState
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking

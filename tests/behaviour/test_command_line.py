@@ -183,7 +183,7 @@ def test_a_command_runs_its_own_kind_of_sweep_or_that_of_its_file(
         run.append((settings.sweep.kind, teacher, name))
         raise UserError("that is enough")
 
-    monkeypatch.setattr("orchestrator.pipelines.sweep_stages.plan_sweep", sweep)
+    monkeypatch.setattr("orchestrator.sweeping.stages.plan_sweep", sweep)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(FILES["s.yaml"])
     code, printed = _run(capfd, *command.split(), "--workspace", str(tmp_path / "space"))

@@ -45,7 +45,7 @@ os.environ["RAY_ADDRESS"] = nodes.address
 
 from orchestrator.cluster import train
 from orchestrator.cluster.ray import ray_cluster
-from orchestrator.cluster.tune import run_trials
+from orchestrator.cluster.tune import run_queue
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import SweepTrials, Trial
@@ -105,7 +105,7 @@ try:
             queue = RunningSweep(plan, trial_states(plan, SweepSettings()))
             folder = job.folder.with_name("sweep")
             settings = SweepSettings(), ClusterSettings()
-            run_trials(train_trial, queue, folder, *settings, num_trials=1, watch=watch)
+            run_queue(train_trial, queue, folder, *settings, num_trials=1, watch=watch)
             assert queue.num_of("finished") == 1, queue.failures
         else:
             # A loss that was announced is no failure.

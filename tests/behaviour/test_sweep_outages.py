@@ -16,7 +16,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.run import run_trials
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.layout import open_workspace
 
@@ -53,7 +53,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         warnings: list[str] = []
         tracking = Tracking(workspace, warn=warnings.append)
         settings = resolve_settings({})
-        outcome = run_plan(plan, settings, workspace, tracking=tracking)
+        outcome = run_trials(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
         is_down[0] = True
         stored_sweep = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)

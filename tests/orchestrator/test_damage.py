@@ -36,12 +36,12 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepTrials
+from orchestrator.reporting.costs import with_costs
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
-from orchestrator.sweeping.costs import with_costs
 from orchestrator.sweeping.models import TEACHER
-from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial import run_trial
+from orchestrator.sweeping.trials import make_search, trials_from_scratch, trials_of_teachers
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
@@ -328,7 +328,7 @@ def _fill(workspace: Workspace) -> None:
     folder = workspace.sweeps / "s"
     assert influence
     tables = {TEACHER: influence}
-    plan = plan_students(settings, workspace, {TEACHER: teacher}, tables, name="s")
+    plan = trials_of_teachers(settings, workspace, {TEACHER: teacher}, tables, name="s")
     plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial))]
@@ -342,15 +342,15 @@ def _fill(workspace: Workspace) -> None:
     ).write(workspace.picked)
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
-    plan = plan_students(settings, workspace, {TEACHER: teacher}, tables, name="search")
-    search = schedule_search(settings, workspace, plan, teacher)
+    plan = trials_of_teachers(settings, workspace, {TEACHER: teacher}, tables, name="search")
+    search = make_search(settings, workspace, plan, teacher)
     search.open({})
     assert search.suggest()
 
     race = ["sweep.kind=iterations", "sweep.iterations=[1]", "sweep.methods=[iiet]"]
     rates = ["sweep.asha=true", "sweep.learning_rates={iiet: [1e-3, 2e-3]}"]
     settings = read_settings(None, [*SETTINGS, *race, *rates])
-    plan = plan_iterations(settings, workspace, Path(plan.tokens_folder))
+    plan = trials_from_scratch(settings, workspace, Path(plan.tokens_folder))
     stop_early(plan.trials[0], plan.trials[1], settings.sweep, 2)
 
     _sync(workspace, Notes())  # Makes the database.

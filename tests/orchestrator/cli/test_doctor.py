@@ -11,8 +11,8 @@ import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
-from orchestrator.pipelines import doctor
 from orchestrator.settings.files import shipped_sweeps
+from orchestrator.sweeping import shipped
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
 from orchestrator.workspace.processors import CPUINFO
@@ -21,7 +21,7 @@ from orchestrator.workspace.processors import CPUINFO
 @pytest.fixture
 def _without_prices(monkeypatch) -> None:
     """Price no shipped sweep, which takes most of the command's time."""
-    monkeypatch.setattr(doctor, "price_shipped_sweeps", lambda _: [])
+    monkeypatch.setattr(shipped, "price_shipped_sweeps", lambda _: [])
 
 
 Answer = tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]

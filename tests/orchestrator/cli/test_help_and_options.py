@@ -71,8 +71,8 @@ def settings_of(monkeypatch) -> Callable[..., Settings]:
             monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}", stop)
         # Should a command get past its plan, then it shall not train. First, because `sweeps` takes
         # the plan's function when it is imported.
-        monkeypatch.setattr("orchestrator.pipelines.sweeps.run_sweep", pytest.fail)
-        monkeypatch.setattr("orchestrator.pipelines.sweep_stages.plan_sweep", stop)
+        monkeypatch.setattr("orchestrator.sweeping.sweep.run_sweep", pytest.fail)
+        monkeypatch.setattr("orchestrator.sweeping.stages.plan_sweep", stop)
         assert cli.main([*words]) == 2
         return received[0]
 

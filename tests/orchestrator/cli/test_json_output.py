@@ -18,9 +18,9 @@ from sample_trials import sample_trial
 
 from orchestrator import cli
 from orchestrator.pipelines.reports import report
-from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.results import StoredSweep
+from orchestrator.sweeping.sweep import SweepResult
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 Keys = tuple[set[str], set[str]]

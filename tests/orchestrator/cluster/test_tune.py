@@ -28,7 +28,7 @@ from orchestrator.cluster.tune import (
     RESTART_PAUSES_SECONDS,
     TrialFunction,
     TuneProcess,
-    run_trials,
+    run_queue,
 )
 from orchestrator.planning.machine import Node
 from orchestrator.records.evaluation import Suite
@@ -80,7 +80,7 @@ def run_sweep(
     """Run the trials of a sweep under Ray Tune."""
     cluster = options.pop("cluster", ClusterSettings())
     options |= {"num_trials": queue.num_ready, "watch": queue.watch}
-    run_trials(function, queue, folder / "ray", sweep or SweepSettings(), cluster, **options)
+    run_queue(function, queue, folder / "ray", sweep or SweepSettings(), cluster, **options)
     assert queue.is_over
     assert not (folder / "ray").exists(), "nothing of Tune's own stays"
 
@@ -338,7 +338,7 @@ sweep = SweepSettings(max_failures_per_trial=0)
 queue = RunningSweep(plan, trial_states(plan, sweep))
 tune.RESTART_PAUSES_SECONDS = (0.0,)
 try:
-    tune.run_trials(run, queue, Path(sys.argv[2]), sweep, ClusterSettings(), num_trials=1)
+    tune.run_queue(run, queue, Path(sys.argv[2]), sweep, ClusterSettings(), num_trials=1)
 except RunFailed as error:
     for note in queue.notes:
         print("again", note)

@@ -16,9 +16,9 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, prepare, source_key
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.data.text import unread_note
-from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
+from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.workspace.errors import DamagedFile, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 from orchestrator.workspace.locks import lock_file

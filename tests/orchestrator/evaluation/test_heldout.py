@@ -41,10 +41,10 @@ from orchestrator.evaluation.tasks import (
     tasks_of_source,
 )
 from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
-from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, resolve_settings
 from orchestrator.settings.evaluation import PYTHON_BITS, Prompts
+from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace

@@ -33,15 +33,18 @@ def test_every_name_exists_and_editors_see_the_same_names():
 @pytest.mark.parametrize(
     ("call", "plan"),
     [
-        ("pretrain", "training.plan_pretrain"), ("distill", "training.plan_distill"),
-        ("sweep", "sweep_stages.plan_sweep"), ("evaluate", "evaluating.plan_evaluate"),
-        ("benchmark", "benchmarking.plan_benchmark"), ("pick", "models.plan_pick"),
-        ("measure_influence", "influence.plan_influence"),
+        ("pretrain", "pipelines.training.plan_pretrain"),
+        ("distill", "pipelines.training.plan_distill"),
+        ("sweep", "sweeping.stages.plan_sweep"),
+        ("evaluate", "pipelines.evaluating.plan_evaluate"),
+        ("benchmark", "pipelines.benchmarking.plan_benchmark"),
+        ("pick", "pipelines.models.plan_pick"),
+        ("measure_influence", "pipelines.influence.plan_influence"),
     ],
-)  # fmt: skip
+)
 def test_a_call_takes_what_its_plan_takes(call, plan):
-    module, name = plan.split(".")
-    planned = signature(getattr(import_module(f"orchestrator.pipelines.{module}"), name)).parameters
+    module, name = plan.rsplit(".", 1)
+    planned = signature(getattr(import_module(f"orchestrator.{module}"), name)).parameters
     taken = signature(getattr(orchestrator, call)).parameters
     # What a dry run assumes, and what a sweep knows of its students.
     plans_alone = {"mfu", "leaves_out_layers"}

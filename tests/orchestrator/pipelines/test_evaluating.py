@@ -31,8 +31,8 @@ from orchestrator.records.evaluation import Suite
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.students import checkpoint_trial
+from orchestrator.sweeping.suite import load_tasks, plan_suite
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from orchestrator.models.load import load_model
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.models import plan_pick, run_pick
-from orchestrator.pipelines.sweep_stages import plan_sweep
-from orchestrator.pipelines.sweeps import SweepResult, run_sweep
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.retrofit import training_flops
+from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.sweeping.students import TEACHER_CONTINUED
+from orchestrator.sweeping.sweep import SweepResult, run_sweep
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import Workspace

@@ -13,8 +13,6 @@ from fake_tracking import untracked
 from pretended_ray import train_here
 from same_run import stop_at
 
-from orchestrator.pipelines.sweep_stages import plan_sweep
-from orchestrator.pipelines.sweeps import SweepResult, run_sweep
 from orchestrator.pipelines.upkeep import list_workspace
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import DIVERGED_EVENT
@@ -22,6 +20,8 @@ from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.reporting.results import CONTROLS_TITLE
 from orchestrator.settings import SETTINGS_NAME, read_settings, resolve_settings
 from orchestrator.sweeping.retrofit import EQUAL_TOKENS, training_flops
+from orchestrator.sweeping.stages import plan_sweep
+from orchestrator.sweeping.sweep import SweepResult, run_sweep
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import record_event

@@ -13,10 +13,11 @@ from fake_tracking import untracked
 from lm_eval_tasks import write_choices
 from refusals import refused
 
-from orchestrator.pipelines import sweep_stages, sweeps
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.settings import resolve_settings
+from orchestrator.sweeping import stages
+from orchestrator.sweeping.stages import plan_sweep
+from orchestrator.sweeping.sweep import run_sweep
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -42,13 +43,13 @@ def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(works
     class CallsAgain(Progress):
         def start(self, *_: object, **__: object) -> None:
             with pytest.raises(UserError) as caught:
-                sweeps.run_sweep(plan, Context(workspace, Refused()))
+                run_sweep(plan, Context(workspace, Refused()))
             refusals.append(str(caught.value))
             raise Interrupted("the first call has ended")
 
     for _ in range(2):
         with pytest.raises(Interrupted):
-            sweeps.run_sweep(plan, Context(workspace, CallsAgain()))
+            run_sweep(plan, Context(workspace, CallsAgain()))
     assert len(refusals) == 2
     for refusal in refusals:
         assert f"process {os.getpid()} on {socket.gethostname()}" in refusal
@@ -67,7 +68,7 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(workspace, tmp_path, 
     assert not unmeasured.is_complete
     assert unmeasured.bound
     assert len(unmeasured.trials.trials) == 1, "the teacher alone"
-    result = sweeps.run_sweep(unmeasured, context)
+    result = run_sweep(unmeasured, context)
     assert [trial.label for trial in result.trials] == ["teacher", "2,1", "1,1", "1,0", "0,0"]
 
     # Another sweep is refused under this name, as soon as its trials are known.
@@ -81,14 +82,14 @@ def test_what_is_planned_is_not_planned_again_when_it_runs(workspace, tmp_path, 
     unchecked = plan_sweep(fewer, workspace=workspace, teacher="teacher").changed(name="s")
     trials = unchecked.trials.model_copy(update={"name": "s"})
     with refused(UserError, "--name s", "another name"):
-        sweeps.run_sweep(unchecked.changed(planned_trials=trials), context)
+        run_sweep(unchecked.changed(planned_trials=trials), context)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
     for trial in result.trials:
         trial.result_path.unlink()
     complete = plan_of()
     assert complete.is_complete
-    monkeypatch.setattr(sweeps.trial_plans, "plan_students", pytest.fail)
-    monkeypatch.setattr(sweep_stages, "plan_influence", pytest.fail)
-    second_result = sweeps.run_sweep(complete, context)
+    monkeypatch.setattr(stages, "trials_of_teachers", pytest.fail)
+    monkeypatch.setattr(stages, "plan_influence", pytest.fail)
+    second_result = run_sweep(complete, context)
     assert [trial.key for trial in second_result.trials] == [trial.key for trial in result.trials]

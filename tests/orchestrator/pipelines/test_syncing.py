@@ -25,7 +25,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
-from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.run import run_trials
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import RunMonitor, lock_run_folder
 from orchestrator.workspace.journal import Journal, now_ms, recorded_times
@@ -108,7 +108,7 @@ def workspace(tiny_plan, tiny_job, tmp_path, monkeypatch) -> Workspace:
         return sweep
 
     end_trials(monkeypatch, end)
-    outcome = run_plan(tiny_plan, settings, workspace, tracking=context.tracking)
+    outcome = run_trials(tiny_plan, settings, workspace, tracking=context.tracking)
     assert set(outcome.failures.values()) == {"no space"}
     sweep = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
     write_sweep_report(workspace, sweep, tracking=lambda: context.tracking)

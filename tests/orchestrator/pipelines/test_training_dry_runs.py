@@ -23,12 +23,12 @@ from small_size import SMALL
 from orchestrator import cli
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, prepare
-from orchestrator.pipelines import sweeps
-from orchestrator.pipelines.sweep_stages import plan_sweep
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
 from orchestrator.settings.files import read_settings
+from orchestrator.sweeping.stages import plan_sweep
+from orchestrator.sweeping.sweep import sweep
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import open_workspace
 
@@ -213,7 +213,7 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         usage = SimpleNamespace(free=int(num_checkpoints * checkpoint) + new_tokens)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, disk=usage: disk)
         with pytest.raises(error, match=words):
-            sweeps.sweep(settings, workspace=tmp_path / f"with room for {num_checkpoints}")
+            sweep(settings, workspace=tmp_path / f"with room for {num_checkpoints}")
 
 
 def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read(tmp_path):

@@ -14,9 +14,9 @@ from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.load import load_model
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trial import run_trial
+from orchestrator.sweeping.trials import trials_of_students
 
 SMALL = [
     "sweep.elastic=true",
@@ -36,7 +36,7 @@ def tasks(tmp_path) -> Path:
 def plan_of(students, table, tasks) -> Callable[..., SweepTrials]:
     def make(*assignments: str) -> SweepTrials:
         of_teacher = students(*SMALL, *assignments, include_folder=str(tasks), limit=2)
-        return students_plan(replace(of_teacher, influence=table))
+        return trials_of_students(replace(of_teacher, influence=table))
 
     return make
 

@@ -14,8 +14,6 @@ from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.pruning import InfluenceTable
 from orchestrator.models.folder import load_config
-from orchestrator.pipelines.sweep_stages import plan_sweep
-from orchestrator.pipelines.sweeps import sweep
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of
 from orchestrator.settings import TrainingSettings, resolve_settings
@@ -28,7 +26,9 @@ from orchestrator.sweeping.models import (
     swept_variants,
     teacher_and_baselines,
 )
-from orchestrator.sweeping.plan import plan_iterations, plan_students
+from orchestrator.sweeping.stages import plan_sweep
+from orchestrator.sweeping.sweep import sweep
+from orchestrator.sweeping.trials import trials_from_scratch, trials_of_teachers
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -283,7 +283,7 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
             )
             for label in teachers
         }
-        plan = plan_students(settings, space, teachers, tables, baselines=baselines)
+        plan = trials_of_teachers(settings, space, teachers, tables, baselines=baselines)
         groups = {trial.group for trial in plan.trials}
         assert groups == {*of_teacher, "vanilla"}
     by_label = {trial.label: trial for trial in plan.trials}
@@ -300,7 +300,7 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
     # The teachers are trained alike, but for the seed and the method.
     teachers_in_table = teachers_of(result_table(plan.trials))
     assert len(teachers_in_table) == 4
-    bare = plan_students(settings, space, teachers, {}, baselines=baselines)
+    bare = trials_of_teachers(settings, space, teachers, {}, baselines=baselines)
     assert [trial.role for trial in bare.trials].count("trial") == 0
 
 
@@ -326,20 +326,20 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     }, "one that is named twice stands there once"
     check_named_baselines(baselines, tokens, [load_config(teacher)])
 
-    plan = plan_students(settings, space, {TEACHER: teacher}, {}, named_baselines=baselines)
+    plan = trials_of_teachers(settings, space, {TEACHER: teacher}, {}, named_baselines=baselines)
     assert [(trial.role, trial.label) for trial in plan.trials] == [
         ("teacher", "teacher"), *(("baseline", label) for label in baselines)
     ]  # fmt: skip
     assert [trial.checkpoint for trial in plan.trials] == [
         str(checkpoint) for checkpoint in (teacher, *baselines.values())
     ]
-    bare = plan_students(settings, space, {TEACHER: teacher}, {})
+    bare = trials_of_teachers(settings, space, {TEACHER: teacher}, {})
     assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
     # A sweep that trains its models has used their labels. The teacher of a plan is listed once.
     trains_models = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
     assert named_baselines(trains_models, space, None) == {"vanilla (v)": runs["v"]}
     named_teacher = {"r = 2,1 (teacher)": teacher}
-    plan = plan_students(
+    plan = trials_of_teachers(
         trains_models, space, {TEACHER: teacher}, {}, named_baselines=named_teacher
     )
     assert [trial.role for trial in plan.trials] == ["teacher"]
@@ -353,8 +353,8 @@ def test_a_sweep_that_trains_its_models_measures_the_named_ones_too(space, pretr
         ["sweep.kind=iterations", "sweep.iterations=[1]", "sweep.methods=[iiet]",
          "model.context_length=32", "training.num_tokens_per_step=64"],
     )  # fmt: skip
-    plain = plan_iterations(settings, space, tokens)
-    with_baseline = plan_iterations(
+    plain = trials_from_scratch(settings, space, tokens)
+    with_baseline = trials_from_scratch(
         settings, space, tokens, named_baselines={"vanilla": checkpoint}
     )
     assert with_baseline.trials[:-1] == plain.trials
@@ -410,8 +410,8 @@ def test_models_whose_labels_end_with_their_seeds_are_seeds_of_one_model(space, 
         "mine, seed 0": settings,
         "mine, seed 1": settings.model_copy(update={"training": seed_1}),
     }
-    plan = plan_iterations(settings, space, tokens, models)
+    plan = trials_from_scratch(settings, space, tokens, models)
     assert [(trial.group, trial.seed) for trial in plan.trials] == [("mine", 0), ("mine", 1)]
     assert (plan.num_requested, plan.num_distinct) == (1, 1)
-    alone = plan_iterations(settings, space, tokens, {"mine, seed 1": settings})
+    alone = trials_from_scratch(settings, space, tokens, {"mine, seed 1": settings})
     assert [(trial.group, trial.seed) for trial in alone.trials] == [(None, None)], "its seed is 0"

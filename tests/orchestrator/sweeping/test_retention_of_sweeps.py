@@ -12,12 +12,12 @@ from fake_runs import end_trials, trained
 from fake_tracking import untracked
 
 from orchestrator.pipelines.models import plan_pick
-from orchestrator.pipelines.sweep_stages import plan_sweep
-from orchestrator.pipelines.sweeps import run_sweep
 from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_BITS
 from orchestrator.settings.schema import broken_rules
+from orchestrator.sweeping.stages import plan_sweep
+from orchestrator.sweeping.sweep import run_sweep
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -24,7 +24,7 @@ from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.run import run_trials
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
@@ -43,7 +43,7 @@ class Sweep:
     def run(
         self, plan: SweepTrials, *assignments: str, progress: Progress | None = None
     ) -> RunningSweep:
-        return run_plan(
+        return run_trials(
             plan, resolve_settings({}, assignments), open_workspace(self.folder),
             progress=progress, tracking=self.tracking,
         )  # fmt: skip
@@ -143,16 +143,16 @@ def test_times_are_measured_once_more_where_that_is_asked_for(tiny_plan, sweep, 
 def _fails_if_stopped(monkeypatch) -> None:
     """Make a trial of Tune's that is stopped fail, too: a disk that is full just then cannot be had
     in a process of Ray."""
-    run_trials = tune.run_trials
+    run_queue = tune.run_queue
 
     def run(function: Any, *arguments: Any, **options: Any) -> None:
         def without_room(trial: Trial, process: tune.TuneProcess) -> Trial:
             assert function(trial, process) is None, "it is stopped"
             raise OSError("no room")
 
-        run_trials(without_room, *arguments, **options)
+        run_queue(without_room, *arguments, **options)
 
-    monkeypatch.setattr(tune, "run_trials", run)
+    monkeypatch.setattr(tune, "run_queue", run)
 
 
 @pytest.mark.slow

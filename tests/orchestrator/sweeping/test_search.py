@@ -24,10 +24,10 @@ from iiet.schedule import IterationSchedule
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings, resolve_settings
-from orchestrator.sweeping.plan import schedule_search, search_plan, students_plan
 from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.students import Students
+from orchestrator.sweeping.trials import make_search, trials_of_search, trials_of_students
 from orchestrator.sweeping.view import SweepView
 from orchestrator.workspace.layout import open_workspace
 
@@ -87,7 +87,7 @@ class World:
 
     def search(self, **settings: Any) -> ScheduleSearch:
         search_settings = SearchSettings(**settings)
-        plan = search_plan(self.family, search_settings, "search")
+        plan = trials_of_search(self.family, search_settings, "search")
         return ScheduleSearch(
             plan, self.full, search_settings, self.trial,
             max_left_out=self.max_left_out, folder=self.folder,
@@ -284,10 +284,10 @@ def test_suggested_trials_know_which_layers_of_the_teacher_they_are(
     table = InfluenceTable(
         "loss", ((),) * 4, ((),) * 4, 64, layer_values=(4.0, 1.0, 2.0, 3.0)
     )  # fmt: skip
-    plan = search_plan(
-        students_plan(Students(settings, space, teacher, suite, table)), settings.search
+    plan = trials_of_search(
+        trials_of_students(Students(settings, space, teacher, suite, table)), settings.search
     )
-    search = schedule_search(settings, space, plan, teacher)
+    search = make_search(settings, space, plan, teacher)
     search.open({})
     for _ in range(3):
         trial = search.suggest()
@@ -297,7 +297,7 @@ def test_suggested_trials_know_which_layers_of_the_teacher_they_are(
         assert trial.model.num_layers == schedule.num_kept_layers
         if trial.job is not None:
             assert trial.job.kept_layers == schedule.kept_layers
-    again = schedule_search(settings, space, plan, teacher)
+    again = make_search(settings, space, plan, teacher)
     assert again.suggested_trials() == search.suggested_trials()
 
 

@@ -16,20 +16,18 @@ from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import DistillationSettings, resolve_settings
-from orchestrator.sweeping.plan import students_plan
 from orchestrator.sweeping.retrofit import training_flops
 from orchestrator.sweeping.student_schedules import (
     StudentSchedule,
     choose_members,
-    student_schedule,
 )
 from orchestrator.sweeping.students import (
     TEACHER_CONTINUED,
     Students,
-    distillation_job,
     most_students,
-    student_job,
 )
+from orchestrator.sweeping.trials import trials_of_students
+from orchestrator.training.distilling import distillation_job, student_job, student_schedule
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -48,7 +46,7 @@ def plan(students, table) -> Plan:
     """A function that plans the teacher's sweep under settings, as `name=value` texts."""
 
     def make(*assignments: str, **suite: str) -> SweepTrials:
-        return students_plan(replace(students(*assignments, **suite), influence=table))
+        return trials_of_students(replace(students(*assignments, **suite), influence=table))
 
     return make
 
@@ -207,7 +205,7 @@ def plain_trials(save_tiny, space, tiny_tokens, tmp_path) -> Callable[..., tuple
 
     def make(*assignments: str) -> tuple[Trial, ...]:
         settings = resolve_settings({}, [*SMALL, *assignments])
-        return students_plan(Students(settings, space, teacher, suite, table)).trials
+        return trials_of_students(Students(settings, space, teacher, suite, table)).trials
 
     return make
 

@@ -17,8 +17,8 @@ from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
-from orchestrator.sweeping.students import student_job
 from orchestrator.training.devices import decoder_to_train, load_teacher
+from orchestrator.training.distilling import student_job
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.training.world import World

@@ -31,13 +31,13 @@ from orchestrator.models.load import load_model
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.models import import_model
-from orchestrator.pipelines.sweep_stages import plan_sweep
-from orchestrator.pipelines.sweeps import run_sweep
 from orchestrator.pipelines.training import plan_pretrain, prepare, pretrain, run_pretrain
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import Settings, resolve_settings
+from orchestrator.sweeping.stages import plan_sweep
+from orchestrator.sweeping.sweep import run_sweep
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.training.devices import decoder_to_train
 from orchestrator.training.job import check_job, job_key

@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from iiet.config import ModelConfig
+from iiet.cost import inference_cost
 from orchestrator.cluster.work import sweep_place
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, random_decoders, time_per_token
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.record import Record
-from orchestrator.records.trial import SweepTrials, Trial
+from orchestrator.records.trial import SweepTrials, Trial, teacher_or_costliest
 from orchestrator.settings import Settings
-from orchestrator.sweeping.plan import exact_cost, full_trial
+from orchestrator.terminal.metrics import COST, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key, timing_environment
 
@@ -69,3 +70,29 @@ def _time(
     models: Mapping[str, ModelConfig], device: str, progress: Progress
 ) -> dict[str, dict[str, float]]:
     return time_per_token(random_decoders(models, device), progress)
+
+
+def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
+    """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
+    cost = inference_cost(config)
+    full_cost = inference_cost(full)
+    return {
+        **{
+            name.removeprefix(COST): getattr(cost, metric.counted_as)
+            for name, metric in METRICS.items()
+            if metric.counted_as
+        },
+        "relative_evaluations": cost.evaluations_per_token / full_cost.evaluations_per_token,
+        "relative_flops": cost.decode_flops_per_token / full_cost.decode_flops_per_token,
+    }
+
+
+def full_trial(plan: SweepTrials) -> Trial:
+    """Return the trial that the others are compared with; see `teacher_or_costliest`."""
+    full = teacher_or_costliest(
+        plan.trials,
+        role=lambda trial: trial.role,
+        cost=lambda trial: inference_cost(trial.model).evaluations_per_token,
+    )
+    assert full is not None, "a plan has trials"
+    return full

@@ -24,7 +24,6 @@ from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.influence import InfluencePlan, plan_influence
-from orchestrator.pipelines.sweep_plan import SweepPlan
 from orchestrator.pipelines.training import (
     UNPREPARED,
     TrainingPlan,
@@ -33,7 +32,6 @@ from orchestrator.pipelines.training import (
 )
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import Settings
-from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import (
     TEACHER,
     baseline_models,
@@ -44,6 +42,7 @@ from orchestrator.sweeping.models import (
     teacher_and_baselines,
     teachers_by_label,
 )
+from orchestrator.sweeping.plan import SweepPlan
 from orchestrator.sweeping.retrofit import (
     Retrofit,
     retrofit_of,
@@ -53,6 +52,13 @@ from orchestrator.sweeping.retrofit import (
 )
 from orchestrator.sweeping.student_schedules import most_left_out
 from orchestrator.sweeping.students import bound_of_students, bound_text, most_students
+from orchestrator.sweeping.trials import (
+    check_sweep_folder,
+    make_search,
+    trials_from_scratch,
+    trials_of_teachers,
+    unmeasured_trials,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.source import find_source, follow_source, source_of_run, with_source
 from orchestrator.workspace.errors import UserError
@@ -144,7 +150,7 @@ def plan_sweep(
         # The keys of trials follow from the tasks of lm-eval, too, which may not be loaded yet.
         suite = plan.trials.trials[0].suite
         if suite.fingerprints or not needs_lm_eval(settings.evaluation):
-            trial_plans.check_sweep_folder(plan.trials, space)
+            check_sweep_folder(plan.trials, space)
     for training in plan.trainings_left:
         training.check_workers()
     return plan
@@ -169,7 +175,7 @@ def plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
 
     # Nothing more is known before the teachers are trained.
     bounded = _with_bound(plan, teacher_configs, " is not trained")
-    return bounded.changed(planned_trials=trial_plans.plan_pretrained(jobs))
+    return bounded.changed(planned_trials=unmeasured_trials(jobs))
 
 
 @offline(DRY_RUN)
@@ -302,6 +308,24 @@ def plan_measurements(plan: SweepPlan, teachers: Mapping[str, Path]) -> dict[str
 
 
 @offline(DRY_RUN)
+def plan_trials(
+    plan: SweepPlan,
+    teachers: Mapping[str, Path],
+    baselines: Mapping[str, Path],
+    tables: Mapping[str, InfluenceTable],
+    hashes: Mapping[str, str],
+) -> SweepPlan:
+    """Plan the third stage when nothing of the others is left.
+
+    Arguments are those of `plan_students`.
+    """
+    tokens = Path(plan.trials.tokens_folder)
+    plan = plan.changed(pretraining=(), bound=[], gaps=[])
+    if plan.settings.sweep.kind == "iterations":
+        return plan_models_from_scratch(plan, tokens, hashes)
+    return plan_students(plan, teachers, baselines, tables, hashes)
+
+
 def plan_students(
     plan: SweepPlan,
     teachers: Mapping[str, Path],
@@ -317,7 +341,7 @@ def plan_students(
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     settings = plan.settings
-    trials = trial_plans.plan_students(
+    trials = trials_of_teachers(
         settings,
         plan.workspace,
         teachers,
@@ -332,7 +356,7 @@ def plan_students(
     if settings.sweep.kind != "search" or not tables:
         return plan.changed(planned_trials=trials)
     teacher = teachers[TEACHER]
-    search = trial_plans.schedule_search(settings, plan.workspace, trials, teacher)
+    search = make_search(settings, plan.workspace, trials, teacher)
     suggested = search.suggested_trials()
     return plan.changed(
         planned_trials=trials.model_copy(update={"trials": (*trials.trials, *suggested)}),
@@ -342,7 +366,6 @@ def plan_students(
     )
 
 
-@offline(DRY_RUN)
 def plan_models_from_scratch(
     plan: SweepPlan, tokens: Path | None, hashes: Mapping[str, str] | None = None
 ) -> SweepPlan:
@@ -353,7 +376,7 @@ def plan_models_from_scratch(
     """
     # The sweep's own name follows from the tokens.
     name = plan.name or (None if tokens else "the sweep")
-    trials = trial_plans.plan_iterations(
+    trials = trials_from_scratch(
         plan.settings,
         plan.workspace,
         tokens,

@@ -25,16 +25,12 @@ from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.command_tables import price_rows
+from orchestrator.reporting.costs import exact_cost
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
-from orchestrator.sweeping.plan import (
-    exact_cost,
-    iterations_plan,
-    load_tasks,
-    plan_sentences,
-    plan_suite,
-    plan_table,
-)
+from orchestrator.sweeping.plan_text import plan_sentences, plan_table
 from orchestrator.sweeping.states import trial_states
+from orchestrator.sweeping.suite import load_tasks, plan_suite
+from orchestrator.sweeping.trials import trials_of_jobs
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -203,7 +199,7 @@ def plan_of(tiny_model, tiny_tokens, tmp_path) -> Any:
                     model={**tiny_model, **model},
                     recipe=usual_recipe.model_copy(update=changes),
                 )
-        return iterations_plan(jobs, Suite(suite="x", tokens_folder=str(tiny_tokens)))
+        return trials_of_jobs(jobs, Suite(suite="x", tokens_folder=str(tiny_tokens)))
 
     return make
 

@@ -1,6 +1,6 @@
 """Run a sweep: from its plan to the front and its report.
 
-The stages are those of `sweep_stages`; what could not be planned before is planned as soon as the
+The stages are those of `stages.py`; what could not be planned before is planned as soon as the
 stage before it has ended. The same call resumes an interrupted sweep; for a finished one, it only
 writes the report.
 """
@@ -8,7 +8,7 @@ writes the report.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -27,16 +27,6 @@ from orchestrator.models.folder import weights_key
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import run_influence
 from orchestrator.pipelines.models import imported_model
-from orchestrator.pipelines.sweep_plan import SweepPlan
-from orchestrator.pipelines.sweep_stages import (
-    models_by_role,
-    plan_from_tokens,
-    plan_measurements,
-    plan_models_from_scratch,
-    plan_pretraining,
-    plan_students,
-    plan_sweep,
-)
 from orchestrator.pipelines.training import run_trainings
 from orchestrator.records.status import STARTED_EVENT
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP
@@ -44,9 +34,19 @@ from orchestrator.records.trial import SOURCE_CONTINUED, Trial
 from orchestrator.reporting import results
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
-from orchestrator.sweeping import plan as trial_plans
 from orchestrator.sweeping.models import check_devices, check_sweep
+from orchestrator.sweeping.plan import SweepPlan
+from orchestrator.sweeping.stages import (
+    models_by_role,
+    plan_from_tokens,
+    plan_measurements,
+    plan_pretraining,
+    plan_sweep,
+    plan_trials,
+)
 from orchestrator.sweeping.states import early_stops
+from orchestrator.sweeping.suite import load_tasks
+from orchestrator.sweeping.trials import check_sweep_folder
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.source import with_source
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -110,131 +110,173 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
         context.progress.note("all trials are finished and found again")
         return _report_of(plan, stored, context)
     from orchestrator.cluster.ray import ray_cluster
-    from orchestrator.sweeping.run import run_plan  # Imports Ray, MLflow and lm-eval.
+    from orchestrator.sweeping.run import run_trials  # Imports Ray, MLflow and lm-eval.
 
     workspace = plan.workspace
     progress = context.progress
-    if plan.source is not None and not plan.source.is_checkpoint:
-        imported = imported_model(
-            plan.settings.training.source, workspace, progress, also_folders=True
-        )
-        plan = plan_sweep(with_source(plan.settings, imported), workspace=workspace, name=plan.name)
-        plan.check()
+    plan = _with_imported_source(plan, progress)
     settings = plan.settings
-    is_from_scratch = settings.sweep.kind == "iterations"
     pretrains = bool(plan.pretraining)
-    check = partial(check_devices, settings, pretrains=pretrains)
     # The sweep's folder has its name only when the influence is measured. The same call a second
     # time is refused at once.
     call_key = content_key(to_yaml(settings), str(plan.teacher), plan.name)
     call_lock = workspace.logs / f".sweep-{call_key}.lock"  # A call that is a mistake deletes it.
+    check = partial(check_devices, settings, pretrains=pretrains)
     with (
         refuse_second(call_lock, "this sweep"),
         joined_cluster(settings.cluster, workspace.root, check, progress),
     ):
-        # The data. What follows from it is planned now, if it did not exist before.
-        check_sweep(settings, progress)
-        if plan.teacher is None:
-            tokens = prepare_tokens(
-                settings.data, workspace, progress, open_runner=shard_runner(settings.cluster)
-            )
-            if str(tokens) != plan.trials.tokens_folder:
-                plan = plan_from_tokens(plan, tokens)
-                plan.check()
+        # The data, and the tasks before any training: the text may be too poor for them.
+        plan = _with_data(plan, progress)
         tokens = Path(plan.trials.tokens_folder)
-
-        # The tasks, before pretraining: the held-out text may be too poor for them.
         check_sweep_tasks(settings, offered_tasks(open_data(tokens)))
         first = plan.trials.trials[0]
-        hashes = trial_plans.load_tasks(settings.evaluation, tokens, first.model, progress)
+        hashes = load_tasks(settings.evaluation, tokens, first.model, progress)
         has_all_trials = plan.is_complete and first.suite.fingerprints == (hashes or None)
 
         # From here on `list` knows the sweep. Its folder gets its name once its trials are known.
-        begun = workspace.sweeps / (plan.name or f"{settings.sweep.kind}-{call_key[:8]}")
-        if not plan.is_complete and not (begun / PLAN_FILE).exists():
-            write_text(begun / SETTINGS_NAME, to_yaml(settings))
-            options = {"--name": plan.name} if plan.name else {}
-            if settings.sweep.kind == "search":
-                options["--search"] = str(settings.search.num_trials)
-            teacher = str(plan.teacher or "")
-            record_event(
-                begun, STARTED_EVENT, lock=call_lock.name, teacher=teacher, options=options
-            )
+        first_folder = workspace.sweeps / (plan.name or f"{settings.sweep.kind}-{call_key[:8]}")
+        if not plan.is_complete and not (first_folder / PLAN_FILE).exists():
+            _record_start(plan, first_folder, call_lock)
 
         start_ray = partial(
             ray_cluster, settings.cluster, folder=workspace.root, say=progress.start
         )
         with start_ray() if pretrains else nullcontext():
-            # Stage 1: the source, the teachers and their baselines, the controls.
-            finished: dict[str, Path] = {}
-            failed_controls: dict[str, str] = {}
-            number = 0
-            while number < len(plan.pretraining):  # A control that diverges may end a later stage.
-                if not plan.pretraining[number].has_tokens:
-                    # It follows from what was just trained.
-                    plan = plan_pretraining(plan, tokens)
-                    plan.check()
-                stage = plan.pretraining[number]
-                try:
-                    trained = run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
-                except RunFailed as error:
-                    # A control at a higher rate may diverge; its teacher has students even so.
-                    if plan.retrofit is None or not plan.retrofit.are_controls(stage.jobs):
-                        raise
-                    # Of its candidates, one that has diverged is out, and the others may be done.
-                    plan = plan_pretraining(plan, tokens)
-                    finished |= plan.pretrained
-                    diverged = plan.retrofit.diverged & stage.jobs.keys()
-                    for label in sorted(diverged):
-                        progress.note(
-                            f"{label}: diverged, so it is not taken; the rate follows from "
-                            "training.learning_rate and is not tried again"
-                        )
-                    failed = stage.jobs.keys() - finished.keys() - diverged
-                    failed_controls |= dict.fromkeys(sorted(failed), str(error))
-                    if failed:
-                        progress.note(f"controls failed, the sweep goes on without them: {error}")
-                        break
-                else:
-                    finished |= {label: result.checkpoint for label, result in trained.items()}
-                number += 1
-            teachers, baselines = models_by_role(plan, finished)
-
-            # Stage 2: the influence of the teachers.
-            if not plan.influence:
-                plan = plan.changed(influence=plan_measurements(plan, teachers))
-            place = sweep_place(settings, workspace.root)
-            tables = {
-                label: run_influence(measurement, context, place=place).table
-                for label, measurement in plan.influence.items()
-            }
-
-            # Stage 3: the trials. Nothing is left of the other stages.
+            plan, failed_controls = train_models(plan, tokens, context)
+            teachers, baselines = models_by_role(plan, plan.pretrained)
+            tables = measure_influence(plan, teachers, context)
             if not has_all_trials:
-                plan = plan.changed(pretraining=(), bound=[], gaps=[])
-                if is_from_scratch:
-                    plan = plan_models_from_scratch(plan, tokens, hashes)
-                else:
-                    plan = plan_students(plan, teachers, baselines, tables, hashes)
+                plan = plan_trials(plan, teachers, baselines, tables, hashes)
                 plan.check()
-            trials = plan.trials
-            lock = workspace.sweeps / trials.name / SWEEP_LOCK_NAME
-            with refuse_second(lock, f"the sweep {trials.name}"):
-                trial_plans.check_sweep_folder(trials, workspace)
-                if begun.name != trials.name and not (begun / PLAN_FILE).exists():
-                    shutil.rmtree(begun, ignore_errors=True)
-                run = run_plan(
-                    trials,
-                    settings,
+
+            folder = workspace.sweeps / plan.trials.name
+            with refuse_second(folder / SWEEP_LOCK_NAME, f"the sweep {plan.trials.name}"):
+                check_sweep_folder(plan.trials, workspace)
+                if first_folder != folder and not (first_folder / PLAN_FILE).exists():
+                    shutil.rmtree(first_folder, ignore_errors=True)
+                run = run_trials(
+                    plan.trials,
+                    plan.settings,
                     workspace,
                     placed=plan.placed,
                     tracking=context.tracking,
                     progress=progress,
                     search=plan.search,
                 )
-                sweep_results = _results_of(plan, run, [*tables.values()])
-                failures = failed_controls | run.failures
-                return _report_of(plan, sweep_results, context, failures)
+                sweep_results = _results_of(plan, run, teachers, tables)
+                return _report_of(plan, sweep_results, context, failed_controls | run.failures)
+
+
+def _with_imported_source(plan: SweepPlan, progress: Progress) -> SweepPlan:
+    """Import the source that a teacher starts from, if it is no checkpoint yet, and plan anew."""
+    if plan.source is None or plan.source.is_checkpoint:
+        return plan
+    name = plan.settings.training.source
+    imported = imported_model(name, plan.workspace, progress, also_folders=True)
+    settings = with_source(plan.settings, imported)
+    plan = plan_sweep(settings, workspace=plan.workspace, name=plan.name)
+    plan.check()
+    return plan
+
+
+def _with_data(plan: SweepPlan, progress: Progress) -> SweepPlan:
+    """Prepare the data if it is not; what follows from it is planned then."""
+    settings = plan.settings
+    check_sweep(settings, progress)
+    if plan.teacher is not None:
+        return plan
+    tokens = prepare_tokens(
+        settings.data, plan.workspace, progress, open_runner=shard_runner(settings.cluster)
+    )
+    if str(tokens) != plan.trials.tokens_folder:
+        plan = plan_from_tokens(plan, tokens)
+        plan.check()
+    return plan
+
+
+def _record_start(plan: SweepPlan, folder: Path, lock: Path) -> None:
+    """Write how a sweep was called into the folder that it has until its trials are known."""
+    settings = plan.settings
+    write_text(folder / SETTINGS_NAME, to_yaml(settings))
+    options = {"--name": plan.name} if plan.name else {}
+    if settings.sweep.kind == "search":
+        options["--search"] = str(settings.search.num_trials)
+    teacher = str(plan.teacher or "")
+    record_event(folder, STARTED_EVENT, lock=lock.name, teacher=teacher, options=options)
+
+
+def train_models(
+    plan: SweepPlan, tokens: Path, context: Context
+) -> tuple[SweepPlan, dict[str, str]]:
+    """Train what the trials follow from: the source, the teachers, their baselines, the controls.
+
+    Returns:
+        The plan in which they are trained, and label to reason of the controls that failed.
+
+    Raises:
+        RunFailed: If a training failed that is not a control's.
+    """
+    failed_controls: dict[str, str] = {}
+    number = 0
+    # A control that diverges may end a later stage; after one that failed, none follows.
+    while number < len(plan.pretraining) and not failed_controls:
+        stage = plan.pretraining[number]
+        failure: RunFailed | None = None
+        try:
+            run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
+        except RunFailed as error:
+            # A control at a higher rate may diverge; its teacher has students even so.
+            if plan.retrofit is None or not plan.retrofit.are_controls(stage.jobs):
+                raise
+            failure = error
+        # What follows from these models can be planned now.
+        plan = plan_pretraining(plan.changed(gaps=[]), tokens)
+        plan.check()
+        if failure is not None:
+            failed_controls = _failed_controls(plan, stage.jobs.keys(), failure, context.progress)
+        number += 1
+    return plan, failed_controls
+
+
+def _failed_controls(
+    plan: SweepPlan, labels: Set[str], failure: RunFailed, progress: Progress
+) -> dict[str, str]:
+    """Say what became of controls of which one failed or diverged.
+
+    Returns:
+        Label to reason of those that failed. One that has diverged is out and not among them.
+    """
+    assert plan.retrofit is not None
+    diverged = plan.retrofit.diverged & labels
+    for label in sorted(diverged):
+        progress.note(
+            f"{label}: diverged, so it is not taken; the rate follows from "
+            "training.learning_rate and is not tried again"
+        )
+    failed = labels - plan.pretrained.keys() - diverged
+    if failed:
+        progress.note(f"controls failed, the sweep goes on without them: {failure}")
+    return dict.fromkeys(sorted(failed), str(failure))
+
+
+def measure_influence(
+    plan: SweepPlan, teachers: Mapping[str, Path], context: Context
+) -> dict[str, InfluenceTable]:
+    """Measure the influence of the teachers' corrections and layers.
+
+    Args:
+        teachers: Label -> checkpoint.
+
+    Returns:
+        Label -> table.
+    """
+    measurements = plan.influence or plan_measurements(plan, teachers)
+    place = sweep_place(plan.settings, plan.workspace.root)
+    return {
+        label: run_influence(measurement, context, place=place).table
+        for label, measurement in measurements.items()
+    }
 
 
 def sweep(
@@ -287,16 +329,20 @@ def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
 
 
 def _results_of(
-    plan: SweepPlan, run: RunningSweep, tables: Sequence[InfluenceTable]
+    plan: SweepPlan,
+    run: RunningSweep,
+    teachers: Mapping[str, Path],
+    tables: Mapping[str, InfluenceTable],
 ) -> results.StoredSweep:
     """Return what a report needs of a sweep that was run.
 
     Args:
-        tables: Influence of each teacher.
+        teachers: Label -> checkpoint.
+        tables: Label of a teacher -> its influence.
     """
     influence_teacher = ""
     if len(tables) > 1:
-        influence_teacher = weights_key(next(iter(plan.influence.values())).checkpoint)
+        influence_teacher = weights_key(teachers[next(iter(tables))])
     trials = run.all_trials
     suite = trials.trials[0].suite
     suite_folder = Path(suite.suite_folder) if suite.suite_folder else None
@@ -328,7 +374,7 @@ def _results_of(
         name=trials.name,
         key=trials.key,
         results=run.results,
-        influence=next(iter(tables), None),
+        influence=next(iter(tables.values()), None),
         influence_teacher=influence_teacher,
         retention=_retention_of(plan),
         facts=facts,

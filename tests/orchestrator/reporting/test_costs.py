@@ -8,8 +8,8 @@ from kept_progress import KeptProgress
 from pass_clock import clock_of_passes
 
 from orchestrator.evaluation import decode_timing
+from orchestrator.reporting.costs import with_costs
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.costs import with_costs
 
 
 def test_times_are_found_again_on_the_machine_that_measured_them_alone(

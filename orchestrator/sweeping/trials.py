@@ -1,0 +1,326 @@
+"""The trials of a sweep: which there are, by reading only.
+
+An iterations sweep pretrains models from scratch. A threshold sweep and a search distill students
+of one teacher under schedules that its influence gives. How far each trial is, says `states.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from iiet.pruning import InfluenceTable
+from orchestrator.data.preparation import tokens_folder_of
+from orchestrator.models.folder import load_config
+from orchestrator.models.labels import group_of
+from orchestrator.models.tokenizer import ModelTokenizer, check_template
+from orchestrator.records.evaluation import Suite
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import (
+    Role,
+    SweepTrials,
+    Trial,
+    role_beside,
+)
+from orchestrator.settings import SearchSettings, Settings
+from orchestrator.sweeping.models import (
+    baseline_models,
+    check_teacher,
+    has_counts,
+    settings_of,
+    swept_variants,
+    teachers_by_label,
+)
+from orchestrator.sweeping.student_schedules import StudentSchedule, most_left_out
+from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
+from orchestrator.sweeping.suite import plan_suite
+from orchestrator.training.job import job_key, pretraining_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import PLAN_FILE, Workspace
+from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from orchestrator.sweeping.search import ScheduleSearch
+
+
+def trials_from_scratch(
+    settings: Settings,
+    workspace: Workspace,
+    tokens: Path | None,
+    models: Mapping[str, Settings] | None = None,
+    *,
+    named_baselines: Mapping[str, Path] | None = None,
+    name: str | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> SweepTrials:
+    """Plan a sweep of models trained from scratch on the same tokens.
+
+    Args:
+        models: Label -> settings, of which sections `model`, `training` and `cluster` count; those
+            of the sweep's settings when unset. Labels that differ in `, seed N` at their end name
+            the seeds of one model.
+        named_baselines: Label -> checkpoint of the runs that the user wants beside them.
+        hashes: Of lm-eval's tasks, if they are loaded.
+    """
+    if models is None:
+        models = {
+            variant.label: settings_of(settings, variant) for variant in swept_variants(settings)
+        }
+    jobs = [pretraining_job(model, workspace, tokens) for model in models.values()]
+    suite = Suite()
+    if tokens is not None:
+        suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
+    labeled_jobs = dict(zip(models, jobs, strict=True))
+    named_trials = baseline_trials(named_baselines or {}, suite, workspace)
+    return trials_of_jobs(labeled_jobs, suite, beside=named_trials, name=name)
+
+
+def trials_of_jobs(
+    jobs: Mapping[str, TrainingJob],
+    suite: Suite,
+    *,
+    beside: Sequence[Trial] = (),
+    name: str | None = None,
+) -> SweepTrials:
+    """Plan a sweep that pretrains models; those of one job are one trial.
+
+    Args:
+        jobs: Label -> training of the model.
+        beside: Trials of the baselines that the user names.
+    """
+    trials = {}
+    models = set()
+    for label, job in jobs.items():
+        group = group_of(label, job.recipe.seed)
+        trial = pretraining_trial(label, job, suite)
+        if group is not None:
+            trial = trial.model_copy(update={"seed": job.recipe.seed, "group": group})
+        trials[trial.key] = trial
+        models.add(group or label)
+    return _named_trials("iterations", name, [*trials.values(), *beside], len(models))
+
+
+def unmeasured_trials(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
+    """Return the models that a sweep trains before its students, as trials of which nothing is
+    measured: what is known of a sweep whose teacher is not trained."""
+    suite = Suite(tokens_folder=next(iter(jobs.values())).tokens_folder)
+    return trials_of_jobs(jobs, suite, name="the teacher and its baselines")
+
+
+def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:
+    """Return the trial that trains a model from scratch; one without corrections is a baseline."""
+    role: Role = "trial" if has_counts(job.model.method) else role_beside(label)
+    return make_trial(
+        role, label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
+    )
+
+
+def baseline_trials(
+    baselines: Mapping[str, Path], suite: Suite, workspace: Workspace
+) -> list[Trial]:
+    """Return the trials that measure the baselines that the user names."""
+    return [
+        checkpoint_trial("baseline", label, checkpoint, load_config(checkpoint), suite, workspace)
+        for label, checkpoint in baselines.items()
+    ]
+
+
+def trials_of_teachers(
+    settings: Settings,
+    workspace: Workspace,
+    teachers: Mapping[str, Path],
+    influence: Mapping[str, InfluenceTable],
+    *,
+    baselines: Mapping[str, Path] | None = None,
+    named_baselines: Mapping[str, Path] | None = None,
+    name: str | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> SweepTrials:
+    """Plan a threshold sweep or a search: the trials that are known before any has run.
+
+    The seeds of a teacher have the same schedules, those of their mean influence.
+
+    Args:
+        teachers: Label of `teachers_by_label` -> checkpoint.
+        influence: Label -> table; without them the plan has no students.
+        baselines: Label -> checkpoint of those that the sweep has trained. A baseline of several
+            teachers is listed once for each seed.
+        named_baselines: Label -> checkpoint of the runs that the user wants beside them.
+        hashes: Of lm-eval's tasks, if they are loaded.
+    """
+    variants = teachers_by_label(settings)
+    first_name = next(iter(variants.values())).name
+    students_by_teacher: list[Students] = []
+    for label, checkpoint in teachers.items():
+        variant = variants[label]
+        config = load_config(checkpoint)
+        check_teacher(settings, config)
+        tokens = tokens_folder_of(checkpoint, workspace)
+        suite = plan_suite(
+            settings.evaluation, tokens, config, hashes, teacher=checkpoint, workspace=workspace
+        )
+        if suite.prompts:
+            check_template(ModelTokenizer(checkpoint), suite.prompts)
+
+        # Baselines stand beside the only teacher, or beside the seeds of the first of several.
+        teacher_baselines: Mapping[str, Path] = baselines or {}
+        if settings.sweep.teachers and variant.name == first_name:
+            teacher_baselines = _baselines_of_seed(settings, baselines or {}, variant.seed)
+        elif settings.sweep.teachers:
+            teacher_baselines = {}
+
+        # Of all seeds of this teacher.
+        tables = [
+            table
+            for other_label, table in influence.items()
+            if variants[other_label].name == variant.name
+        ]
+        students_by_teacher.append(
+            Students(
+                settings,
+                workspace,
+                checkpoint,
+                suite,
+                mean_influence(tables) if tables else None,
+                teacher_baselines,
+                name=variant.name if settings.sweep.teachers else "",
+                seed=variant.seed,
+            )
+        )
+    suite = students_by_teacher[0].suite
+    named_trials = baseline_trials(named_baselines or {}, suite, workspace)
+    if settings.sweep.kind == "search":
+        family = trials_of_students(*students_by_teacher, beside=named_trials)
+        return trials_of_search(family, settings.search, name)
+    return trials_of_students(*students_by_teacher, beside=named_trials, name=name)
+
+
+def _baselines_of_seed(
+    settings: Settings, baselines: Mapping[str, Path], seed: int | None
+) -> dict[str, Path]:
+    """Return the trained baselines of a seed, by their names without it."""
+    return {
+        model.name: baselines[model.label]
+        for model in baseline_models(settings)
+        if model.seed == seed and model.label in baselines
+    }
+
+
+def trials_of_students(
+    *students: Students, beside: Sequence[Trial] = (), name: str | None = None
+) -> SweepTrials:
+    """Plan the trials of one teacher's students or of several; those of one key are one trial.
+
+    Args:
+        beside: Trials of the baselines that the user names.
+        name: Made from the plan's key when unset.
+    """
+    sweep = students[0].settings.sweep
+    trials = {trial.key: trial for of_teacher in students for trial in of_teacher.trials()}
+    for trial in beside:  # A teacher stays one, and a trained baseline keeps its name.
+        trials.setdefault(trial.key, trial)
+    num_teachers = len({of_teacher.name for of_teacher in students})
+    return _named_trials(
+        "threshold",
+        name,
+        [*trials.values()],
+        sweep.num_requested * num_teachers,
+        teacher=students[0].teacher,
+    )
+
+
+def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
+    """Return the mean of the influence of one model's seeds; all else is that of the first seed."""
+    if len(tables) == 1:
+        return tables[0]
+
+    def mean(*rows: Sequence[float]) -> tuple[float, ...]:
+        return tuple(map(fmean, zip(*rows, strict=True)))
+
+    def mean_by_layer(*matrices: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(mean(*rows) for rows in zip(*matrices, strict=True))
+
+    return replace(
+        tables[0],
+        value_rows=mean_by_layer(*(table.value_rows for table in tables)),
+        residual_rows=mean_by_layer(*(table.residual_rows for table in tables)),
+        layer_values=mean(*(table.layer_values for table in tables)),
+    )
+
+
+def trials_of_search(
+    family: SweepTrials, settings: SearchSettings, name: str | None = None
+) -> SweepTrials:
+    """Return the plan that a search starts with: the trials of a family of schedules.
+
+    Its name is made from its key when unset. A longer search has the same key and continues.
+    """
+    key_settings = settings.model_dump(mode="json", exclude={"num_trials"})
+    key = content_key("search", family.key, key_settings)
+    changes = {"key": key, "kind": "search", "name": name or f"search-{key[:8]}"}
+    return family.model_copy(update=changes)
+
+
+def make_search(
+    settings: Settings, workspace: Workspace, plan: SweepTrials, teacher: Path
+) -> ScheduleSearch:
+    """Return what suggests further trials for the plan of a search."""
+    from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
+
+    students = Students(settings, workspace, teacher, plan.trials[0].suite)
+    return ScheduleSearch(
+        plan,
+        students.full.corrections,
+        settings.search,
+        lambda schedule: students.student(StudentSchedule.of(schedule, "own")),
+        max_left_out=most_left_out(settings.sweep, students.full),
+        folder=workspace.sweeps / plan.name,
+    )
+
+
+def check_sweep_folder(plan: SweepTrials, workspace: Workspace) -> None:
+    """Check that the folder of a sweep's name holds no other sweep.
+
+    Raises:
+        UserError: If it does.
+    """
+    folder = workspace.sweeps / plan.name
+    stored = SweepTrials.read(folder / PLAN_FILE)
+    if stored is not None and stored.key != plan.key:
+        raise UserError(
+            f"--name {plan.name}: {folder} holds a sweep of other trials; choose another name"
+        )
+
+
+def _named_trials(
+    kind: str,
+    name: str | None,
+    trials: Sequence[Trial],
+    num_requested: int,
+    teacher: Path | None = None,
+) -> SweepTrials:
+    # Two measures of influence may lead to the same schedules by other thresholds.
+    identities = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
+    key = content_key("sweep", kind, identities)
+    return SweepTrials(
+        key=key,
+        name=name or f"{kind}-{key[:8]}",
+        kind=kind,
+        tokens_folder=trials[0].suite.tokens_folder,
+        teacher=str(teacher) if teacher else None,
+        num_requested=num_requested,
+        trials=tuple(trials),
+        num_distinct=num_models(trials),
+    )
+
+
+def num_models(trials: Sequence[Trial]) -> int:
+    """Return the number of schedules or models that a sweep is about; seeds count once.
+
+    Baselines count where all models are trained from scratch.
+    """
+    counted = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
+    return len({t.schedule_text if t.parent else t.group or t.key for t in counted})
