@@ -19,13 +19,17 @@ from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
 from iiet.distillation import AnswerKeeper, Model, member_loss, student_loss
 from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_entropy_by_source
-from iiet.methods import Layer
+from iiet.methods import Evaluation, Layer
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.devices import autocast, mean_over_workers, with_all_gradients
 from orchestrator.training.schedules import ScheduleByStep
 from orchestrator.training.world import World
-from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
+from orchestrator.workspace.journal import (
+    ACCURACY_METRIC,
+    OUTPUT_RMS_METRIC,
+    VALIDATION_METRIC,
+)
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]
 """A scalar loss and its named parts. All are means that divide by the batch's `target_count` or
@@ -292,3 +296,36 @@ def validation_metrics(
         if sums["answers" + name]:
             metrics[ACCURACY_METRIC + name] = sums["right" + name] / sums["answers" + name]
     return metrics
+
+
+@torch.no_grad()
+def output_sizes(
+    decoder: Decoder, batch: Batch, schedule: IterationSchedule, *, precision: str, world: World
+) -> dict[str, float]:
+    """Return how large the outputs of the fields are on a batch, by name of the metric.
+
+    A loss does not tell of hidden states that grow with each evaluation, which end a training
+    later. So it is one number for each evaluation within a layer, 0 being the prediction: the root
+    mean square over tokens and channels, in the layer where it is largest. The result is the same
+    on every worker, over the batches of all.
+    """
+    squares: dict[tuple[int, int], Tensor] = {}
+
+    def observe(seen: Evaluation) -> None:
+        squares[seen.layer, seen.k] = seen.output.float().square().mean()
+
+    batch = batch.to(world.device)
+    was_training = decoder.training
+    decoder.eval()
+    with autocast(precision, world):
+        # Called like this a sharded model gathers its weights; no logits are needed.
+        decoder(batch.input_ids, schedule=schedule, observe=observe, loss_fn=lambda _logits: None)
+    decoder.train(was_training)
+    agreed = mean_over_workers(
+        {f"{layer} {k}": square for (layer, k), square in squares.items()}, world
+    )
+    sizes: dict[str, float] = {}
+    for layer, k in squares:
+        name = f"{OUTPUT_RMS_METRIC}_{k}"
+        sizes[name] = max(sizes.get(name, 0.0), math.sqrt(agreed[f"{layer} {k}"]))
+    return sizes

@@ -75,6 +75,7 @@ from orchestrator.training.objective import (
     make_objective,
     make_optimizer,
     mean_by_source,
+    output_sizes,
     set_learning_rate,
     validation_metrics,
 )
@@ -553,8 +554,9 @@ class Trainer:
         return {"stop": float(stops), "save": float(saves)}
 
     def validate(self) -> dict[str, float]:
-        """Return the validation metrics under the schedule of the latest step, the same on all
-        workers, and of an elastic model also the loss of its cheapest schedule.
+        """Return the validation metrics under the schedule of the latest step and the sizes of the
+        fields' outputs, the same on all workers; of an elastic model also the loss of its cheapest
+        schedule.
         """
         job = self.job
         recipe = self.recipe
@@ -575,7 +577,16 @@ class Trainer:
             world=self.world,
             source_names=self.data.source_names,
         )
-        metrics = metrics_of(self.schedule_at(last_step))
+        schedule = self.schedule_at(last_step)
+        metrics = metrics_of(schedule)
+        # One more pass of one batch.
+        metrics |= output_sizes(
+            self.decoder,
+            batches[self.world.rank % len(batches)],
+            schedule,
+            precision=recipe.precision,
+            world=self.world,
+        )
         if members := self.members_at(last_step):
             metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
         return metrics

@@ -23,6 +23,8 @@ CHEAPEST_METRIC = "validation/cheapest_loss"
 """The validation loss under the cheapest schedule of an elastic model."""
 ACCURACY_METRIC = "validation/accuracy"
 """Share of right answers; only of data that have answers."""
+OUTPUT_RMS_METRIC = "validation/output_rms"
+"""Prefix of the size of the fields' outputs, one for each evaluation within a layer."""
 TAIL_BYTES = 65_536
 """A record is shorter than this."""
 _YEAR_9999 = 250_000_000_000_000

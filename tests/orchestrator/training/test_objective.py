@@ -34,6 +34,7 @@ from orchestrator.training.objective import (
     losses_of,
     make_objective,
     make_optimizer,
+    output_sizes,
     set_learning_rate,
     validation_metrics,
 )
@@ -263,6 +264,20 @@ def test_validation_by_source_weighs_up_to_the_total():
     expected["validation/accuracy"] = metrics_of_sources["phop_2"]["validation/accuracy"]
     assert metrics == pytest.approx(expected, rel=1e-12)
     assert "validation/accuracy_phop_2" in metrics
+
+
+@pytest.mark.parametrize("method", ["iiet", "pcformer", "looped", "vanilla"])
+def test_the_sizes_of_outputs_are_those_of_the_largest_layer(method):
+    decoder = fresh_decoder(method=method, schedule=1 if facts_of(method).has_corrections else None)
+    batch = completions(0)
+    sizes = output_sizes(decoder, batch, decoder.schedule, precision="fp32", world=World())
+    outputs = decoder.evaluations(batch.input_ids)
+    of_evaluation: dict[str, list[float]] = {}
+    for (_, k), output in outputs.items():
+        size = float(output.detach().norm()) / output.numel() ** 0.5
+        of_evaluation.setdefault(f"validation/output_rms_{k}", []).append(size)
+    assert sizes == pytest.approx({name: max(of) for name, of in of_evaluation.items()}, rel=1e-6)
+    assert decoder.training
 
 
 # Elastic training
