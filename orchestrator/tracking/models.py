@@ -28,7 +28,7 @@ from orchestrator.records.tracked_run import (
     TrackedRun,
     tag_filter,
 )
-from orchestrator.tracking.store import KEY_TAG, Point, StoredRun, valid_name
+from orchestrator.tracking.store import KEY_TAG, Point, StoredRun, time_of_values, valid_name
 from orchestrator.workspace.layout import portable_path, workspace_root
 
 EXTERNAL_TAG = "mlflow.model.isExternal"
@@ -50,12 +50,12 @@ def log_model(client: MlflowClient, run: StoredRun, shown: TrackedRun) -> None:
     if shown.model.is_of_sweep and not _stored_models(client, run, shown.model):
         return
     logged_model = _logged_model(client, run, shown.model)
-    time_ms = shown.ended_ms or shown.started_ms
+    time_ms = time_of_values(shown)
     points = {name: Point(name, value, step, time_ms) for name, value, step in shown.points}
     # What the run has in MLflow already gets the same time and step: no second point.
     if run.curves:
         points |= run.curves.last
-    points |= run.points
+    points |= run.last_points
     linked_values = {(m.run_id, m.key, m.value) for m in logged_model.metrics or ()}
     new_metrics: list[Metric] = []
     for name, data in shown.model.datasets.items():

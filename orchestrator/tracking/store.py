@@ -15,12 +15,12 @@ import math
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -29,7 +29,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tag_filter
+from orchestrator.records.tracked_run import RUN_ID, TrackedModel, TrackedRun, tag_filter
 from orchestrator.workspace.errors import strip_credentials
 from orchestrator.workspace.journal import JournalReader, Record, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
@@ -67,10 +67,9 @@ MAX_PARAM_CHARACTERS = 6000
 
 FAILURES = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 """Errors of MLflow's client if a store cannot be reached or refuses a value."""
-_MODEL = ""
-"""Key of the model in `StoredRun.sent`; no artifact has an empty path."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
+T = TypeVar("T")
 RunIdentity = tuple[str, str, str | None]
 """What a run is found by: its kind, its key, and its sweep's key if it is nested in one."""
 
@@ -144,6 +143,38 @@ class CurveReader:
         return points
 
 
+class FileStamp(NamedTuple):
+    """A file with its time and size, which change with its content."""
+
+    path: Path
+    time_ns: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """Return the stamp of a file as it is now."""
+        status = path.stat()
+        return cls(path, status.st_mtime_ns, status.st_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a run in the store lacks of what it is to show."""
+
+    params: dict[str, str]
+    tags: dict[str, str]
+    deleted_tags: list[str]
+    points: list[Point]
+    data: DatasetInput | None
+    """The data that it read."""
+    texts: dict[str, str]
+    """Path of an artifact -> its content."""
+    files: dict[str, FileStamp]
+    """Path of an artifact -> the file that is copied there."""
+    views: dict[str, str]
+    """Tags of the experiment, which hold saved chart views."""
+
+
 @dataclass
 class StoredRun:
     """What a run in the store holds; whoever changes the run also changes this."""
@@ -158,12 +189,29 @@ class StoredRun:
     """The last value of each metric."""
     datasets: set[str]
     """Digests of the data that it read."""
-    sent: dict[str, object] = field(default_factory=dict)
-    """What this process has stored, in the form that it had then: artifacts by their path, and the
-    model with its metrics as `_MODEL`."""
-    points: dict[str, Point] = field(default_factory=dict)
-    """The last point of each metric that this process has sent."""
+    # MLflow is not asked for the rest: it is what this process has sent.
+    last_points: dict[str, Point] = field(default_factory=dict)
+    """The last point of each metric."""
+    texts: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileStamp] = field(default_factory=dict)
+    views: dict[str, str] = field(default_factory=dict)
+    model: tuple[TrackedModel, dict[str, float]] | None = None
+    """The logged model, and the metrics that were linked with it."""
     curves: CurveReader | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Note that the store has received a batch."""
+        self.params |= batch.params
+        self.tags |= batch.tags
+        for name in batch.deleted_tags:
+            del self.tags[name]
+        self.values |= {valid_name(point.name): point.value for point in batch.points}
+        self.last_points |= {point.name: point for point in batch.points}
+        if batch.data:
+            self.datasets.add(batch.data.dataset.digest)
+        self.texts |= batch.texts
+        self.files |= batch.files
+        self.views |= batch.views
 
     @classmethod
     def of(cls, run: Run) -> StoredRun:
@@ -195,8 +243,6 @@ class Store:
         self.experiment_id: str | None = None
         self._workspace = workspace
         self._client: MlflowClient | None = None
-        self._views: dict[str, str] = {}
-        """Chart views that this process has stored."""
         self._runs: dict[RunIdentity, StoredRun] = {}
         """Runs that this process has searched for or created."""
 
@@ -265,64 +311,22 @@ class Store:
             client.update_run(stored.id, status=run.status)
             stored.status = run.status
 
-        # Parameters, tags, curves, and metrics of no curve.
-        if run.journal and stored.curves is None:
-            stored.curves = CurveReader(Path(run.journal), int(stored.tags.get(OFFSET_TAG, 0)))
-        tags = {name: self._tag_text(text, stored.id) for name, text in run.tags.items()}
-        curve_points: list[Point] = []
-        curve_ends: Mapping[str, Point] = {}
-        if stored.curves:
-            curve_points = stored.curves.read(has_ended=run.status != "RUNNING")
-            curve_ends = stored.curves.last
-            tags[OFFSET_TAG] = str(stored.curves.offset)
-        time_ms = run.ended_ms or run.started_ms
-        now = now_ms()
-        last_values = {name: value for name, value, _ in run.points}
-        points: list[Point] = []
-        for name, value, step in run.points:
-            # The summary of a curve would stand before its first step.
-            if name in curve_ends:
-                continue
-            stored_value = stored.values.get(valid_name(name))
-            if _is_same(stored_value, last_values[name]):
-                continue
-            # MLflow shows the newest value, so one that replaces another is measured now.
-            points.append(Point(name, value, step, time_ms if stored_value is None else now))
-        self._send_values(stored, run.params, tags, [*points, *curve_points])
+        batch = self._missing(run, stored)
+        self._send_batch(batch, stored)
+        stored.add(batch)
 
-        # The data that it read, artifacts, chart views, and the model.
-        if run.dataset and run.dataset[1] not in stored.datasets:
-            name, digest, profile = run.dataset
-            context = "evaluation" if run.kind in MEASUREMENTS else "training"
-            dataset = Dataset(name, digest, "local", source=digest, profile=json.dumps(profile))
-            data = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-            client.log_inputs(stored.id, [data])
-            stored.datasets.add(digest)
-        for path, text in run.texts.items():
-            if stored.sent.get(path) != text:
-                client.log_text(stored.id, text, path)
-                stored.sent[path] = text
-        for folder, files in run.files.items():
-            for file in filter(Path.is_file, map(Path, files)):
-                artifact = f"{folder}/{file.name}"
-                status = file.stat()
-                stamp = (status.st_mtime_ns, status.st_size)
-                if stored.sent.get(artifact) != stamp:
-                    client.log_artifact(stored.id, str(file), folder)
-                    stored.sent[artifact] = stamp
-        for tag, view in run.views.items():
-            if self._views.get(tag) != view:
-                client.set_experiment_tag(str(self.experiment_id), tag, view)
-                self._views[tag] = view
-        if run.model and log_model and stored.sent.get(_MODEL) != (run.model, last_values):
-            with self.lock():
-                log_model(client, stored, run)
-            stored.sent[_MODEL] = (run.model, last_values)
+        # The model needs the metrics, which it is linked with.
+        if run.model and log_model:
+            model = run.model, last_values(run)
+            if model != stored.model:
+                with self.lock():
+                    log_model(client, stored, run)
+                stored.model = model
 
         # The end comes last: a run that is shown as finished has everything.
         if run.status not in ("RUNNING", stored.status):
             # The run of a short piece of work is created after that has ended.
-            end_ms = max(time_ms, stored.started_ms)
+            end_ms = max(time_of_values(run), stored.started_ms)
             client.set_terminated(stored.id, run.status, end_time=end_ms)
             stored.status = run.status
 
@@ -384,51 +388,112 @@ class Store:
             if root not in (key, parent)
         }
 
-    def _send_values(
-        self,
-        run: StoredRun,
-        params: Mapping[str, str],
-        tags: Mapping[str, str],
-        points: Sequence[Point],
-    ) -> None:
-        """Send what the run does not hold yet, in one request where it fits."""
-        client = self.connect()
+    def _missing(self, run: TrackedRun, stored: StoredRun) -> Batch:
+        """Return what a run is to show and does not hold in the store."""
         root = self._workspace.root
-        texts = {
+        params = {
             valid_name(name): portable_path(text, root)[:MAX_PARAM_CHARACTERS]
-            for name, text in params.items()
+            for name, text in run.params.items()
         }
-        new_params = {name: text for name, text in texts.items() if name not in run.params}
-        for name, text in tags.items():
-            if not text and name in run.tags:
-                client.delete_tag(run.id, name)
-                del run.tags[name]
-        new_tags = {
-            name: text for name, text in tags.items() if text and run.tags.get(name) != text
+        tags = {
+            name: portable_path(text, root).replace(RUN_ID, stored.id)[:MAX_TAG_CHARACTERS]
+            for name, text in run.tags.items()
         }
+        # Reading a journal goes on where it stopped, so all points of its curves are new.
+        if run.journal and stored.curves is None:
+            stored.curves = CurveReader(Path(run.journal), int(stored.tags.get(OFFSET_TAG, 0)))
+        curve_points: list[Point] = []
+        if stored.curves:
+            curve_points = stored.curves.read(has_ended=run.status != "RUNNING")
+            tags[OFFSET_TAG] = str(stored.curves.offset)
+        files = {
+            f"{folder}/{file.name}": FileStamp.of(file)
+            for folder, paths in run.files.items()
+            for file in map(Path, paths)
+            if file.is_file()
+        }
+        is_new_data = run.dataset is not None and run.dataset[1] not in stored.datasets
+        return Batch(
+            # MLflow does not change a parameter.
+            params={name: text for name, text in params.items() if name not in stored.params},
+            tags={name: text for name, text in _changed(tags, stored.tags).items() if text},
+            deleted_tags=[name for name, text in tags.items() if not text and name in stored.tags],
+            points=[*_new_points(run, stored), *curve_points],
+            data=data_input(run) if is_new_data else None,
+            texts=_changed(run.texts, stored.texts),
+            files=_changed(files, stored.files),
+            views=_changed(run.views, stored.views),
+        )
+
+    def _send_batch(self, batch: Batch, stored: StoredRun) -> None:
+        """Send a batch: values in one request where they fit, then data, artifacts and views."""
+        client = self.connect()
+        for name in batch.deleted_tags:
+            client.delete_tag(stored.id, name)
         metrics = [
             Metric(valid_name(point.name), point.value, point.time_ms, point.step)
-            for point in points
+            for point in batch.points
         ]
         # The last request has the tags: from then on, what was copied from a journal is copied.
         while len(metrics) > METRICS_PER_REQUEST:
-            client.log_batch(run.id, metrics=metrics[:METRICS_PER_REQUEST])
+            client.log_batch(stored.id, metrics=metrics[:METRICS_PER_REQUEST])
             metrics = metrics[METRICS_PER_REQUEST:]
-        if metrics or new_params or new_tags:
+        if metrics or batch.params or batch.tags:
             client.log_batch(
-                run.id,
+                stored.id,
                 metrics=metrics,
-                params=[Param(name, text) for name, text in new_params.items()],
-                tags=[RunTag(name, text) for name, text in new_tags.items()],
+                params=[Param(name, text) for name, text in batch.params.items()],
+                tags=[RunTag(name, text) for name, text in batch.tags.items()],
             )
-        run.params |= new_params
-        run.tags |= new_tags
-        run.values |= {valid_name(point.name): point.value for point in points}
-        run.points |= {point.name: point for point in points}
+        if batch.data:
+            client.log_inputs(stored.id, [batch.data])
+        for artifact, text in batch.texts.items():
+            client.log_text(stored.id, text, artifact)
+        for artifact, file in batch.files.items():
+            client.log_artifact(stored.id, str(file.path), artifact.rpartition("/")[0])
+        for tag, view in batch.views.items():
+            client.set_experiment_tag(stored.experiment_id, tag, view)
 
-    def _tag_text(self, text: str, run_id: str) -> str:
-        text = portable_path(text, self._workspace.root)
-        return text.replace(RUN_ID, run_id)[:MAX_TAG_CHARACTERS]
+
+def _changed(wanted: Mapping[str, T], stored: Mapping[str, T]) -> dict[str, T]:
+    return {name: value for name, value in wanted.items() if stored.get(name) != value}
+
+
+def _new_points(run: TrackedRun, stored: StoredRun) -> list[Point]:
+    """Return the points of no curve that a run in the store lacks."""
+    time_ms = time_of_values(run)
+    now = now_ms()
+    newest_values = last_values(run)
+    points = []
+    for name, value, step in run.points:
+        # The summary of a curve would stand before its first step.
+        if stored.curves and name in stored.curves.last:
+            continue
+        stored_value = stored.values.get(valid_name(name))
+        if _is_same(stored_value, newest_values[name]):
+            continue
+        # MLflow shows the newest value, so one that replaces another is measured now.
+        points.append(Point(name, value, step, time_ms if stored_value is None else now))
+    return points
+
+
+def last_values(run: TrackedRun) -> dict[str, float]:
+    """Return the last value of each metric that is in no journal."""
+    return {name: value for name, value, _ in run.points}
+
+
+def time_of_values(run: TrackedRun) -> int:
+    """Return when the metrics that are in no journal were measured, in ms since 1970."""
+    return run.ended_ms or run.started_ms
+
+
+def data_input(run: TrackedRun) -> DatasetInput:
+    """Return the data that a run read, as MLflow takes it."""
+    assert run.dataset is not None
+    name, digest, profile = run.dataset
+    dataset = Dataset(name, digest, "local", source=digest, profile=json.dumps(profile))
+    context = "evaluation" if run.kind in MEASUREMENTS else "training"
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 @lru_cache(maxsize=1)
