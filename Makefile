@@ -13,7 +13,7 @@ MUTANTS ?=
 N ?= 60
 SEED ?= 1
 INSTALLED := $(VENV)/.installed
-# Several test files at a time, and all files that need Ray in one process (tests/conftest.py). Slow
+# Several test files at a time, and all files that need Ray in one process (tests/suite.py). Slow
 # tests wait for servers and for Ray, so three of them keep two cores busy.
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
 # The ten slowest tests are listed at the end.

@@ -1,6 +1,6 @@
 """Forget what the person who runs the tests has set for the program and its libraries.
 
-`conftest.py` imports this file before all others, as some variables are read during an import.
+`suite.py` imports this file before all others, as some variables are read during an import.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """The marks that follow from others, and the process in which a test runs."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +7,7 @@ from laws import FACTOR_VARIABLE, examples
 
 
 def test_long_tests_are_slow_those_that_install_are_long_and_ray_has_one_process(request):
-    plugin = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    plugin = request.config.pluginmanager.get_plugin("suite")
     assert plugin
     names = ("test_that_installs", "test_of_a_formula", "test_under_ray")
     installs, formula, under_ray = [

@@ -1,12 +1,16 @@
-"""Every public function, class and method is documented and typed; both packages tell checkers."""
+"""Public functions, classes and methods are documented and typed, and names are lazy;
+and `tests/behaviour/test_page_python.py` runs its functions."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import iiet
 import iiet.influence
@@ -97,3 +101,46 @@ def test_packages_are_marked_as_typed_and_export_each_name_once():
 def test_dir_lists_the_interface_alone():
     assert dir(iiet) == sorted(["__version__", *iiet.__all__])
     assert dir(orchestrator) == sorted(orchestrator.__all__)
+
+
+def test_every_name_exists_and_editors_see_the_same_names():
+    with pytest.raises(AttributeError, match="no attribute 'swep'"):
+        _ = orchestrator.swep
+    tree = ast.parse(Path(str(orchestrator.__file__)).read_text(encoding="utf-8"))
+    typed = {
+        (node.module, alias.name)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name for _, name in typed} == set(orchestrator.__all__)
+    for module, name in typed:
+        assert getattr(import_module(str(module)), name) is getattr(orchestrator, name)
+
+
+@pytest.mark.parametrize(
+    ("call", "plan"),
+    [
+        ("pretrain", "pipelines.training.plan_pretrain"),
+        ("distill", "pipelines.training.plan_distill"),
+        ("sweep", "sweeping.stages.plan_sweep"),
+        ("evaluate", "pipelines.evaluating.plan_evaluate"),
+        ("benchmark", "pipelines.benchmarking.plan_benchmark"),
+        ("pick", "pipelines.models.plan_pick"),
+        ("measure_influence", "pipelines.influence.plan_influence"),
+    ],
+)
+def test_a_call_takes_what_its_plan_takes(call, plan):
+    module, name = plan.rsplit(".", 1)
+    plan_function = getattr(import_module(f"orchestrator.{module}"), name)
+    planned = inspect.signature(plan_function).parameters
+    taken = inspect.signature(getattr(orchestrator, call)).parameters
+    # What a dry run assumes, and what a sweep knows of its students.
+    plans_alone = {"mfu", "leaves_out_layers"}
+    if call == "distill":
+        plans_alone = {"schedules"}  # It gives one student of one schedule.
+    assert {**planned}.keys() - {**taken}.keys() == plans_alone & {**planned}.keys()
+    for parameter in taken.keys() & planned.keys():
+        assert taken[parameter] == planned[parameter], parameter

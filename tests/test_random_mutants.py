@@ -8,14 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from random_mutants import (
-    RECORD_VARIABLE,
-    ROOT,
-    changes_of,
-    covering_tests,
-    draw_changes,
-    functions_of,
-)
+from random_mutants import RECORD_VARIABLE, ROOT, changes_of, functions_of
 
 CODE = '''\
 """Ä text before it: 1 + 2."""
@@ -53,33 +46,6 @@ def test_each_change_replaces_an_expression_that_is_computed():
     ]
     for change in changes:
         assert ast.dump(ast.parse(change.apply(CODE))) != ast.dump(ast.parse(CODE))
-
-
-@pytest.mark.slow
-def test_a_seed_draws_the_same_changes_of_different_functions():
-    changes = draw_changes(40, 1)
-    assert draw_changes(40, 1) == changes
-    assert draw_changes(40, 2) != changes
-    assert len({(change.file, change.function) for change in changes}) == 40
-    for change in changes:
-        text = (ROOT / change.file).read_text()
-        ast.parse(change.apply(text))
-        assert change.describe(text).startswith(f"{change.file}:{change.line} {change.function}: ")
-
-
-def test_the_fastest_test_that_runs_the_line_comes_first():
-    change = draw_changes(1, 1)[0]
-    line = [change.file, change.line]
-    call = [change.file, -change.function_line]
-    record = {
-        "slow": {"seconds": 2.0, "lines": [line, call]},
-        "calls it": {"seconds": 0.1, "lines": [call]},
-        "fast": {"seconds": 1.0, "lines": [line]},
-        "another": {"seconds": 0.1, "lines": [["iiet/mix.py", 1]]},
-    }
-    assert covering_tests(change, {"tests": record}) == ["fast", "slow"]
-    del record["fast"], record["slow"]
-    assert covering_tests(change, {"tests": record}) == ["calls it"]
 
 
 @pytest.mark.slow

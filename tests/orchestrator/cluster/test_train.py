@@ -34,25 +34,10 @@ from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import checkpoint_name, find_checkpoints, step_of
 
-MakeJob = Callable[..., TrainingJob]
-
-
-@pytest.fixture
-def make_job(tiny_job) -> MakeJob:
-    def make(name: str, **recipe: Any) -> TrainingJob:
-        values = {
-            "num_steps": 12,
-            "num_tokens_per_step": 64,
-            "learning_rate": 1e-2,
-            "warmup_steps": 2,
-            "validate_every_steps": 6,
-            "num_validation_tokens": 320,
-            "checkpoint_every_steps": 6,
-            "iterate_from_fraction": 0.5,
-        }
-        return tiny_job(name, **{**values, **recipe})
-
-    return make
+RECIPE = {
+    "num_steps": 12, "learning_rate": 1e-2, "warmup_steps": 2, "validate_every_steps": 6,
+    "num_validation_tokens": 320, "checkpoint_every_steps": 6, "iterate_from_fraction": 0.5,
+}  # fmt: skip
 
 
 def test_finished_jobs_start_nothing(make_job, monkeypatch):

@@ -36,11 +36,6 @@ def text(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return Workspace(tmp_path / "workspace")
-
-
 def data_settings(text: Path, shares: dict[str, float], **changes: object) -> DataSettings:
     tree = {
         "source": "mixture",

@@ -41,11 +41,6 @@ def settings_of(*files: Path, **changes: Any) -> DataSettings:
     return resolve_settings({"data": tree}).data
 
 
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return Workspace(tmp_path / "workspace")
-
-
 def token_store(settings: DataSettings, workspace: Workspace) -> TokenStore:
     store = open_data(prepare(settings, workspace))
     assert isinstance(store, TokenStore)

@@ -10,20 +10,19 @@ import torch
 from sample_texts import add_opening
 
 from iiet import Decoder, ModelConfig
-from orchestrator.data.store import open_tokens
 from orchestrator.models.tokenizer import ModelTokenizer
 
 
 @pytest.fixture
-def tokenizer(tiny_tokens) -> ModelTokenizer:
-    return ModelTokenizer(open_tokens(tiny_tokens).tokenizer_path)
+def tokenizer(tokenizer_path) -> ModelTokenizer:
+    return ModelTokenizer(tokenizer_path)
 
 
 @pytest.fixture
-def opening_path(tiny_tokens, tmp_path) -> Path:
+def opening_path(tokenizer_path, tmp_path) -> Path:
     """The `tokenizer.json` of `tokenizer`, which now puts a token <s> before every text."""
     path = tmp_path / "opening.json"
-    shutil.copyfile(open_tokens(tiny_tokens).tokenizer_path, path)
+    shutil.copyfile(tokenizer_path, path)
     add_opening(path)
     return path
 

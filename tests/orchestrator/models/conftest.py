@@ -1,4 +1,4 @@
-"""An empty workspace, a tokenizer, and folders of random models with one that opens every text."""
+"""Folders of random models whose tokenizer opens every text."""
 
 from __future__ import annotations
 
@@ -14,24 +14,11 @@ from plain_models import random_model
 from sample_texts import add_opening
 from tokenizers import Tokenizer
 
-from orchestrator.data.store import open_tokens
-from orchestrator.workspace.layout import Workspace, open_workspace
-
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
-def tokenizer(tiny_tokens) -> Path:
-    return open_tokens(tiny_tokens).tokenizer_path
-
-
-@pytest.fixture
-def make_folder(tmp_path, tokenizer) -> Callable[..., Path]:
+def make_folder(tmp_path, tokenizer_path) -> Callable[..., Path]:
     """A function that writes a random chat model of a case.
 
     Its tokenizer puts <s>, 300, before every text, and its texts end at <|end|>, 301, or at 7. The
@@ -43,7 +30,7 @@ def make_folder(tmp_path, tokenizer) -> Callable[..., Path]:
         ids = {"bos_token_id": 300, "eos_token_id": [301, 7], "pad_token_id": 301}
         random_model(case, vocab_size=320, **ids).to(dtype).save_pretrained(folder, **options)
         path = folder / "tokenizer.json"
-        shutil.copyfile(tokenizer, path)
+        shutil.copyfile(tokenizer_path, path)
         add_opening(path)
         with_end = Tokenizer.from_file(str(path))
         with_end.add_special_tokens(["<|end|>"])

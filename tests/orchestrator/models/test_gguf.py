@@ -35,10 +35,10 @@ TEXT = "a bag and the fog had\n\n12  dogs in 2024, don't you é 好"
 
 
 @pytest.fixture
-def file(tmp_path, tokenizer) -> Path:
+def file(tmp_path, tokenizer_path) -> Path:
     (tmp_path / "folder").mkdir()
     path = tmp_path / "folder" / "Tiny-Chat.Q8_0.gguf"
-    return write_llama(path, tiny_llama(), kind="Q8_0", tokenizer=tokenizer)
+    return write_llama(path, tiny_llama(), kind="Q8_0", tokenizer=tokenizer_path)
 
 
 # Weights
@@ -127,12 +127,12 @@ def read_with(path: Path, tokenizer: Path, **changes: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer, tmp_path):
+def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer_path, tmp_path):
     path = tmp_path / "tiny.gguf"
-    words = read_with(path, tokenizer, pre="gpt-2")
-    digits = read_with(path, tokenizer)
+    words = read_with(path, tokenizer_path, pre="gpt-2")
+    digits = read_with(path, tokenizer_path)
     # The rule of the original.
-    assert words.encode(TEXT) == Tokenizer.from_file(str(tokenizer)).encode(TEXT).ids
+    assert words.encode(TEXT) == Tokenizer.from_file(str(tokenizer_path)).encode(TEXT).ids
     assert words.decode(words.encode(TEXT)) == TEXT
     assert len(words) == 320
 
@@ -144,21 +144,21 @@ def test_text_is_cut_by_the_rule_that_the_file_names(tokenizer, tmp_path):
     assert cut(digits) == ["a", "ĊĊ", "1", "2", "Ġ", "Ġb"], "smollm"
 
 
-def test_control_tokens_and_those_around_a_text(tokenizer, tmp_path):
+def test_control_tokens_and_those_around_a_text(tokenizer_path, tmp_path):
     path = tmp_path / "tiny.gguf"
-    fast = read_with(path, tokenizer)
+    fast = read_with(path, tokenizer_path)
     ids = fast.encode("<|im_start|>a<|im_end|>")
     assert fast.convert_ids_to_tokens(ids) == ["<|im_start|>", "a", "<|im_end|>"]
     assert fast.decode(ids, skip_special_tokens=True) == "a"
     assert (fast.bos_token, fast.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert fast.chat_template == CHAT
-    fast = read_with(path, tokenizer, add_bos_token=True, add_eos_token=True)
+    fast = read_with(path, tokenizer_path, add_bos_token=True, add_eos_token=True)
     inner = fast.encode("ab", add_special_tokens=False)
     assert fast.encode("ab") == [fast.bos_token_id, *inner, fast.eos_token_id]
     # The end of a turn ends a text, too.
     folder = tmp_path / "turn"
     folder.mkdir()
-    values = {**tokenizer_values(tokenizer, 320), "tokenizer.ggml.eot_token_id": 7}
+    values = {**tokenizer_values(tokenizer_path, 320), "tokenizer.ggml.eot_token_id": 7}
     read_gguf(write_llama(path, tiny_llama(), metadata=values), folder)
     assert token_ids(folder, "eos_token_id") == [fast.eos_token_id, 7]
 
@@ -195,9 +195,9 @@ def test_a_sentencepiece_tokenizer_begins_texts_as_llama_does(tmp_path, workspac
         ({"eos_token_id": 320}, "cannot build the tokenizer"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_built_is_named(changes, words, tokenizer, tmp_path):
+def test_a_tokenizer_that_cannot_be_built_is_named(changes, words, tokenizer_path, tmp_path):
     with pytest.raises(UserError, match=words):
-        read_with(tmp_path / "tiny.gguf", tokenizer, **changes)
+        read_with(tmp_path / "tiny.gguf", tokenizer_path, **changes)
 
 
 # The imported model

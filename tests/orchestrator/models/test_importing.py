@@ -33,11 +33,11 @@ FEW = Sampling(max_new_tokens=12)
 
 
 def test_an_imported_model_is_the_same_model_and_found_again(
-    tiny_model, tokenizer, tiny_tokens, workspace, tmp_path
+    tiny_model, tokenizer_path, tiny_tokens, workspace, tmp_path
 ):
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig.from_dict(tiny_model)).eval()
-    folder = export(decoder, tmp_path / "my model", tokenizer)
+    folder = export(decoder, tmp_path / "my model", tokenizer_path)
     first = import_model(folder, workspace=workspace)
     assert first.parent == workspace.runs / "my-model"
     tokens = torch.arange(12).view(1, 12)
@@ -49,7 +49,7 @@ def test_an_imported_model_is_the_same_model_and_found_again(
     assert open_model(None, workspace).path == first, "also if it is found again"
     with torch.no_grad():
         decoder.model.norm.weight.mul_(2)
-    export(decoder, folder, tokenizer)
+    export(decoder, folder, tokenizer_path)
     with refused(UserError, "my-model", "--name"):
         import_model(folder, workspace=workspace)
     # Its tokens are those of its tokenizer.
@@ -61,13 +61,13 @@ def test_an_imported_model_is_the_same_model_and_found_again(
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_named(
-    tiny_model, tokenizer, workspace, tmp_path
+    tiny_model, tokenizer_path, workspace, tmp_path
 ):
     progress = KeptProgress()
     small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
     folder = export(small, tmp_path / "model")
     with pytest.raises(UserError, match="the model only 200"):
-        import_model(folder, workspace=workspace, tokenizer=tokenizer)
+        import_model(folder, workspace=workspace, tokenizer=tokenizer_path)
     assert not workspace.runs.exists()
     checkpoint = import_model(folder, workspace=workspace, progress=progress)
     assert "--tokenizer FILE" in progress.notes[0]

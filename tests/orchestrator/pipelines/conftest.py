@@ -11,12 +11,6 @@ import torch
 from tokenizers import Tokenizer
 
 from orchestrator.data.store import open_tokens
-from orchestrator.workspace.layout import Workspace, open_workspace
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
 
 
 @pytest.fixture

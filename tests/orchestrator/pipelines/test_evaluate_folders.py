@@ -21,7 +21,6 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from sample_texts import add_opening
 
-from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.tasks import load_suite, suppress_output
 from orchestrator.models.load import load_model
 from orchestrator.models.open import OpenedModel, open_model
@@ -88,11 +87,6 @@ def settings(tmp_path) -> EvaluationSettings:
         kind = name if name in KINDS else "choices"
         folder = write_task(tmp_path / "tasks", name, ROWS, kind=kind, **changes)
     return EvaluationSettings(suite=",".join(TASKS), include_path=str(folder), batch_size=4)
-
-
-@pytest.fixture
-def tokenizer_path(tiny_tokens) -> Path:
-    return open_tokens(tiny_tokens).tokenizer_path
 
 
 def add_opening_token(folder: Path) -> None:

@@ -16,7 +16,6 @@ from lm_eval_tasks import write_task
 from looped_models import write_looped
 
 from orchestrator import cli
-from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.decode_timing import cost_of, load_side_by_side
 from orchestrator.models.folder import weights_key
 from orchestrator.models.load import load_model
@@ -26,7 +25,7 @@ from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate
 from orchestrator.pipelines.models import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 ROWS = [
     {"context": f"a {word} and the {word} had", "endings": [f"{word} gone", "end", "fed a dog"],
@@ -59,8 +58,8 @@ class Exported(LoopedModel):
 
 
 @pytest.fixture
-def workspace(tmp_path, tiny_tokens) -> Workspace:
-    workspace = open_workspace(tmp_path / "workspace")
+def workspace(workspace, tiny_tokens) -> Workspace:
+    """A workspace with tokens."""
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     return workspace
 
@@ -69,11 +68,6 @@ def workspace(tmp_path, tiny_tokens) -> Workspace:
 def tasks(tmp_path) -> Path:
     write_task(tmp_path / "tasks", "rolling", ROWS)
     return write_task(tmp_path / "tasks", "choices", ROWS)
-
-
-@pytest.fixture
-def tokenizer(tiny_tokens) -> Path:
-    return open_tokens(tiny_tokens).tokenizer_path
 
 
 def measure(models: list[OpenedModel], tasks: Path, workspace: Workspace) -> list[dict[str, float]]:
@@ -130,10 +124,12 @@ def test_an_exported_model_measures_the_same_through_its_class(
 
 
 @pytest.mark.slow
-def test_commands_take_a_depth(workspace, tasks, tokenizer, tmp_path, save_tiny, capfd):
+def test_commands_take_a_depth(workspace, tasks, tokenizer_path, tmp_path, save_tiny, capfd):
     # With code in its folder, and of transformers.
-    folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer, state_init="normal")
-    other = write_looped(tmp_path / "other", "inkling2_loop_text", tokenizer, num_hidden_layers=4)
+    folder = write_looped(tmp_path / "loops", "huginn_raven", tokenizer_path, state_init="normal")
+    other = write_looped(
+        tmp_path / "other", "inkling2_loop_text", tokenizer_path, num_hidden_layers=4
+    )
     save_tiny(workspace.runs / "ours", method="looped", schedule=[1, 1], context_length=64)
     where = ["--workspace", str(workspace.root), "--quiet"]
     suite = ["--suite", SUITE, "--include-path", str(tasks)]

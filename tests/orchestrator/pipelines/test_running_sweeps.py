@@ -20,13 +20,12 @@ from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.sweeping.sweep import run_sweep
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @pytest.fixture
-def workspace(tmp_path, tiny_tokens, trained_run) -> Workspace:
+def workspace(workspace, tiny_tokens, trained_run) -> Workspace:
     """A workspace with tokens and a teacher."""
-    workspace = open_workspace(tmp_path / "workspace")
     shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     shutil.copytree(trained_run, workspace.runs / "teacher")
     return workspace

@@ -21,12 +21,7 @@ from orchestrator.terminal.server import check_port
 from orchestrator.tracking.tracker import open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "ws")
+from orchestrator.workspace.layout import RESULTS_FILE
 
 
 def test_a_taken_port_is_named_with_another():

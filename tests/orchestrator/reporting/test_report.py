@@ -49,11 +49,6 @@ FILES |= {"influence.png", "influence.svg"}
 
 
 @pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "ws")
-
-
-@pytest.fixture
 def sweep(workspace, sample_results, sample_influence) -> StoredSweep:
     placed = []
     for result in sample_results:

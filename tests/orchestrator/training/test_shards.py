@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from iiet.weights import WEIGHTS, write_folder
 from orchestrator.models.folder import MOMENTS_PREFIX, check_checkpoint, load_config, weights_key
-from orchestrator.records.training import TrainingJob
 from orchestrator.training import shards
 from orchestrator.training.shards import ShardSaver, read_shards, write_whole
 from orchestrator.training.trainer import run_job
@@ -45,11 +44,6 @@ RECIPE: dict[str, Any] = {
     "num_steps": NUM_STEPS, "learning_rate": 1e-2, "warmup_steps": 2, "num_validation_tokens": 16,
     "checkpoint_every_steps": EVERY, "iterate_from_fraction": 0.5,
 }  # fmt: skip
-
-
-@pytest.fixture
-def make_job(tiny_job) -> Callable[..., TrainingJob]:
-    return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
 
 
 # One worker

@@ -55,11 +55,6 @@ RECIPE = {
 
 
 @pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return Workspace(tmp_path / "ws")
-
-
-@pytest.fixture
 def context(workspace) -> Context:
     return Context(workspace, KeptProgress(), tracking=cast("Tracking", FakeTracking()))
 
@@ -101,7 +96,7 @@ def trained_workspace(settings, tmp_path_factory) -> Workspace:
 @pytest.fixture
 def plain_run(trained_workspace, workspace) -> Path:
     """The last checkpoint of a plain model that was pretrained in the workspace, as `plain`."""
-    shutil.copytree(trained_workspace.root, workspace.root)
+    shutil.copytree(trained_workspace.root, workspace.root, dirs_exist_ok=True)
     return newest_checkpoint(workspace.runs / "plain")
 
 
