@@ -6,7 +6,7 @@ What is ours is the real thing: it starts Ray, places jobs, starts them and hear
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from orchestrator.planning.machine import Node
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
+from orchestrator.terminal.progress import Progress
 
 
 def idle_ray(
@@ -74,6 +75,29 @@ def begin_workers_with(monkeypatch: pytest.MonkeyPatch, prepare: Callable[[], No
             super().__init__(prepare_and_work, **options)
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+
+
+def run_tasks_here(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Let a task of Ray that needs a GPU be done by the CPU of this process. One that raises an
+    error of Ray dies.
+
+    Returns the options of each attempt, which grows.
+    """
+    import ray
+
+    attempts: list[dict[str, Any]] = []
+
+    def remote(**options: Any) -> Any:
+        def start(work: Any) -> Iterator[Any]:
+            attempts.append(options)
+            yield (work("cpu", Progress()),)
+
+        return lambda _: SimpleNamespace(remote=start)
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "wait", lambda events, **_: (events, []))
+    monkeypatch.setattr(ray, "get", lambda event: event)
+    return attempts
 
 
 def run_trials_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ YARNS = {
     "yarn": YARN,
     "yarn with its own factor": {**YARN, "attention_factor": 1.3, "truncate": False},
     "yarn with mscale": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5},
+    "yarn of a long context": {**YARN, "original_max_position_embeddings": 1024},
     "yarn with other bounds": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5},
 }
 THETA = 500.0

@@ -168,6 +168,13 @@ def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads():
         assert uncached.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
 
 
+def test_a_processors_cache_holds_no_more_keys_than_a_window_lets_an_evaluation_read():
+    config = small("iiet", sliding_windows=(4, 4, 4))
+    # A field of 1,984 bytes, and the keys and values of four tokens of 32 bytes each.
+    cached = inference_cost(config, context_length=10, processor_cache_bytes=1984 + 4 * 32)
+    assert cached.weight_bytes_per_token == 4 * (3 * 496 + 408 + 8)
+
+
 @pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
 def test_presets_have_the_published_sizes(name, millions):
     config = preset(name)

@@ -77,8 +77,12 @@ def test_logits_that_are_not_finite_choose_no_token(draft, settings):
             return output * math.nan if next(passes) == bad_pass else output
 
         decoder.model.norm.register_forward_hook(spoil)
+        streamed = []
         with refused(LogitsNotFinite, "finite"):
-            decoder.generate(PROMPT, max_new_tokens=20, draft=draft, **settings)
+            for step in decoder.stream(PROMPT, max_new_tokens=20, draft=draft, **settings):
+                streamed.append(step)
+        if draft is None:
+            assert len(streamed) == bad_pass, "no reader sees a token of such logits"
 
 
 @torch.no_grad()

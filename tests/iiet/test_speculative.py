@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, IterationSchedule, preset
 from iiet.cache import KeyValueCache
-from iiet.speculative import DraftRecord, draft_models
+from iiet.speculative import _CPU_FLOPS_PER_BYTE, DraftRecord, draft_models, step_costs
 
 PROMPTS = tokens(3, 6)
 PADDED = {"attention_mask": left_padding(0, 2, 4, time=6), "max_new_tokens": 16}
@@ -187,3 +187,45 @@ def test_a_gpu_drafts_only_what_is_asked_for():
     assert decoder.device.type == "cuda"
     assert draft_models(decoder, "auto", num_tokens=8) == {}
     assert list(draft_models(decoder, "0", num_tokens=8)) == ["0,0"]
+
+
+def test_a_drafts_step_costs_the_bytes_and_flops_that_it_reads_of_the_model():
+    """Counted by hand: four bytes a value; a CPU does so many FLOPs while it reads a byte."""
+    decoder = decoder_of((3, 3, 3), "iiet")
+    draft = decoder.with_schedule(0)
+    matrices = 4 * 16 * 16 + 3 * 16 * 24  # of a field; the norms have 2 * 16 values
+    head = 31 * 16
+    per_evaluation = {}
+    for num_tokens in (8, 128):
+        keys_and_values = num_tokens * 2 * 16
+        flops = 2 * matrices + 4 * 16 * num_tokens
+        per_evaluation[num_tokens] = (
+            4 * (matrices + 2 * 16 + keys_and_values) + flops / _CPU_FLOPS_PER_BYTE
+        )
+    for num_tokens, evaluation in per_evaluation.items():
+        ends = 4 * (head + 2 * 16) + 2 * head / _CPU_FLOPS_PER_BYTE
+        costs = step_costs(decoder, draft, batch_size=1, num_tokens=num_tokens)
+        expected = (3 * evaluation + ends) / (12 * evaluation + ends)
+        assert costs[0] == pytest.approx(expected, rel=0.01)
+
+
+class RightInTheFirstRow(Decoder):
+    """A cheap draft that knows the tokens of the first row, and says no right one in the others."""
+
+    def forward(self, *arguments, cache, **options):
+        super().forward(*arguments, cache=cache, **options)
+        next_tokens = self.known_tokens[:, cache.get_seq_length()]
+        logits = nn.functional.one_hot(next_tokens, self.config.vocab_size).double()
+        return torch.cat([logits[:1], -logits[1:]]).unsqueeze(1)
+
+
+def test_a_batch_gives_up_a_draft_that_one_of_its_rows_never_accepts():
+    decoder = decoder_of()
+    draft = RightInTheFirstRow(decoder_of((0,), "vanilla").config).double().eval()
+    for num_rows, accepts in ((1, True), (2, False)):
+        prompts = PROMPTS[:num_rows]
+        draft.known_tokens = decoder.generate(prompts, max_new_tokens=40)
+        generated, record = drafted(decoder, prompts, max_new_tokens=40, draft=draft)
+        assert torch.equal(generated, draft.known_tokens)
+        assert (record.acceptance == 1) == accepts
+        assert (record.plain_steps < record.verifications) == accepts

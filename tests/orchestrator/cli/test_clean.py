@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,23 @@ def test_what_killed_processes_left_goes_but_not_what_is_being_written(space, cl
         assert filling.exists()
     assert clean("temporary", "--yes") == ["tokens/.writing-0123"]
     assert (space.runs / "b").is_dir()
+
+
+def test_what_a_process_takes_while_others_are_deleted_stays(space, clean, monkeypatch):
+    first, second = (space.tokens / f".writing-{key}" for key in ("01", "02"))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    delete = shutil.rmtree
+    with ExitStack() as other_process:
+
+        def delete_and_lose_the_next(path: Path) -> None:
+            delete(path)
+            lock = space.tokens / "sources" / "02.lock"
+            other_process.enter_context(lock_file(lock, seconds=0.0))
+
+        monkeypatch.setattr(shutil, "rmtree", delete_and_lose_the_next)
+        assert clean("temporary", "--yes") == ["tokens/.writing-01"]
+    assert second.is_dir()
 
 
 def test_ray_folders_of_ended_commands_go(space, clean):

@@ -122,3 +122,16 @@ def test_a_trial_that_starts_again_stays_one_competitor(tmp_path):
     race.validate("iiet low", 3)
     race.validate("iiet high", 2)
     assert race.stopped == {"iiet high": 2}, "the loss of step 3 is not one of the first rung"
+
+
+def test_a_beaten_trial_that_dies_and_starts_again_is_asked_again_to_end(tmp_path):
+    race = Race(tmp_path, {"iiet low": [4.0] * 8, "iiet high": [5.0] * 8})
+    race.validate("iiet low", 2)
+    race.validate("iiet high", 2)
+    assert race.stopped == {"iiet high": 2}
+    race.tune_trials["iiet high"] = SimpleNamespace(
+        config={"key": "iiet high"}, trial_id="second start"
+    )
+    race.scheduler.on_trial_add(None, race.tune_trials["iiet high"])
+    race.validate("iiet high", 3)  # Between two rungs, where ASHA decides nothing.
+    assert race.stopped == {"iiet high": 3}

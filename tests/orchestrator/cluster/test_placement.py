@@ -88,6 +88,8 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
             )
             all_at_once = placement.jobs_at_once == num_jobs
             assert all_at_once or not fits(nodes, one_job_more), placement
+            one_cpu_more = Placement(**{**vars(placement), "cpus": placement.cpus + 1})
+            assert placement.gpus or not fits(nodes, one_cpu_more), "no CPU is idle"
 
 
 @pytest.mark.parametrize(

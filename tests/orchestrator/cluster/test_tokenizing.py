@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 from pretended_cluster import run_driver
+from pretended_ray import idle_ray
 from sample_texts import lines_of
 
 from orchestrator.cluster.task import shard_runner
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.data.tokenize import write_text
+from orchestrator.planning.machine import Node
 from orchestrator.settings import ClusterSettings, DataSettings
 from orchestrator.terminal.progress import Progress
 
@@ -111,6 +118,36 @@ def test_three_nodes_write_the_tokens_of_one_process(tmp_path):
     assert store.train[:].tobytes() == alone.train[:].tobytes()
     for name in ("validation.bin", "validation.jsonl", "tokenizer.json"):
         assert (store.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+
+
+def test_a_task_on_a_node_reports_the_sums_of_its_tokens_and_of_its_bytes(monkeypatch):
+    idle_ray(monkeypatch, Node(2))
+
+    class Answered(Future[Any]):
+        def future(self) -> Future[Any]:
+            return self
+
+    def start(function: Callable[[Any], Any]) -> SimpleNamespace:
+        def remote(work: Any) -> Answered:
+            answer = Answered()
+            answer.set_result(function(work))
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
+    def write(report: Callable[[int, int], None]) -> str:
+        report(3, 1000)
+        report(4, 2000)
+        return "written"
+
+    monkeypatch.setattr(ray, "remote", lambda **_: start)
+    reports: list[tuple[int, int]] = []
+    open_runner = shard_runner(ClusterSettings(address="10.0.0.1:6379"))
+    assert open_runner
+    with open_runner() as runner:
+        future = runner.submit_reporting(write, lambda *report: reports.append(report))
+        assert future.result() == "written"
+    assert reports == [(7, 3000)]
 
 
 def test_one_machine_tokenizes_without_ray():

@@ -18,7 +18,7 @@ from changed_trials import in_folder, with_job
 from commands import Started, wait_until
 from lm_eval_tasks import write_choices
 from pretended_cluster import environment_without_ray
-from pretended_ray import idle_ray
+from pretended_ray import idle_ray, train_here
 from same_run import events
 
 from orchestrator.cluster import tune as module
@@ -41,7 +41,9 @@ from orchestrator.sweeping.states import (
     trial_states,
 )
 from orchestrator.sweeping.trial import run_trial
+from orchestrator.training.objective import VALIDATION_METRIC
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import find_checkpoints, step_of
 
 
@@ -209,6 +211,24 @@ def test_a_trial_that_asha_ends_saves_its_state_frees_its_workers_and_can_go_on(
     [resumed] = events(bad.job, "resumed")
     assert (resumed["num_workers"], resumed["step"]) == (2, step_of(saved))
     assert (resumed["parallel"], resumed["num_shards"]) == ("fsdp", 2)
+
+
+def test_what_an_earlier_try_has_reported_is_not_reported_again(tiny_plan, tmp_path, monkeypatch):
+    trial = in_folder(tiny_plan.trials[1], tmp_path / "trial")
+
+    def validate(step: int, loss: float) -> None:
+        journal = Journal(trial.job.folder)
+        journal.metrics(step, {VALIDATION_METRIC: loss})
+        journal.close()
+
+    validate(5, 2.0)
+    idle_ray(monkeypatch, Node(2))
+    train_here(monkeypatch, lambda _: validate(10, 1.5))
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(module.tune, "report", reports.append)
+    placement = Placement(jobs_at_once=1, workers=2, cpus=1)
+    TuneProcess(trial, placement, ClusterSettings()).train_on_workers(trial.job)
+    assert reports == [{module.STEP: 10, module.LOSS: 1.5}]
 
 
 NO_MEMORY = (

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
 import torch
 from pretended_cluster import pretended_cluster
-from pretended_ray import idle_ray
+from pretended_ray import idle_ray, run_tasks_here
+from refusals import refused
 
 from orchestrator.cluster.work import WorkPlace, command_place, sweep_place
 from orchestrator.planning.machine import Node
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 
 DRIVER = """
 import json, logging, os, signal, sys, time
@@ -195,31 +193,31 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
 
 
 def test_work_that_needs_a_gpu_of_ray_is_a_task_with_one(tmp_path, monkeypatch):
-    task_options: list[dict[str, Any]] = []
-
-    def remote(**options: Any) -> Any:
-        def start(_: object) -> Iterator[tuple[str]]:
-            task_options.append(options)
-            return iter([("what the task returned",)])
-
-        return lambda _: SimpleNamespace(remote=start)
-
     idle_ray(monkeypatch, Node(1, gpus=1))
-    monkeypatch.setattr(ray, "remote", remote)
-    monkeypatch.setattr(ray, "wait", lambda events, **_: (events, []))
-    monkeypatch.setattr(ray, "get", lambda event: event)
-    here: list[str] = []
-
-    def work(device: str, _: Progress) -> str:
-        here.append(device)
-        return "it is done here"
-
+    attempts = run_tasks_here(monkeypatch)
     settings = resolve_settings({}, ["cluster.num_gpus=1"])
     for place in (
         command_place(ClusterSettings(device="cuda", num_gpus=1), tmp_path),
         sweep_place(settings, tmp_path),
         WorkPlace(needs_gpu=True),  # Within a trial, whose process is part of a Ray.
     ):
-        assert place.run(work, Progress()) == "what the task returned"
-    assert [options["num_gpus"] for options in task_options] == [1, 1, 1]
-    assert not here
+        attempts.clear()
+        assert place.run(lambda _, __: "done", Progress()) == "done"
+        assert [options["num_gpus"] for options in attempts] == [1]
+
+
+@pytest.mark.parametrize(("num_deaths", "is_done"), [(2, True), (3, False)])
+def test_a_task_whose_process_dies_is_started_again_twice(num_deaths, is_done, monkeypatch):
+    attempts = run_tasks_here(monkeypatch)
+
+    def work(device: str, progress: Progress) -> str:
+        if len(attempts) <= num_deaths:
+            raise ray.exceptions.WorkerCrashedError
+        return "done"
+
+    if is_done:
+        assert WorkPlace(needs_gpu=True).run(work, Progress()) == "done"
+    else:
+        with refused(RunFailed, "3 times", "WorkerCrashedError"):
+            WorkPlace(needs_gpu=True).run(work, Progress())
+    assert len(attempts) == 3

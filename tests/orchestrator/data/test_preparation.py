@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import ExitStack
@@ -20,13 +21,7 @@ from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
 from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.workspace.errors import DamagedFile, UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
 from orchestrator.workspace.locks import lock_file
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
 
 
 @pytest.fixture
@@ -78,6 +73,43 @@ def test_a_preparation_waits_for_one_of_the_same_data_alone_and_says_so(workspac
         assert progress.notes == [], "other data do not wait"
         prepare(settings, workspace, progress)
     assert progress.notes == [f"waiting for process {os.getpid()}, which prepares the same data"]
+
+
+def test_what_another_process_has_prepared_meanwhile_is_found(workspace, settings):
+    with ExitStack() as other_process:
+        lock = workspace.tokens / "sources" / f"{source_key(settings)}.lock"
+        other_process.enter_context(lock_file(lock))
+
+        class PreparedMeanwhile(KeptProgress):
+            def note(self, text: str) -> None:
+                other_process.close()
+                prepare(settings, workspace)
+
+        progress = PreparedMeanwhile()
+        prepare(settings, workspace, progress)
+    assert progress.texts == [], "nothing is read"
+    assert progress.summaries[0].endswith(", found again")
+
+
+def test_a_changed_tokenizer_of_equal_size_makes_other_tokens(workspace, settings, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(open_tokens(prepare(settings, workspace)).tokenizer_path.read_text())
+    path.write_text(json.dumps(content))
+    size = path.stat().st_size
+    by_path = settings.model_copy(update={"tokenizer": str(path)})
+    before = open_tokens(prepare(by_path, workspace)).train[:]
+
+    first, second = map(int, before[:2])
+    assert first != second
+    exchanged = {first: second, second: first}
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {
+        text: exchanged.get(token, token) for text, token in vocabulary.items()
+    }
+    path.write_text(json.dumps(content))
+    assert path.stat().st_size == size
+    after = open_tokens(prepare(by_path, workspace)).train[:]
+    assert after.tolist() == [exchanged.get(token, token) for token in before.tolist()]
 
 
 def test_files_that_are_not_read_are_counted_by_their_endings(workspace, settings, tmp_path):

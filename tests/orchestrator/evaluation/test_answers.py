@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,28 @@ def test_a_batch_answers_as_each_context_alone_and_stops_where_the_text_does(dec
         assert text.startswith(answer)
         assert len(answer) < len(text)
         assert not any(stop in answer for stop in across)
+
+
+def test_a_stop_text_of_many_tokens_ends_an_answer_where_it_ends(decoder, tokenizer):
+    context = tokenizer.encode("a bag", add_special_tokens=False)
+    num_read: list[int] = []
+
+    def answer(max_new_tokens: int, stop: tuple[str, ...] = ()) -> str:
+        settings = Sampling(max_new_tokens=max_new_tokens, temperature=1.0, stop=stop)
+        num_read.append(0)
+
+        def counted(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+            for tokens in Decoder.stream(*arguments, **options):
+                num_read[-1] += 1
+                yield tokens
+
+        return generate_answers(decoder, tokenizer, [context], settings, [0], counted)[0]
+
+    text = answer(24)
+    stop = text[2:]
+    assert len(tokenizer.encode(stop, add_special_tokens=False)) > 12
+    assert answer(40, (stop,)) == text[:2]
+    assert num_read == [24, 24], "nothing is generated after the stop text"
 
 
 def test_a_special_token_can_be_the_stop_text(decoder, tokenizer):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,13 @@ def test_answers_that_cannot_be_stored_are_noted_by_the_name_of_their_task(tmp_p
     notes: list[str] = []
     EvaluationStore(file, notes.append).journal("key", "choices").add(SCORES)
     assert ["choices" in note for note in notes] == [True]
+
+
+def test_answers_on_a_full_disk_end_the_command(tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    journal = EvaluationStore(tmp_path, pytest.fail).journal("key", "choices")
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space"):
+        journal.add(SCORES)

@@ -152,6 +152,16 @@ def test_the_confidence_falls_with_each_item_that_is_lost(num_items):
     assert keeps(2, num_items, gained=2) > keeps(2, num_items)
 
 
+def test_two_equal_models_may_differ_in_what_they_keep_of_a_third():
+    scores = drawn(np.ones((3, 100)))
+    ratios = [scores.cautious_ratio(model, 2, num_items=100) for model in (0, 1)]
+    assert ratios[0]
+    assert ratios[1]
+    difference = ratios[0][1] - ratios[1][1]
+    # Each keeps 1 - x, where x of Beta(1, 100) has a standard deviation of nearly 0.01.
+    assert difference.std() == pytest.approx(0.01 * math.sqrt(2), rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_items", [40, 400])
 @pytest.mark.parametrize("accuracy", [0.3, 0.9])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import run_trials
 from orchestrator.sweeping.states import RunningSweep, trial_states
+from orchestrator.sweeping.trials import make_search, trials_of_search, trials_of_students
 from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
@@ -184,6 +186,34 @@ def test_an_interrupted_sweep_says_what_is_saved_and_which_trial_failed_meanwhil
     assert f"1 of 2 trials are finished; trial {begun.label}: saved at step " in text
     assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED"}
     assert sweep.shown.status == "FAILED"
+
+
+def test_the_plan_of_an_interrupted_search_has_all_trials_that_it_suggested(
+    students, space, teacher, table, monkeypatch
+):
+    assignments = ["sweep.kind=search", "search.num_trials=3", "sweep.num_schedules=2"]
+    assignments.append("distillation.training.num_tokens_per_step=64")
+    of_teacher = replace(students(*assignments), influence=table)
+    settings = of_teacher.settings
+    plan = trials_of_search(trials_of_students(of_teacher), settings.search)
+    suggested: list[str] = []
+
+    def end(trial: Trial) -> Trial:
+        if trial not in plan.trials:
+            suggested.append(trial.key)
+            os.kill(os.getpid(), signal.SIGINT)
+        return finished(trial)
+
+    end_trials(monkeypatch, end)
+    with pytest.raises(Interrupted):
+        run_trials(
+            plan, settings, space, tracking=FakeTracking(),
+            search=make_search(settings, space, plan, teacher),
+        )  # fmt: skip
+    stored_plan = SweepTrials.read(space.sweeps / plan.name / PLAN_FILE)
+    assert stored_plan
+    assert len(suggested) == 1
+    assert [trial.key for trial in stored_plan.trials[len(plan.trials) :]] == suggested
 
 
 def test_the_progress_names_what_is_trained_and_what_is_measured(tiny_plan, sweep):

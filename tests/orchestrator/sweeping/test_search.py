@@ -202,6 +202,14 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(tmp
     assert len(world.complete()) == len(set(world.complete())) == 12 + len(FAMILY)
 
 
+def test_a_search_that_goes_on_draws_other_schedules_than_before(tmp_path):
+    world = World(tmp_path)
+    world.run(num_trials=8, most=4)
+    world.run(num_trials=8)
+    closed = world.study().get_trials(states=(TrialState.FAIL,))
+    assert not closed, "what the sampler suggests is new"
+
+
 def test_a_search_continues_after_a_line_that_a_crash_cut_off(tmp_path):
     world = World(tmp_path)
     before = world.run(num_trials=6, most=3)

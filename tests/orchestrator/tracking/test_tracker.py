@@ -314,6 +314,26 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     assert show(back, sweep_there).data.params == {"seed": "3"}
 
 
+def test_a_second_outage_is_warned_of_and_pauses_as_shortly_as_the_first(workspace):
+    warnings: list[str] = []
+    tracking = open_tracking(workspace, warn=warnings.append)
+    clock = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: clock[0])
+        pauses = []
+        for num_failures in (3, 1):
+            for _ in range(num_failures):
+                tracking.pause(ConnectionError("no route"))
+                began = clock[0]
+                while tracking.is_store_down:
+                    clock[0] += 0.5
+                pauses.append(clock[0] - began)
+            assert all(tracking.show_in_mlflow([run_of(f"after {num_failures} failures")]))
+    assert pauses[0] < pauses[1] < pauses[2]
+    assert pauses[3] == pauses[0]
+    assert len(warnings) == 2
+
+
 def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path, monkeypatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("MLflow would retry for minutes")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +25,6 @@ from orchestrator.workspace.files import VERIFIED_NAME
 from orchestrator.workspace.layout import PROVENANCE, checkpoint_name, find_checkpoints, step_of
 
 RECIPE = {"num_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 2}
-
-MakeJob = Callable[..., TrainingJob]
-
-
-@pytest.fixture
-def make_job(tiny_job) -> MakeJob:
-    return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
 
 
 # The thread that writes
@@ -294,6 +286,32 @@ def test_an_upload_that_is_killed_is_finished_by_the_next_run(make_job, tmp_path
     assert [event["step"] for event in events(job, "resumed")] == [4]
     check_checkpoint(last, with_training_state=True)
     assert (last / "config.json").stat().st_mtime_ns == times[last / "config.json"]
+
+
+def test_a_deletion_that_is_interrupted_leaves_no_copy_to_resume_from(make_job, tmp_path):
+    job = on_machine(make_job(num_steps=4), "one", tmp_path / "store")
+    run_job(job)
+    old, newest = find_checkpoints(store_of(job))
+    shutil.rmtree(find_checkpoints(job.folder)[0])
+
+    remote = RemoteCopy(str(job.storage), job.folder, job_key(job))
+    storage = remote._store
+
+    def delete_dir(path: str) -> None:
+        storage.delete_file(f"{path}/model.safetensors")
+        raise OSError("the connection is lost")
+
+    remote._store = SimpleNamespace(
+        get_file_info=storage.get_file_info, delete_file=storage.delete_file, delete_dir=delete_dir
+    )
+    notes = list[str]()
+    remote.start(lambda name, **_: notes.append(name), num_kept=1)
+    remote.close()
+    assert notes == ["not copied"]
+    assert old.is_dir()
+    shutil.rmtree(newest)
+    on_new_machine = RemoteCopy(str(job.storage), tmp_path / "new" / job.folder.name, job_key(job))
+    assert on_new_machine.download(pytest.fail) is None
 
 
 def test_a_storage_that_refuses_does_not_stop_training(make_job, tmp_path):

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from same_run import curve
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
@@ -74,6 +76,26 @@ def test_a_student_starts_from_its_teacher_and_leaves_it_alone(student, teacher)
         for control in ("cross_entropy", "distill")
     )
     assert taught == pytest.approx(plain * 4 / 3)
+
+
+def test_the_flops_of_a_teacher_are_those_of_the_sequences_that_it_reads(student, teacher):
+    length = 8  # Half of its context.
+    recipe = {"num_steps": 2, "sequence_length": length}
+    plain, taught = (
+        run_job(student(control, control=control, recipe=recipe))
+        for control in ("cross_entropy", "distill")
+    )
+    counter = FlopCounterMode(display=False)
+    model = load_model(teacher)
+    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, length, dtype=torch.long))
+    # PyTorch counts the pairs of tokens that the causal mask hides, and none of the mix's sums.
+    evaluations = 3 + 2
+    hidden_pairs = length * (length - 1) / 2
+    unseen = evaluations * 4 * 16 * hidden_pairs
+    assert plain.num_tokens == taught.num_tokens
+    of_teacher = (taught.training_flops - plain.training_flops) / taught.num_tokens
+    assert of_teacher == pytest.approx((counter.get_total_flops() - unseen) / length, rel=0.01)
 
 
 def test_a_student_has_the_text_files_of_its_imported_teacher(student, teacher, tmp_path):

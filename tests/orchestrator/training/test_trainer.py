@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,17 @@ import torch
 from read_tokens import noted_tokens
 from refusals import refused
 from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from iiet.config import ModelConfig
+from iiet.losses import next_token_loss
 from iiet.schedule import IterationSchedule
 from orchestrator.data.order import WindowOrder
 from orchestrator.data.store import gather, open_tokens
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings import ElasticSettings
 from orchestrator.training import trainer as trainer_module
 from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.job import finished_outcome
@@ -34,13 +41,6 @@ RECIPE: dict[str, Any] = {
     "num_steps": 9, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 4,
     "iterate_from_fraction": 0.5,
 }  # fmt: skip
-
-MakeJob = Callable[..., TrainingJob]
-
-
-@pytest.fixture
-def make_job(tiny_job) -> MakeJob:
-    return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
 
 
 def test_the_loss_falls_and_is_reported_and_a_finished_job_returns_at_once(make_job, monkeypatch):
@@ -85,6 +85,24 @@ def test_a_record_is_the_mean_of_the_steps_since_the_one_before(make_job, monkey
     assert curve(slow) == curve(each_step)
 
 
+def test_one_slow_step_is_recorded_and_those_after_it_are_not(make_job, monkeypatch):
+    monkeypatch.setattr(trainer_module, "NUM_RECORDED_POINTS", 2)
+    monotonic = time.monotonic
+    seconds_asleep = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + seconds_asleep[0])
+    steps = itertools.count()
+
+    def stop_never() -> bool:
+        if next(steps) == 2:  # The machine is suspended.
+            seconds_asleep[0] += trainer_module.RECORD_EVERY_SECONDS
+        return False
+
+    job = make_job(num_steps=12, validate_every_steps=100, checkpoint_every_steps=100)
+    run_job(job, should_stop=stop_never)
+    assert len(curve(job)) == 3
+    assert list(curve(job))[-2:] == [6, 12]
+
+
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(make_job):
     job = make_job(sequence_length=8, seed=3, num_steps=3)
     with noted_tokens() as read:
@@ -127,10 +145,49 @@ def test_a_validation_makes_the_corrections_that_its_step_trains(make_job):
         assert validated[step] == pytest.approx(expected[stage], rel=1e-6)
 
 
+def test_the_cheapest_loss_of_a_family_is_that_of_its_cheapest_schedule(make_job):
+    family = ElasticSettings(schedules=("2,0", "1,0", "0,0"), num_drawn=1)
+    job = make_job(num_steps=2, elastic=family, iterate_from_fraction=0.0)
+    decoder = load_model(Path(run_job(job).checkpoint or ""))
+    batches = open_tokens(job.tokens_folder).validation_batches(
+        context_length=job.sequence_length,
+        num_tokens=job.recipe.num_validation_tokens,
+        batch_size=8,
+    )
+    without_corrections = decoder.with_schedule(0)
+    with torch.no_grad():
+        losses = [
+            next_token_loss(without_corrections(batch.input_ids), batch.input_ids)
+            for batch in batches
+        ]
+    expected = torch.stack(losses).mean().item()
+    assert curve(job, "validation/cheapest_loss") == {2: pytest.approx(expected, rel=1e-5)}
+    assert curve(job, VALIDATION_METRIC)[2] != pytest.approx(expected, rel=1e-5)
+
+
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
     monkeypatch.setattr(trainer_module, "LOCK_SECONDS", 0.0)
     with refused(RunFailed, "another process"):
         run_job(make_job(), report=lambda *_: run_job(make_job()) and None)
+
+
+def test_the_flops_of_a_training_are_those_that_pytorch_counts(make_job, tiny_model):
+    vanilla = ModelConfig.from_dict({**tiny_model, "method": "vanilla", "schedule": None})
+    counted: list[float] = []
+    planned: list[float] = []
+    for num_steps in (2, 4):
+        job = make_job(f"{num_steps} steps", num_steps=num_steps)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            outcome = run_job(job.model_copy(update={"model": vanilla}))
+        counted.append(counter.get_total_flops())
+        planned.append(outcome.training_flops)
+    # Both have validated once. PyTorch counts the pairs of tokens that the causal mask hides, too:
+    # in two steps of four sequences, forward and twice backward, for scores and weighted values.
+    length = vanilla.context_length
+    hidden_pairs = vanilla.num_layers * length * (length - 1) // 2
+    of_hidden_pairs = 2 * 4 * 3 * 2 * 2 * vanilla.dim * hidden_pairs
+    counted_in_two_steps = counted[1] - counted[0] - of_hidden_pairs
+    assert counted_in_two_steps == pytest.approx(planned[1] - planned[0], rel=0.005)
 
 
 # Bad steps
