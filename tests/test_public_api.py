@@ -1,5 +1,5 @@
 """Public functions, classes and methods are documented and typed, and names are lazy;
-and `tests/behaviour/test_page_python.py` runs its functions."""
+and `tests/pages/test_page_python.py` runs its functions."""
 
 from __future__ import annotations
 
