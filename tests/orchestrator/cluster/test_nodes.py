@@ -9,14 +9,14 @@ from typing import Any
 from installed_package import PACKAGE, install, on_path
 from refusals import assert_names
 
-from orchestrator.cluster import ray
-from orchestrator.cluster.ray import CODE, locked_file, problem_of_node, versions
+from orchestrator.cluster import nodes
+from orchestrator.cluster.nodes import CODE, locked_file, problem_of_node, versions
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_workspace_is_shared_if_its_files_and_locks_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(nodes, "SEEN_SECONDS", 0.0)
     with locked_file(tmp_path) as path:
         assert problem_of_node(path, versions()) == ""
         assert "does not see" in problem_of_node(tmp_path / "missing", {})
@@ -53,10 +53,10 @@ def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path):
 
 def test_code_that_differs_by_a_line_is_another(tmp_path, monkeypatch):
     ours = versions()
-    copied = tmp_path / "orchestrator" / "cluster" / "ray.py"
+    copied = tmp_path / "orchestrator" / "cluster" / "nodes.py"
     for package in ("iiet", "orchestrator"):
         shutil.copytree(ROOT / package, tmp_path / package)
-    monkeypatch.setattr(ray, "__file__", str(copied))
+    monkeypatch.setattr(nodes, "__file__", str(copied))
     assert problem_of_node(None, ours) == "", "another place does not matter"
     with (tmp_path / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")

@@ -29,7 +29,7 @@ import json, os, sys, time
 from pathlib import Path
 import orchestrator.cluster  # sets what Ray reads when it is imported
 from ray.cluster_utils import Cluster
-from orchestrator.cluster import ray as joining, task
+from orchestrator.cluster import nodes as checks, task
 from orchestrator.data import text
 from orchestrator.pipelines.training import prepare
 from orchestrator.settings import resolve_settings
@@ -44,7 +44,7 @@ for _ in range(2):
     nodes.add_node(**small)
 os.environ["RAY_ADDRESS"] = nodes.address
 text.SHARD_BYTES = 2000
-joining.ANSWER_SECONDS = 200.0  # A busy machine starts the nodes' processes slowly.
+checks.ANSWER_SECONDS = 200.0  # A busy machine starts the nodes' processes slowly.
 
 plain = task.with_reported
 
