@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -158,6 +159,122 @@ def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
 
 # Start and end
 
+
+class RayThread:
+    """A thread that starts or joins Ray, and shuts it down.
+
+    It is one thread, because the kernel ends Ray's processes with the thread that started them. It
+    is not the main thread, which handles signals: one that interrupted `ray.init` would later crash
+    the interpreter.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Resources], clean_up: Callable[[], None] = lambda: None
+    ) -> None:
+        """Prepare the thread.
+
+        Args:
+            connect: Starts or joins Ray, and returns what jobs may use.
+            clean_up: Called after the shutdown, or after its time limit.
+        """
+        self._connect = connect
+        self._clean_up = clean_up
+        self._connected: Future[Resources] = Future()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        # Ray's processes inherit this. A closed terminal must not end them before they have saved.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            self._connected.set_result(self._connect())
+        except BaseException as error:
+            self._connected.set_exception(error)
+        self._is_over.wait()
+        import ray
+
+        ray.shutdown()
+
+    def start(self) -> Resources:
+        """Start or join Ray, and return what jobs may use.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C or SIGTERM. Ray may still be starting.
+        """
+        with stop_on_signals():
+            self._thread.start()
+            deadline = math.inf
+            while not self._connected.done() and time.monotonic() < deadline:
+                wait((self._connected,), timeout=POLL_SECONDS)
+                if stop_requested():
+                    deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
+            if stop_requested():
+                raise KeyboardInterrupt
+        return self._connected.result()
+
+    def stop(self, *, is_interrupted: bool) -> None:
+        """Shut Ray down and clean up, within a time limit: a short one after an interruption."""
+        self._is_over.set()
+        if self._connected.done():
+            seconds = INTERRUPTED_SHUTDOWN_SECONDS if is_interrupted else SHUTDOWN_SECONDS
+            self._thread.join(seconds)
+        if is_interrupted and self._thread.is_alive():
+            # A native thread that is still busy would crash the interpreter's own end.
+            atexit.register(self._exit_now)
+        else:
+            self._clean_up()
+
+    def _exit_now(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._clean_up()
+        os._exit(EXIT_CODE_INTERRUPTED)
+
+
+class LocalRay:
+    """A Ray of this machine: its thread, its processes and its temporary folder."""
+
+    def __init__(self, cluster: ClusterSettings, num_cpus: int | None) -> None:
+        """Make the folder; nothing is started yet."""
+        self._scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
+        self.folder = self._scratch.folder
+        self._thread = RayThread(partial(_start_local, cluster, num_cpus), self.kill)
+        self._daemons: list[psutil.Process] = []
+        """Ray's processes that this process has started."""
+        self._processes: list[psutil.Process] = []
+        """Ray's processes when its end began: the daemons, and the workers that they started."""
+
+    def start(self) -> Resources:
+        """Start Ray, and return what jobs may use.
+
+        Raises:
+            RunFailed: If Ray does not start.
+            KeyboardInterrupt: After Ctrl-C or SIGTERM; daemons may run.
+        """
+        earlier_children = psutil.Process().children()
+        try:
+            return self._thread.start()
+        finally:
+            children = psutil.Process().children()
+            self._daemons = [child for child in children if child not in earlier_children]
+
+    def stop(self, *, is_interrupted: bool) -> None:
+        """Shut Ray down; after a time limit, which is short after an interruption, kill it."""
+        # Workers are found by the daemon that started them, while that lives.
+        for daemon in self._daemons:
+            with suppress(psutil.NoSuchProcess):
+                self._processes += [daemon, *daemon.children(recursive=True)]
+        self._thread.stop(is_interrupted=is_interrupted)
+
+    def kill(self) -> None:
+        """End the processes that are left, and delete the folder."""
+        _, left = psutil.wait_procs(self._processes, timeout=0.5)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._scratch.delete()
+
+
 _running: Resources | None = None
 """What the jobs of the running Ray may use."""
 
@@ -171,10 +288,6 @@ def ray_cluster(
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Resources]:
     """Start or join Ray until the block ends, or use the one that runs; yield what jobs may use.
-
-    The kernel ends Ray's processes with the thread that started them, so one thread starts Ray and
-    shuts it down. The main thread handles signals: one that interrupted `ray.init` would later
-    crash the interpreter.
 
     Args:
         cluster: Says which cluster is joined; the default settings when unset.
@@ -197,96 +310,56 @@ def ray_cluster(
     if say:
         say("starting Ray" if is_local else f"joining the Ray cluster at {address}")
     check_ray_can_run(address)
-    scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
-    earlier = {process.pid for process in psutil.Process().children()}
-    processes: list[psutil.Process] = []
-    started: Future[Resources] = Future()
-    is_over = threading.Event()
-
-    def run() -> None:
-        # Ray's processes inherit this. A closed terminal must not end them before they have saved.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-        try:
-            started.set_result(_start(cluster, folder, num_cpus))
-        except BaseException as error:
-            started.set_exception(error)
-        is_over.wait()
-        import ray
-
-        ray.shutdown()
-
-    def delete_remains() -> None:
-        for process in psutil.wait_procs(processes, timeout=0.5)[1]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        scratch.delete()
-
-    def exit_now() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        delete_remains()
-        os._exit(EXIT_CODE_INTERRUPTED)
-
-    thread = threading.Thread(target=run, daemon=True)
-    seconds = SHUTDOWN_SECONDS
-    with ray_environment(address, scratch.folder if is_local else None):
+    connection: LocalRay | RayThread
+    if is_local:
+        connection = LocalRay(cluster, num_cpus)
+        environment = ray_environment(address, connection.folder)
+    else:
+        connection = RayThread(partial(_join_cluster, cluster, folder))
+        environment = ray_environment(address)
+    is_interrupted = False
+    with environment:
         try:
             with signal_handlers((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler):
-                with stop_on_signals():
-                    thread.start()
-                    deadline = math.inf
-                    while not started.done() and time.monotonic() < deadline:
-                        wait((started,), timeout=POLL_SECONDS)
-                        if stop_requested():
-                            deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
-                    if stop_requested():
-                        raise KeyboardInterrupt
-                _running = started.result()
+                _running = connection.start()
                 yield _running
         except (KeyboardInterrupt, Interrupted):
-            seconds = INTERRUPTED_SHUTDOWN_SECONDS
+            is_interrupted = True
             raise
         finally:
             _running = None
             with signal_handlers(SIGNALS, signal.SIG_IGN):
-                for child in psutil.Process().children():
-                    with suppress(psutil.Error):
-                        words = child.cmdline()
-                        is_ray = any("/ray/" in word or word.startswith("ray::") for word in words)
-                        if is_ray and child.pid not in earlier:
-                            processes += [child, *child.children(recursive=True)]
-                is_over.set()
-                if started.done():
-                    thread.join(seconds)
-                if thread.is_alive() and seconds < SHUTDOWN_SECONDS:
-                    # A native thread that is still busy would crash the interpreter's own end.
-                    atexit.register(exit_now)
-                else:
-                    delete_remains()
+                connection.stop(is_interrupted=is_interrupted)
 
 
-def _start(cluster: ClusterSettings, folder: Path | None, num_cpus: int | None) -> Resources:
+def _start_local(cluster: ClusterSettings, num_cpus: int | None) -> Resources:
     import ray
 
-    address = cluster.ray_address
-    is_local = address == LOCAL
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if variables := worker_variables(cluster.env, address):
-        options["runtime_env"] = {"env_vars": variables}
-    if is_local:
-        resources = local_resources()
-        options |= {
-            "num_cpus": num_cpus or resources.cpus,
-            "num_gpus": resources.gpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
     _send_messages_to_log()
+    resources = local_resources()
     try:
-        ray.init(address, **options)
+        ray.init(
+            LOCAL,
+            num_cpus=num_cpus or resources.cpus,
+            num_gpus=resources.gpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **_driver_options(cluster),
+        )
     except Exception as error:
-        if is_local:
-            raise RunFailed(f"Ray did not start: {error}") from error
+        raise RunFailed(f"Ray did not start: {error}") from error
+    return Resources(alive_nodes(), THIS_MACHINE)
+
+
+def _join_cluster(cluster: ClusterSettings, folder: Path | None) -> Resources:
+    """Join the cluster that the settings name, and check its nodes."""
+    import ray
+
+    _send_messages_to_log()
+    address = cluster.ray_address
+    try:
+        ray.init(address, **_driver_options(cluster))
+    except Exception as error:
         if re.search("Unauthenticated|AuthenticationError", "".join(format_exception(error))):
             raise UserError(
                 f"the cluster at {address} asks for another token; set RAY_AUTH_MODE=token and "
@@ -297,9 +370,16 @@ def _start(cluster: ClusterSettings, folder: Path | None, num_cpus: int | None) 
         raise UserError(
             f"the cluster at {address} cannot be joined ({reason}); {_ADVICE}"
         ) from error
-    if not is_local:
-        check_nodes(folder)
-    return Resources(alive_nodes(), THIS_MACHINE if is_local else f"the cluster at {address}")
+    check_nodes(folder)
+    return Resources(alive_nodes(), f"the cluster at {address}")
+
+
+def _driver_options(cluster: ClusterSettings) -> dict[str, Any]:
+    """Return the options of `ray.init` that a local and a joined Ray share."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if variables := worker_variables(cluster.env, cluster.ray_address):
+        options["runtime_env"] = {"env_vars": variables}
+    return options
 
 
 def _send_messages_to_log() -> None:

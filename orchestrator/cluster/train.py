@@ -212,8 +212,8 @@ class JobRun:
             try:
                 self._trainer().fit()
                 return
-            except getattr(train, "PreemptionError", ()):  # Ray has it from 2.59 on.
-                continue  # A loss that was announced.
+            except train.PreemptionError:  # A loss that was announced.
+                continue
             except train.ControllerError as error:
                 num_failed_starts = 1 if self._journal_bytes() > size else num_failed_starts + 1
                 if num_failed_starts > MAX_FAILED_STARTS:
@@ -303,8 +303,6 @@ class JobRun:
         shutil.rmtree(storage, ignore_errors=True)
         meeting = storage / "meeting"
         meeting.mkdir(parents=True, mode=0o700)
-        # Before Ray 2.59, a loss that was announced is a failure like others.
-        announced = {"max_preemption_failures": 0} if hasattr(train, "PreemptionError") else {}
         return train.torch.TorchTrainer(
             train_worker,
             train_loop_config={
@@ -326,7 +324,7 @@ class JobRun:
                 name="train",
                 storage_path=str(storage),
                 failure_config=train.FailureConfig(
-                    max_failures=0, controller_failure_limit=0, **announced
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                 ),
                 logging_config=train.LoggingConfig(log_level="WARNING"),
             ),
@@ -337,8 +335,8 @@ def watch_for_hangs(collective_timeout_seconds: float) -> None:
     """Let Ray Train ask NCCL whether its workers wait for each other, and store their stacks.
 
     It does so after half of the time in which a collective operation fails: then the processes are
-    gone. Workers without NCCL's program `ncclras` (2.28 or later) are not asked. Ray has this from
-    2.60 on, and reads the variables when a training starts; what the user has set stays.
+    gone. Workers without NCCL's program `ncclras` (2.28 or later) are not asked. Ray reads the
+    variables when a training starts; what the user has set stays.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
     half = str(collective_timeout_seconds / 2)

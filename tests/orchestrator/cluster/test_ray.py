@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from commands import run_workers
+from commands import Started, run_workers
 from pretended_cluster import LOOPBACK, listening_addresses
 from refusals import refused
 
@@ -99,6 +100,52 @@ def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
     assert {name: variables.get(name) for name in (*set_by_user, "RAY_AUTH_TOKEN")} == {
         **set_by_user, "RAY_AUTH_TOKEN": None,
     }  # fmt: skip
+
+
+INTERRUPTED = """
+import signal, sys
+from orchestrator.cluster.ray import ray_cluster
+try:
+    with ray_cluster(num_cpus=1):
+        import ray
+        ray.get(ray.remote(num_cpus=1)(lambda: 1).remote())
+        open(sys.argv[1], "w").close()
+        signal.pause()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("start", signal.SIGINT),
+        ("gcs_server", signal.SIGTERM),
+        ("raylet", signal.SIGINT),
+        ("raylet", signal.SIGHUP),
+        ("work", signal.SIGINT),
+        ("work", signal.SIGTERM),
+    ],
+)
+def test_a_signal_at_any_moment_of_a_start_leaves_no_process(moment, number, tmp_path):
+    at_work = tmp_path / "at work"
+    driver = Started(str(at_work), code=INTERRUPTED)
+    started: list[psutil.Process] = []
+
+    def has_come() -> bool:
+        started[:] = psutil.Process(driver.pid).children(recursive=True)
+        if moment == "work":
+            return at_work.exists()
+        return moment == "start" or any(process.name() == moment for process in started)
+
+    driver.wait_for(has_come)
+    driver.send_signal(number)
+    printed, _ = driver.communicate(timeout=60)  # Ten seconds, if the machine is not busy.
+    assert driver.returncode == 130, printed
+    gone, left = psutil.wait_procs(started, timeout=10)
+    assert not left
+    assert gone or moment == "start"
 
 
 IMPORTED_BEFORE = """

@@ -184,12 +184,10 @@ def test_when_a_job_is_started_again(ends, num_starts, make_job, attempts):
     failures = {"fail": OSError("no"), "mistake": UserError("type x"), "lost": lost}
     errors = {
         **{word: api.WorkerGroupError("", {1: error}) for word, error in failures.items()},
+        "notice": api.PreemptionError(api.PreemptionInfo(None, {})),
         "unplaced": api.ControllerError(TimeoutError("no place")),
         "controller": ray.exceptions.ActorDiedError(),
     }
-    errors["notice"] = errors["lost"]
-    if hasattr(api, "PreemptionError"):
-        errors["notice"] = api.PreemptionError(api.PreemptionInfo(None, {}))
 
     def fit() -> None:
         starts.append(1)
@@ -237,10 +235,9 @@ def test_the_stacks_of_workers_that_hang_on_gpus_are_taken_in_time_and_kept(
     job = make_job("run")
     detector_variables = list[tuple[str | None, str | None]]()
     names = ("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S")
-    if hasattr(constants, "HANG_DETECTOR_DIRNAME"):  # From Ray 2.60 on.
-        assert names[0] == constants.ENABLE_NCCL_HANG_DETECTOR_ENV_VAR
-        assert names[1] == constants.NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR
-        assert constants.HANG_DETECTOR_DIRNAME == train.HANG_FOLDER
+    assert names[0] == constants.ENABLE_NCCL_HANG_DETECTOR_ENV_VAR
+    assert names[1] == constants.NCCL_RAS_CONFIRM_DURATION_S_ENV_VAR
+    assert constants.HANG_DETECTOR_DIRNAME == train.HANG_FOLDER
     for name in names:
         monkeypatch.setenv(name, "0")  # So that what the job sets is taken back.
         monkeypatch.delenv(name)
