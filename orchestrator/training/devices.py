@@ -118,63 +118,61 @@ class Copies:
     They average the gradients of what a step uses: under schedules that leave out a layer's
     corrections, the norm of its corrections has none. DDP can look for such parameters in each
     pass, but then it does not keep gradients where it sends them, and several passes hold them
-    twice. So a parameter that a step leaves out is no parameter of the copies, which are made anew
-    where the schedule of the training changes. Only the cheaper members of an elastic step leave
-    out more than the step, so there DDP looks.
+    twice. So copies are made once for each stage of the training, that is when its schedules
+    change, and what a stage leaves out is frozen in it. Only the cheaper members of an elastic step
+    leave out more than the step, so there DDP looks.
     """
 
     def __init__(self, decoder: Decoder, world: World) -> None:
         self._decoder = decoder
         self._world = world
         self._trained = [p for p in decoder.parameters() if p.requires_grad]
-        self._left_out: dict[IterationSchedule, frozenset[nn.Parameter]] = {}
         self._model: nn.Module = decoder
-        self._made_for: tuple[frozenset[nn.Parameter], bool] | None = None
-        """What the steps that the copies are made for leave out, and whether their passes differ in
-        that; None before the first copies."""
+        self._schedules: tuple[IterationSchedule, ...] = ()
+        """Those of the stage that the model is made for; empty before the first one."""
 
     def model_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
         """Return the model to call in the passes of a step, which have these schedules.
 
         A decoder of one worker, or a sharded one, is returned as it is. All workers call this.
         """
-        world = self._world
-        if world.size == 1 or world.is_sharded:
+        if self._world.size == 1 or self._world.is_sharded:
             return self._decoder
-        left_out_by_pass = [self._left_out_by(schedule) for schedule in schedules]
-        left_out = frozenset.intersection(*left_out_by_pass)
-        # DDP looks for unused parameters only where a pass leaves out more than the whole step.
-        passes_differ = any(of_pass != left_out for of_pass in left_out_by_pass)
-        if self._made_for != (left_out, passes_differ):
-            for parameter in self._trained:
-                parameter.requires_grad_(parameter not in left_out)
-                parameter.grad = None
-            self._model = DistributedDataParallel(
-                self._decoder, find_unused_parameters=passes_differ, gradient_as_bucket_view=True
-            )
-            self._made_for = (left_out, passes_differ)
-            # DDP makes new buckets after the first pass, in the order in which gradients came. From
-            # then on it keeps gradients in the buckets that it sends. Two small passes make these
-            # buckets here, before the activations of a step need the memory.
-            for _ in range(2):
-                torch.autograd.backward(_small_loss(self._model, schedules[0], world))
-            self._model.zero_grad(set_to_none=False)
+        if self._schedules != tuple(schedules):
+            self._model = self._copies_for(schedules)
+            self._schedules = tuple(schedules)
         return self._model
 
-    def _left_out_by(self, schedule: IterationSchedule) -> frozenset[nn.Parameter]:
-        """Return the trained parameters that a pass under a schedule does not use."""
-        if schedule not in self._left_out:
-            for parameter in self._trained:
-                parameter.requires_grad_(True)
-            self._made_for = None
-            loss = _small_loss(self._decoder, schedule, self._world)
-            gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
-            self._left_out[schedule] = frozenset(
-                parameter
-                for parameter, gradient in zip(self._trained, gradients, strict=True)
-                if gradient is None
-            )
-        return self._left_out[schedule]
+    def _copies_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
+        """Freeze what no pass of a step uses, and return copies of the rest."""
+        used_by_pass = [self._used_by(schedule) for schedule in schedules]
+        used = set().union(*used_by_pass)
+        for parameter in self._trained:
+            parameter.requires_grad_(parameter in used)
+            parameter.grad = None
+        passes_differ = any(used_by_this != used for used_by_this in used_by_pass)
+        copies = DistributedDataParallel(
+            self._decoder, find_unused_parameters=passes_differ, gradient_as_bucket_view=True
+        )
+        # DDP makes new buckets after the first pass, in the order in which gradients came. From
+        # then on it keeps gradients in the buckets that it sends. Two small passes make these
+        # buckets here, before the activations of a step need the memory.
+        for _ in range(2):
+            torch.autograd.backward(_small_loss(copies, schedules[0], self._world))
+        copies.zero_grad(set_to_none=False)
+        return copies
+
+    def _used_by(self, schedule: IterationSchedule) -> set[nn.Parameter]:
+        """Return the trained parameters that have a gradient in a pass under a schedule."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        loss = _small_loss(self._decoder, schedule, self._world)
+        gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        return {
+            parameter
+            for parameter, gradient in zip(self._trained, gradients, strict=True)
+            if gradient is not None
+        }
 
 
 def _small_loss(model: nn.Module, schedule: IterationSchedule, world: World) -> Tensor:
