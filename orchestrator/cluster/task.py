@@ -220,8 +220,8 @@ def run_local_jobs(
     """
     from orchestrator.evaluation.decode_timing import torch_threads
     from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled
+    from orchestrator.training.run_locks import describe_saved_state, jobs_to_train
     from orchestrator.training.trainer import run_job
-    from orchestrator.training.watching import describe_saved_state, jobs_to_train
     from orchestrator.training.world import World
 
     world = World(device="cuda:0" if cluster and cluster.num_gpus else "cpu")

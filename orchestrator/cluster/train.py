@@ -41,8 +41,8 @@ from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.render import format_duration
 from orchestrator.terminal.stop import start_thread, stop_on_signals, stop_when, wait_for_work
 from orchestrator.training.checkpoint import CheckpointWriteFailed
+from orchestrator.training.run_locks import describe_saved_state, jobs_to_train
 from orchestrator.training.trainer import Diverged, run_job
-from orchestrator.training.watching import describe_saved_state, jobs_to_train
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.journal import JOURNAL_NAME

@@ -41,7 +41,7 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.metrics import STDERR_SUFFIX, quality_name, stderr_name
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
-from orchestrator.training.watching import tracked_model
+from orchestrator.training.tracked_runs import tracked_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.journal import now_ms

@@ -702,7 +702,7 @@ def _refuse_loss(label: str, losses: Sequence[Loss], reference: str) -> None:
 
 def run_pick(plan: PickResult, context: Context) -> PickResult:
     """Choose a model from a sweep's front; export and register it."""
-    from orchestrator.training.watching import trial_model
+    from orchestrator.training.tracked_runs import trial_model
 
     sweep = plan.sweep
     result = plan.model

@@ -60,7 +60,7 @@ from orchestrator.terminal.metrics import (
     stderr_name,
 )
 from orchestrator.tracking.chart_view import ChartView
-from orchestrator.training.watching import trial_model
+from orchestrator.training.tracked_runs import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,

@@ -22,7 +22,7 @@ from orchestrator.records.trial import AshaRule, EarlyStop, SweepTrials, Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.watching import describe_saved_state
+from orchestrator.training.run_locks import describe_saved_state
 from orchestrator.workspace.layout import STOPPED_NAME
 
 if TYPE_CHECKING:

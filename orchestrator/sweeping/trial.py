@@ -28,8 +28,8 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import stop_requested, stop_when
+from orchestrator.training.run_locks import lock_run_folder
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import lock_run_folder
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace

@@ -147,7 +147,8 @@ def run_job(
         def open_folder() -> TrainingOutcome | None:
             check_job(job, num_workers=num_workers)
             # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the
-            # node. Two commands on one folder do not meet here: `watching.py` lets the second wait.
+            # node. Two commands on one folder do not meet here: the second one waits for the run's
+            # lock (`run_locks.py`).
             lock = lock_file(job.folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)
             if not stack.enter_context(lock):
                 raise RunFailed(

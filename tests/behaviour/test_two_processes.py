@@ -13,8 +13,8 @@ from same_run import events, in_folder
 
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.job import finished_outcome
+from orchestrator.training.run_locks import jobs_to_train
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import jobs_to_train
 from orchestrator.workspace.layout import find_checkpoints
 
 # With the argument `hold`, the program pauses after its first checkpoint until its standard input

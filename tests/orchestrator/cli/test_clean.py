@@ -16,8 +16,8 @@ from file_modes import only_readable
 from same_run import stop_at
 
 from orchestrator import cli
+from orchestrator.training.run_locks import lock_run_folder
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.files import new_folder, write_json
 from orchestrator.workspace.layout import (
     RAY_FOLDER,

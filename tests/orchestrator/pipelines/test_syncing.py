@@ -26,8 +26,9 @@ from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
 from orchestrator.sweeping.run import run_trials
+from orchestrator.training.run_locks import lock_run_folder
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import RunMonitor, lock_run_folder
+from orchestrator.training.watching import RunMonitor
 from orchestrator.workspace.journal import Journal, now_ms, recorded_times
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -13,9 +13,9 @@ from same_run import curve, events, same_run, steps_of, stop_at
 from orchestrator.models.folder import TRAINING_STATE
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.continuing import continue_job, continued_recipe
+from orchestrator.training.run_locks import describe_saved_state
 from orchestrator.training.schedules import learning_rate_at
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import describe_saved_state
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import find_checkpoints
 

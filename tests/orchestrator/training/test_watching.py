@@ -1,33 +1,22 @@
-"""The terminal shows speed, time left and problems of jobs; MLflow has one model per weights."""
+"""The terminal shows speed, time left and problems of jobs; MLflow shows how each one ended."""
 
 from __future__ import annotations
 
 import math
 import re
-import shutil
 from itertools import count
 from typing import cast
 from unittest.mock import MagicMock
 
 import pytest
 from kept_progress import KeptProgress
-from sample_trials import sample_trial
 
 from orchestrator.cluster.task import run_local_jobs
-from orchestrator.data.mixture import describe_data
-from orchestrator.records.evaluation import Suite
 from orchestrator.records.tracked_run import REASON_TAG, TrackedRun
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import resolve_settings
 from orchestrator.tracking.tracker import Tracking
-from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import (
-    RunMonitor,
-    describe_saved_state,
-    job_model,
-    tracked_model,
-    trial_model,
-)
+from orchestrator.training.watching import RunMonitor
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import Journal
 
@@ -39,14 +28,6 @@ FIRST_STAGE = ", r = 0 until step 50"
 @pytest.fixture
 def job(tiny_job) -> TrainingJob:
     return tiny_job(num_steps=100, iterate_from_fraction=0.5)
-
-
-def test_a_training_that_never_began_is_told_from_one_that_saved_nothing(job):
-    assert describe_saved_state({"r = 0": job}) == "not started yet"
-    journal = Journal(job.folder)
-    journal.event("started")
-    journal.close()
-    assert describe_saved_state({"r = 0": job}) == "nothing was saved"
 
 
 SPEED = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
@@ -142,54 +123,3 @@ def test_mlflow_shows_each_training_by_its_own_outcome(tiny_job):
         assert reasons[name] in str(caught.value)
     # Each was said when it happened.
     assert [note.partition(":")[0] for note in progress.notes] == ["high failed", "higher failed"]
-
-
-def test_a_trained_and_a_measured_model_are_one(tiny_job, tiny_tokens):
-    job = tiny_job(num_steps=1, seed=5)
-    assert job_model(job) is None
-    checkpoint = str(run_job(job).checkpoint)
-    trained = job_model(job)
-    assert trained is not None
-    name, digest, _ = describe_data(tiny_tokens)
-    assert trained.datasets["validation/loss"] == (name, digest)
-    assert (trained.name, trained.params["seed"]) == ("iiet-2x16 2,1", "5")
-    suite = Suite(tokens_folder=str(tiny_tokens), tasks=("copy", "sort"))
-    cost = {"evaluations": 5}
-    quality = {"validation_loss": 2.0, "copy/acc": 0.5}
-    teacher, pruned = (
-        sample_trial(
-            schedule=schedule, cost=cost, quality=quality, checkpoint=checkpoint, suite=suite
-        )
-        for schedule in ((2, 1), (1, 0))
-    )
-    measured = trial_model(teacher)
-    measured_pruned = trial_model(pruned)
-    assert measured is not None
-    assert measured_pruned is not None
-    assert measured.key == trained.key != measured_pruned.key
-    evaluated = tracked_model(checkpoint, job.model, {"quality/accuracy": ("copy", "1")})
-    assert evaluated is not None
-    assert evaluated.key == trained.key
-    assert evaluated.datasets == {"quality/accuracy": ("copy", "1")}
-    assert measured.datasets == {
-        "cost/evaluations": None,
-        "quality/validation_loss": (name, digest),
-        "quality/perplexity": (name, digest),
-        "quality/copy/acc": ("copy, sort", suite.key),
-    }
-    names = []
-    for role, label in (("trial", "0,0"), ("baseline", "r = 0"), ("teacher", "teacher")):
-        alike = sample_trial(schedule=(0, 0), checkpoint=checkpoint, role=role, label=label)
-        model = trial_model(alike)
-        assert model is not None
-        names.append(model.name)
-    family, _, _ = measured_pruned.name.partition(" ")
-    expected = (f"{family} 0,0", f"{family} 0,0, r = 0", f"{family} 0,0, teacher")
-    assert tuple(names) == expected
-    vanilla = {"method": "vanilla", "schedule": (0, 0), "checkpoint": checkpoint}
-    model = trial_model(sample_trial(**vanilla, role="baseline", label="vanilla"))
-    assert model is not None
-    assert model.name == f"vanilla{family.removeprefix('iiet')}"
-    shutil.rmtree(checkpoint)
-    assert trial_model(teacher) is None
-    assert trial_model(sample_trial(checkpoint=None)) is None
