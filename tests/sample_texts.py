@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from orchestrator.data.depth import NUMBER_WORDS, WORDS
+from orchestrator.data.depth_tasks import NUMBER_WORDS, WORDS
 from orchestrator.data.text import read_documents, text_source
 from orchestrator.data.tokenize import write_text
 from orchestrator.models.tokenizer import train_tokenizer

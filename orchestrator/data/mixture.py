@@ -21,14 +21,9 @@ import numpy as np
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from orchestrator.data.depth import (
-    GENERATOR_VERSION,
-    DepthStore,
-    DepthTasks,
-    add_symbols,
-    content_number,
-    depth_tokenizer,
-)
+from orchestrator.data.depth import GENERATOR_VERSION, DepthStore, content_number
+from orchestrator.data.depth_tasks import DepthTasks
+from orchestrator.data.depth_tokenizer import add_symbols, check_words, depth_tokenizer
 from orchestrator.data.order import SourceOrder
 from orchestrator.data.store import (
     PreparedData,
@@ -186,7 +181,7 @@ def mixture_tokenizer(settings: DataSettings, text_tokenizer: Tokenizer | None) 
         return depth_tokenizer(settings)
     tasks = DepthTasks.of(settings)
     if tasks.in_words:
-        tasks.check_words(text_tokenizer, settings.tokenizer)
+        check_words(tasks, text_tokenizer, settings.tokenizer)
     symbols = tasks.added_tokens
     # A copy: texts are tokenized without the symbols.
     tokenizer = Tokenizer.from_str(text_tokenizer.to_str())

@@ -16,14 +16,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from orchestrator.data.depth import (
-    GENERATOR_VERSION,
-    DepthTasks,
-    check_names_tokenizer,
-    depth_folder,
-    symbol_tokenizer,
-    write_depth,
-)
+from orchestrator.data.depth import GENERATOR_VERSION, depth_folder, write_depth
+from orchestrator.data.depth_tasks import DepthTasks
+from orchestrator.data.depth_tokenizer import check_names_tokenizer, symbol_tokenizer
 from orchestrator.data.mixture import MIXTURE_VERSION, mixture_tokenizer, open_data, write_mixture
 from orchestrator.data.store import (
     MANIFEST_NAME,

@@ -11,11 +11,11 @@ import torch
 from sample_texts import save_word_tokenizer
 
 from iiet.batch import NO_TARGET
-from orchestrator.data.depth import (
+from orchestrator.data.depth import DepthStore
+from orchestrator.data.depth_tasks import (
     NO_ANSWER,
     NUMBER_WORDS,
     WORDS,
-    DepthStore,
     DepthTask,
     IteratedLookup,
     PermutationWords,
