@@ -27,7 +27,7 @@ from iiet.config import ATTENTION_OPTIONS, DistillationConfig
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
-from orchestrator.data.tokenize import is_validation
+from orchestrator.data.split import is_validation
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import (

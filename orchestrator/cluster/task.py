@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from orchestrator.cluster.places import alive_nodes
 from orchestrator.cluster.ray import ray_cluster, ray_environment
-from orchestrator.data.tokenize import OpenRunner, Report, ShardRunner
+from orchestrator.data.text_shards import OpenRunner, Report, ShardRunner
 from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings

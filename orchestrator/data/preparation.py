@@ -29,12 +29,8 @@ from orchestrator.data.store import (
     verify_data,
 )
 from orchestrator.data.text import find_files, source_state, text_source, unread_note
-from orchestrator.data.tokenize import (
-    TOKENIZER_CHARACTERS,
-    OpenRunner,
-    sample_texts,
-    write_text,
-)
+from orchestrator.data.text_shards import OpenRunner
+from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, sample_texts, write_text
 from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer

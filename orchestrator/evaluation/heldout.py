@@ -21,9 +21,9 @@ from typing import Any
 
 from orchestrator.data.depth import DepthStore
 from orchestrator.data.mixture import open_data
+from orchestrator.data.split import is_validation
 from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.data.text import read_documents, split_long, text_source
-from orchestrator.data.tokenize import is_validation
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.records.record import Record
 from orchestrator.settings.data import DataSettings, is_depth_task

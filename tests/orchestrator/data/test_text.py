@@ -26,7 +26,8 @@ from orchestrator.data.text import (
     split_text_file,
     text_source,
 )
-from orchestrator.data.tokenize import thread_runner, write_text
+from orchestrator.data.text_shards import thread_runner
+from orchestrator.data.tokenize import write_text
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -24,7 +24,8 @@ from sample_texts import lines_of, tokens_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from orchestrator.data import text, tokenize
+from orchestrator.data import text, text_shards, tokenize
+from orchestrator.data.split import is_validation
 from orchestrator.data.store import (
     MANIFEST_NAME,
     FileArray,
@@ -33,12 +34,8 @@ from orchestrator.data.store import (
     open_tokens,
     verify_data,
 )
-from orchestrator.data.tokenize import (
-    ShardRunner,
-    is_validation,
-    thread_runner,
-    write_text,
-)
+from orchestrator.data.text_shards import ShardRunner, thread_runner
+from orchestrator.data.tokenize import write_text
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
@@ -147,7 +144,7 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
 
 
 def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr(text_shards, "DOCUMENTS_PER_BATCH", 7)
     texts = [*TEXTS, *(f"Ένα κείμενο {number}." for number in range(20))]
     texts += texts[:50]
     store = open_tokens(tokens_of(texts, tmp_path, **OPTIONS))
@@ -401,13 +398,13 @@ import os, signal, sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from orchestrator.data import text, tokenize
+from orchestrator.data import text, text_shards, tokenize
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & ignores it.
 text.SHARD_BYTES = 1500
-tokenize.DOCUMENTS_PER_BATCH = 5
+text_shards.DOCUMENTS_PER_BATCH = 5
 reports = 0
 class Killed(Progress):
     def advance(self, done, text="", **_):
@@ -416,7 +413,7 @@ class Killed(Progress):
         if done == 3 and "tokens" in text and reports > 20:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 settings = DataSettings.model_validate_json(sys.argv[2])
-one_thread = partial(tokenize.thread_runner, 1)
+one_thread = partial(text_shards.thread_runner, 1)
 tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), open_runner=one_thread)
 """
 
