@@ -1,23 +1,27 @@
-"""Load the decoder of a model folder, on a device and in a precision.
+"""Load a model folder: as a decoder on a device and in a precision, or its weights one by one.
 
 A decoder runs checkpoints, exports, folders of the published naming (IIET, PCformer), and plain
 models of transformers (`iiet.plain_models`), which become vanilla models. No code of a folder runs,
-and missing weights are errors.
+and missing weights are errors. An import and the workers of a training read tensor by tensor, as a
+large model does not fit the memory of one process.
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import EllipsisType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from iiet.config import ModelConfig
 from iiet.decoder import Decoder, decoder_from_published
 from iiet.left_out import decoder_of_kept_layers
+from iiet.published import misfits, weights_from_published
 from iiet.schedule import IterationSchedule
-from iiet.weights import MODEL_TYPE
+from iiet.weights import MODEL_TYPE, LazyTensor, lazy_tensors
 from orchestrator.models.folder import (
     check_if_checkpoint,
     load_config,
@@ -95,7 +99,7 @@ def load_model(
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"this version of the program cannot use {folder}: {error}") from None
+        raise _unusable(folder, error) from None
     use_tf32(device)
     decoder = decoder.to(device, dtype)
     if is_ours and not frozen and decoder.device.type == "cpu":
@@ -118,3 +122,49 @@ def _weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {file}: {error}") from None
     return weights
+
+
+def open_weights(folder: Path, *, check: bool = True) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """Return the configuration of a model that a decoder can run, and its weights as float32, by
+    the decoder's names.
+
+    Args:
+        folder: Holds `config.json` and the weights.
+        check: Verify the checksums of a checkpoint first.
+
+    Raises:
+        UserError: If the folder is not a model folder, is damaged, needs what a decoder does not
+            support, or has missing or unknown weights; later, when a weight is read that is damaged
+            or not finite.
+    """
+    if check:
+        check_if_checkpoint(folder)
+    values = read_config(folder)
+    try:
+        stored = lazy_tensors(weight_files(folder))
+        if values.get("model_type") == MODEL_TYPE:
+            config = load_config(folder)  # Names the package of a method that is not installed.
+            weights = stored
+            if problems := misfits(config, weights):
+                raise ValueError("the weights do not fit: " + "; ".join(problems))
+        else:
+            config, weights = weights_from_published(values, stored)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise _unusable(folder, error) from None
+    return config, {name: _as_float32(folder, tensor) for name, tensor in weights.items()}
+
+
+def _as_float32(folder: Path, tensor: LazyTensor) -> LazyTensor:
+    def read(rows: slice | EllipsisType) -> torch.Tensor:
+        try:
+            return tensor[rows].to(torch.float32)
+        except ValueError as error:
+            raise _unusable(folder, error) from None
+
+    return LazyTensor(tensor.shape, torch.float32, read)
+
+
+def _unusable(folder: Path, error: ValueError) -> UserError:
+    return UserError(f"this version of the program cannot use {folder}: {error}")

@@ -1,14 +1,13 @@
-"""Find the files of the model that a command names, and what is stored beside a model.
+"""What a workspace holds of models: folders by their names, finished runs, the last pick, and the
+influence that was measured.
 
-A name is that of a run, a trial or a folder; without one, it is the newest of finished runs and
-picks. A model that nobody named is announced, and it is never replaced by another one: damage is an
-error. `models.open` makes a model of what is found here.
+`models.open` opens the model that a command names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -20,21 +19,17 @@ from orchestrator.models.folder import (
     is_export,
     load_config,
     load_provenance,
-    resolve_checkpoint,
     weights_key,
 )
-from orchestrator.models.hub import HUB_PREFIX, download, is_hub_name
+from orchestrator.models.hub import HUB_PREFIX
 from orchestrator.records.influence import INFLUENCE_PATTERN, StoredInfluence
 from orchestrator.records.record import Record, WorkspacePath
-from orchestrator.records.trial import Trial
-from orchestrator.settings import DEFAULT_METHOD, SETTINGS_NAME
+from orchestrator.settings import SETTINGS_NAME
 from orchestrator.settings.evaluation import usual_metric
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user, resolve_path
-from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
 
-Note = Callable[[str], None]
 AcceptedFolders = Literal["any", "exports", "none"]
 """Which model folders a command takes beside checkpoints: any, exports of this program, or none."""
 
@@ -63,74 +58,7 @@ def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | Non
     return pick if is_wanted else None
 
 
-def find_model(
-    name: Path | str | None,
-    workspace: Workspace | None,
-    *,
-    folders: AcceptedFolders = "any",
-    with_corrections: bool = False,
-    note: Note | None = None,
-) -> tuple[Path, str | None]:
-    """Return the checkpoint or model folder that a user means, and the schedule of a pick or trial.
-
-    Arguments and errors are those of `models.open.open_model`. The schedule is None where the
-    model's own is meant.
-    """
-    if name is None:
-        assert workspace is not None, "the newest model is that of a workspace"
-        return _newest_model(workspace, note, with_corrections=with_corrections)
-    if is_hub_name(name):
-        if folders == "any":
-            return download(name), None
-        raise UserError(
-            f"{name} becomes a run of the workspace at first use, and a dry run writes nothing;"
-            f" `iiet-orch import {name}` imports it"
-        )
-    if workspace is not None and (trial := _find_trial(workspace, Path(name))):
-        return trial
-    folder = _find_folder(workspace, Path(name), folders)
-    if not _is_accepted(folder, folders):
-        folder = resolve_checkpoint(folder)
-    return folder, None
-
-
-def _newest_model(
-    workspace: Workspace, note: Note | None, *, with_corrections: bool
-) -> tuple[Path, str | None]:
-    """Return the model of the newest finished run, or of a later pick, and the pick's schedule."""
-    runs = sorted(_finished_runs(workspace), key=last_recorded, reverse=True)
-    picked = None if with_corrections else picked_model(workspace)
-    skipped_runs: list[str] = []
-    if with_corrections:
-        # Newer runs of other models are skipped; the error names them if there is no other run.
-        while runs:
-            config = load_config(find_checkpoints(runs[0])[-1])
-            if config.method == DEFAULT_METHOD and config.corrections.num_corrections:
-                break
-            skipped_runs.append(f"{runs.pop(0).name} ({config.method})")
-
-    schedule = None
-    if picked and (not runs or picked.time > last_recorded(runs[0])):
-        folder = Path(picked.checkpoint)
-        schedule = picked.schedule
-        origin = f"that `pick` chose from the sweep {picked.sweep}"
-    elif runs:
-        folder = runs[0]
-        origin = "of the newest run with corrections" if with_corrections else "of the newest run"
-    else:
-        missing = "no IIET checkpoint with corrections" if with_corrections else "no finished run"
-        only = f", only {', '.join(skipped_runs)}" if skipped_runs else ""
-        raise UserError(
-            f"{workspace.root} has {missing}{only}; `iiet-orch pretrain` makes one, `iiet-orch "
-            "quickstart` does the whole job, or give a path or the name of a run as argument"
-        )
-    checkpoint = resolve_checkpoint(folder)
-    if note:
-        note(f"the model is {checkpoint}, {origin}")
-    return checkpoint, schedule
-
-
-def _finished_runs(workspace: Workspace) -> list[Path]:
+def finished_runs(workspace: Workspace) -> list[Path]:
     """Return the runs with a checkpoint whose training, if they have one, is finished."""
     return [
         run
@@ -140,32 +68,7 @@ def _finished_runs(workspace: Workspace) -> list[Path]:
     ]
 
 
-def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, str | None] | None:
-    """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
-
-    The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
-    schedule. None for any other name, and for a trial that is not measured, whose folder is looked
-    up like that of any training.
-
-    Raises:
-        UserError: If its result is damaged.
-    """
-    trials: list[Trial] = []
-    for folder in (workspace.trials / path, workspace.root / path):
-        if folder.parent == workspace.trials and folder.is_dir():
-            results = [Trial.read(file) for file in sorted(folder.glob("result-*.json"))]
-            trials = [trial for trial in results if trial and trial.checkpoint]
-            break
-    if not trials:
-        return None
-    checkpoint = resolve_checkpoint(Path(str(trials[0].checkpoint)))
-    schedules = {trial.opened_schedule for trial in trials}
-    # Elastic weights are measured under several schedules: then the checkpoint's own is used.
-    schedule = schedules.pop() if len(schedules) == 1 else None
-    return checkpoint, schedule
-
-
-def _find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolders) -> Path:
+def find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolders) -> Path:
     """Return the folder that a user names by a path, or by a name such as `NAME` of a run or trial,
     `runs/NAME` or `runs/NAME/step_00000100`, which is looked up in the workspace.
 
@@ -180,7 +83,7 @@ def _find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolde
     existing = [candidate for candidate in candidates if candidate.exists()]
     for folder in existing:
         # A folder of no use must not hide a run: an imported run has the name of its source.
-        if is_checkpoint(folder) or find_checkpoints(folder) or _is_accepted(folder, folders):
+        if is_checkpoint(folder) or find_checkpoints(folder) or is_accepted(folder, folders):
             return resolve_path(folder)
     if existing and existing[0].is_file():
         raise UserError(
@@ -199,7 +102,7 @@ def _find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolde
     )
 
 
-def _is_accepted(folder: Path, folders: AcceptedFolders) -> bool:
+def is_accepted(folder: Path, folders: AcceptedFolders) -> bool:
     """Return whether a folder is one of the model folders that are accepted beside checkpoints."""
     if folders == "none" or is_checkpoint(folder) or not (folder / CONFIG).is_file():
         return False
@@ -227,7 +130,7 @@ def find_pretraining(workspace: Workspace, name: Path) -> Path:
     Raises:
         UserError: If there is no such folder, or `pretrain` did not make it.
     """
-    folder = _find_folder(workspace, name, "none")
+    folder = find_folder(workspace, name, "none")
     if is_checkpoint(folder):
         folder = folder.parent
     if (folder / JOB_NAME).is_file() and (folder / SETTINGS_NAME).is_file():

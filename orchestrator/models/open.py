@@ -1,5 +1,9 @@
 """Open the model that a user names: the one way from a name to a model.
 
+A name is that of a run, a trial or a folder; without one, it is the newest of finished runs and
+picks. A model that nobody named is announced, and it is never replaced by another one: damage is an
+error.
+
 A model is a checkpoint of this program, or a model folder from elsewhere: an export, a folder of
 the published naming, or any model of transformers. What a model is follows from its files; its
 weights are read when somebody asks for the decoder. A decoder runs what `models.load` lists, and
@@ -25,18 +29,29 @@ from orchestrator.models.folder import (
     load_config,
     model_files_key,
     read_config,
+    resolve_checkpoint,
     text_files_key,
     tokenizer_file,
     weights_key,
 )
+from orchestrator.models.hub import download, is_hub_name
 from orchestrator.models.labels import model_label, unique_labels
-from orchestrator.models.lookup import AcceptedFolders, find_model
+from orchestrator.models.lookup import (
+    AcceptedFolders,
+    find_folder,
+    finished_runs,
+    is_accepted,
+    picked_model,
+)
 from orchestrator.models.loops import LOOPED_MODELS, Depth, LoopedModel
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.training import schedule_parameters
+from orchestrator.records.trial import Trial
+from orchestrator.settings import DEFAULT_METHOD
 from orchestrator.terminal.render import shortest_schedule
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace
+from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.layout import Workspace, find_checkpoints
 from orchestrator.workspace.provenance import file_key
 
 if TYPE_CHECKING:
@@ -46,6 +61,8 @@ if TYPE_CHECKING:
 
 ASSUMED_CONTEXT_LENGTH = 2048
 """Length for a model of transformers whose configuration names none."""
+
+# A model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +213,9 @@ class OpenedModel:
         )
 
 
+# From a name to a model
+
+
 def open_model(
     name: Path | str | None,
     workspace: Workspace | None = None,
@@ -224,7 +244,7 @@ def open_model(
         UserError: If there is no model, it is damaged or not accepted, or the schedule does not
             fit it.
     """
-    path, named_schedule = find_model(
+    path, named_schedule = _find_model(
         name, workspace, folders=folders, with_corrections=with_corrections, note=note
     )
     is_external = not is_checkpoint(path)
@@ -265,6 +285,98 @@ def open_model(
     if schedule is None:
         schedule = named_schedule
     return model if schedule is None else model.with_schedule(schedule)
+
+
+def _find_model(
+    name: Path | str | None,
+    workspace: Workspace | None,
+    *,
+    folders: AcceptedFolders = "any",
+    with_corrections: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> tuple[Path, str | None]:
+    """Return the checkpoint or model folder that a user means, and the schedule of a pick or trial.
+
+    Arguments and errors are those of `open_model`. The schedule is None where the model's own is
+    meant.
+    """
+    if name is None:
+        assert workspace is not None, "the newest model is that of a workspace"
+        return _newest_model(workspace, note, with_corrections=with_corrections)
+    if is_hub_name(name):
+        if folders == "any":
+            return download(name), None
+        raise UserError(
+            f"{name} becomes a run of the workspace at first use, and a dry run writes nothing;"
+            f" `iiet-orch import {name}` imports it"
+        )
+    if workspace is not None and (trial := _find_trial(workspace, Path(name))):
+        return trial
+    folder = find_folder(workspace, Path(name), folders)
+    if not is_accepted(folder, folders):
+        folder = resolve_checkpoint(folder)
+    return folder, None
+
+
+def _newest_model(
+    workspace: Workspace, note: Callable[[str], None] | None, *, with_corrections: bool
+) -> tuple[Path, str | None]:
+    """Return the model of the newest finished run, or of a later pick, and the pick's schedule."""
+    runs = sorted(finished_runs(workspace), key=last_recorded, reverse=True)
+    picked = None if with_corrections else picked_model(workspace)
+    skipped_runs: list[str] = []
+    if with_corrections:
+        # Newer runs of other models are skipped; the error names them if there is no other run.
+        while runs:
+            config = load_config(find_checkpoints(runs[0])[-1])
+            if config.method == DEFAULT_METHOD and config.corrections.num_corrections:
+                break
+            skipped_runs.append(f"{runs.pop(0).name} ({config.method})")
+
+    schedule = None
+    if picked and (not runs or picked.time > last_recorded(runs[0])):
+        folder = Path(picked.checkpoint)
+        schedule = picked.schedule
+        origin = f"that `pick` chose from the sweep {picked.sweep}"
+    elif runs:
+        folder = runs[0]
+        origin = "of the newest run with corrections" if with_corrections else "of the newest run"
+    else:
+        missing = "no IIET checkpoint with corrections" if with_corrections else "no finished run"
+        only = f", only {', '.join(skipped_runs)}" if skipped_runs else ""
+        raise UserError(
+            f"{workspace.root} has {missing}{only}; `iiet-orch pretrain` makes one, `iiet-orch "
+            "quickstart` does the whole job, or give a path or the name of a run as argument"
+        )
+    checkpoint = resolve_checkpoint(folder)
+    if note:
+        note(f"the model is {checkpoint}, {origin}")
+    return checkpoint, schedule
+
+
+def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, str | None] | None:
+    """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
+
+    The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
+    schedule. None for any other name, and for a trial that is not measured, whose folder is looked
+    up like that of any training.
+
+    Raises:
+        UserError: If its result is damaged.
+    """
+    trials: list[Trial] = []
+    for folder in (workspace.trials / path, workspace.root / path):
+        if folder.parent == workspace.trials and folder.is_dir():
+            results = [Trial.read(file) for file in sorted(folder.glob("result-*.json"))]
+            trials = [trial for trial in results if trial and trial.checkpoint]
+            break
+    if not trials:
+        return None
+    checkpoint = resolve_checkpoint(Path(str(trials[0].checkpoint)))
+    schedules = {trial.opened_schedule for trial in trials}
+    # Elastic weights are measured under several schedules: then the checkpoint's own is used.
+    schedule = schedules.pop() if len(schedules) == 1 else None
+    return checkpoint, schedule
 
 
 def open_models(

@@ -221,7 +221,7 @@ class _Source(NamedTuple):
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
     from orchestrator.models.gguf import read_gguf  # Both import PyTorch.
-    from orchestrator.models.stored_weights import open_weights
+    from orchestrator.models.load import open_weights
 
     if path.is_file():
         decoder = read_gguf(path, scratch, with_tokenizer=with_tokenizer)

@@ -34,8 +34,7 @@ from iiet.losses import next_token_loss
 from iiet.methods.implicit_euler import MixedLayer
 from iiet.schedule import IterationSchedule
 from iiet.weights import LazyTensor
-from orchestrator.models.load import has_bf16, load_model, use_tf32
-from orchestrator.models.stored_weights import open_weights
+from orchestrator.models.load import has_bf16, load_model, open_weights, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import DeviceError, shortened

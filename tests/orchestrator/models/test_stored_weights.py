@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.weights import WEIGHTS
-from orchestrator.models.load import load_model
-from orchestrator.models.stored_weights import open_weights
+from orchestrator.models.load import load_model, open_weights
 from orchestrator.pipelines import models
 from orchestrator.pipelines.models import export, import_model
 from orchestrator.workspace.errors import UserError
