@@ -100,13 +100,14 @@ TASKS = {
     ),
 }  # fmt: skip
 COMPARED = {
-    "text": ("text", (VANILLA, MIX, CORRECTED)),
+    "text": ("text", (VANILLA, MIX)),
+    "text-corrected": ("text", (CORRECTED,)),
     "depth": ("depth", (VANILLA, CORRECTED)),
     "depth-mix": ("depth", (MIX,)),
     "tokens": ("text", (CORRECTED_EQUAL_TOKENS,)),
 }
 """Name of a piece that compares arms -> its task and its arms."""
-PIECES = ("text", "depth", "defaults", "depth-mix", "tokens")
+PIECES = ("text", "text-corrected", "depth", "defaults", "depth-mix", "tokens")
 """In the order of `optimizer.md`."""
 CLAIMS = (
     (MIX, VANILLA),
@@ -191,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--piece", choices=PIECES, nargs="+", default=PIECES, help="only these (default: all)"
     )
     parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, nargs="+", default=OPTIMIZERS,
+        help="only these, where a piece compares arms (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--folder", type=Path, default=Path("optimizer-study"), help="for the prepared data"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write")
@@ -220,9 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_text(PAGE, filled(PAGE.read_text("utf-8"), study))
         elif options.dry_run:
             for piece in options.piece:
-                print(f"{piece}: {study.progress_of(piece)}")
+                print(f"{piece}: {study.progress_of(piece, options.optimizer)}")
         else:
-            study.run(options.piece, options.seconds)
+            study.run(options.piece, options.seconds, options.optimizer)
     except BaseException as error:
         return exit_code_of(error)
     return 0
@@ -250,28 +255,31 @@ class Study:
         self.measured = read_results(file) | self.measured
         self._write()
 
-    def progress_of(self, piece: str) -> str:
+    def progress_of(self, piece: str, optimizers: Sequence[str] = OPTIMIZERS) -> str:
         """Return how many trainings of a piece are stored, and which is next."""
         if piece == "defaults" and not self.tried("text", MIX, MUON):
             return "0 stored, after `text`"
         num_stored = 0
-        for training in self.trainings(piece):
+        for training in self.trainings(piece, optimizers):
             if training not in self.measured:
                 return f"{num_stored} stored, next: {training.name}"
             num_stored += 1
         return f"{num_stored} stored, complete"
 
-    def run(self, pieces: Sequence[str], seconds: float) -> None:
+    def run(
+        self, pieces: Sequence[str], seconds: float, optimizers: Sequence[str] = OPTIMIZERS
+    ) -> None:
         """Make the trainings of some pieces that are not stored, until the time is over.
 
         Args:
             pieces: Some of `PIECES`.
             seconds: No training begins after so many.
+            optimizers: Whose trainings of arms are made.
         """
         torch.set_num_threads(1)
         ends_at = time.monotonic() + seconds
         for piece in pieces:
-            for training in self.trainings(piece):
+            for training in self.trainings(piece, optimizers):
                 if training in self.measured:
                     continue
                 if time.monotonic() >= ends_at:
@@ -292,7 +300,7 @@ class Study:
 
     # Which trainings there are
 
-    def trainings(self, piece: str) -> Iterator[Training]:
+    def trainings(self, piece: str, optimizers: Sequence[str] = OPTIMIZERS) -> Iterator[Training]:
         """Yield the trainings of a piece in their order.
 
         Some depend on the results of those before, so each one must be stored before the next one
@@ -303,11 +311,11 @@ class Study:
             return
         task, arms = COMPARED[piece]
         for arm in arms:
-            for optimizer in OPTIMIZERS:
+            for optimizer in optimizers:
                 yield from self._rates(task, arm, optimizer)
         for seed in SEEDS[1:]:
             for arm in arms:
-                for optimizer in OPTIMIZERS:
+                for optimizer in optimizers:
                     yield replace(self.best(task, arm, optimizer), seed=seed)
 
     def _rates(self, task: str, arm: str, optimizer: str) -> Iterator[Training]:

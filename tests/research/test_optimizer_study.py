@@ -59,11 +59,10 @@ def test_rates_are_tried_until_the_best_is_inside(study):
     # The best rate of vanilla is 1e-3, and no loss of r = 0 is the lowest inside.
     losses = {VANILLA: lambda rate: abs(rate - 1e-3), MIX: lambda rate: rate}
     rates: dict[str, list[float]] = {VANILLA: [], MIX: []}
-    for training in study.trainings("text"):
-        if training.arm == CORRECTED:
+    for training in study.trainings("text", [ADAMW]):
+        if training.seed != SEEDS[0]:
             break
-        if training.optimizer == ADAMW:
-            rates[training.arm].append(training.rate)
+        rates[training.arm].append(training.rate)
         study.store(result(training, -1.0, losses[training.arm](training.rate)))
     assert rates[VANILLA] == [2e-3, 4e-3, 8e-3, 1e-3, 5e-4]
     assert rates[MIX] == [2e-3, 4e-3, 8e-3, 1e-3, 5e-4]
