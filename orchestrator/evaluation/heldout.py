@@ -203,7 +203,7 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
     return {
         name: {
             "task": name,
-            "custom_dataset": partial(_item_set, rows),
+            "custom_dataset": partial(item_set, rows),
             "test_split": "test",
             **_TEXT_CONFIGS.get(name, _DEPTH_CONFIG),
             "metadata": {"version": TEXT_VERSION if name in TEXT_TASKS else DEPTH_VERSION},
@@ -238,14 +238,15 @@ def python_config(tokens: Path) -> Row:
     rows = [{"text": passage} for passage in python_passages(tokens)]
     return {
         "task": PYTHON_BITS,
-        "custom_dataset": partial(_item_set, rows),
+        "custom_dataset": partial(item_set, rows),
         "test_split": "test",
         **_TEXT_CONFIGS[BITS_PER_BYTE],
         "metadata": {"version": TEXT_VERSION},
     }
 
 
-def _item_set(rows: Sequence[Row], **_settings: Any) -> Row:
+def item_set(rows: Sequence[Row], **_settings: Any) -> Row:
+    """Return the items of a task as lm-eval's `custom_dataset` does."""
     import datasets  # The import takes a second.
 
     return {"test": datasets.Dataset.from_list(list(rows))}

@@ -1,13 +1,13 @@
 """Tasks by name: which ones the settings ask for, checked before anything is trained, and loaded.
 
 A name in `evaluation.suite` is that of a held-out task of the prepared data, of a task file in
-`evaluation.include_path`, or of a task of lm-eval's own; `heldout` stands for all held-out tasks,
-`paper` for those of the papers. A name without a task, and a local task that cannot be loaded or
-scored, are errors: an average over the rest would be another number under the same name. Only tasks
-that the hub does not provide are skipped. The hub is asked at most once, and only if its cache
-lacks a task's data: lm-eval alone would try again for 23 seconds per task. Nor are all of lm-eval's
-14,000 task files parsed, which takes 8 seconds. lm-eval is imported where tasks are loaded, as it
-takes seconds, too.
+`evaluation.include_path`, of `short_answers`, or of a task of lm-eval's own; `heldout` stands for
+all held-out tasks, `paper` for those of the papers. A name without a task, and a local task that
+cannot be loaded or scored, are errors: an average over the rest would be another number under the
+same name. Only tasks that the hub does not provide are skipped. The hub is asked at most once, and
+only if its cache lacks a task's data: lm-eval alone would try again for 23 seconds per task. Nor
+are all of lm-eval's 14,000 task files parsed, which takes 8 seconds. lm-eval is imported
+where tasks are loaded, as it takes seconds, too.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from orchestrator.evaluation.heldout import (
     offered_tasks,
     python_config,
 )
+from orchestrator.evaluation.short_answers import short_answers_config
 from orchestrator.models.hub import hub_problem, offline
 from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
-from orchestrator.settings.evaluation import PYTHON_BITS, retention_task
+from orchestrator.settings.evaluation import PYTHON_BITS, SHORT_ANSWERS, retention_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError, first_line, shortened
 from orchestrator.workspace.files import expand_user
@@ -197,7 +198,7 @@ def check_task_names(settings: EvaluationSettings) -> None:
     Which tasks a folder of the user has, only lm-eval can say.
     """
     names = [*_lm_eval_names(settings), *_retention_tasks_of_lm_eval(settings)]
-    unchecked = [name for name in names if name not in {PAPER, *PAPER_TASKS}]
+    unchecked = [name for name in names if name not in {PAPER, *PAPER_TASKS, SHORT_ANSWERS}]
     if unchecked and not user_task_folder(settings):
         known = _builtin_folders()
         _refuse_tasks({name: _no_such_task(name, known) for name in unchecked if name not in known})
@@ -430,6 +431,8 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
     names = _with_paper_tasks([*(suite.tasks or names_of_folders), *beside])
     if PYTHON_BITS in beside:
         configs[PYTHON_BITS] = python_config(Path(suite.tokens_folder))
+    if SHORT_ANSWERS in names and SHORT_ANSWERS not in manager.task_index:
+        configs[SHORT_ANSWERS] = short_answers_config()
     if not names and suite.include_folder:
         raise UserError(f"there are no lm-eval task files in {suite.include_folder}")
     if not names:

@@ -60,6 +60,8 @@ PYTHON_TEXT = "bits_per_byte"
 """In `evaluation.retention`: the bits per byte of Python's help topics."""
 PYTHON_BITS = "python_bits_per_byte"
 """The task that measures them; every sweep can, whatever its data are."""
+SHORT_ANSWERS = "short_answers"
+"""The task of generated answers that needs no download, in `evaluation.retention` or the suite."""
 DEFAULT_RETENTION = {PYTHON_TEXT: 0.02}
 """About 2% of the bits that a model of a billion parameters needs for a byte of English, and 6% of
 its perplexity per token of 4.4 bytes."""
@@ -77,7 +79,8 @@ class EvaluationSettings(Section):
     suite: str = "heldout"
     """Comma-separated names: `heldout` (tasks made from the data: from held-out documents, or the
     depth tasks that are trained), one of these tasks by itself (`phop_6`), `paper` (the seven tasks
-    of the papers), and any task of lm-eval or of `include_path`."""
+    of the papers), `short_answers` (generated answers to short questions), and any task of lm-eval
+    or of `include_path`."""
     num_items: StrictInt = Field(default=700, gt=0)
     """Items of each held-out task; 700 keep one standard error under 1.9 points."""
     limit: StrictInt | None = Field(default=None, gt=0, le=MAX_COUNT)
@@ -107,9 +110,9 @@ class EvaluationSettings(Section):
     """How much the models of a sweep may lose, by task: points of accuracy, or bits per byte, such
     as `{arc_easy: 1.0, bits_per_byte: 0.02}`. They are compared with the source of their teacher,
     or with a plain teacher. `bits_per_byte` is that of held-out English text of `data.source:
-    python`, whatever the data are; other names are tasks as in `suite`. Tasks that `suite` does not
-    name are measured, too, and are in no average. `{}` asks for nothing (default:
-    `{bits_per_byte: 0.02}`, if the teacher has a source that reads text)."""
+    python`, whatever the data are; other names are tasks as in `suite`, such as `short_answers`.
+    Tasks that `suite` does not name are measured, too, and are in no average. `{}` asks for nothing
+    (default: `{bits_per_byte: 0.02}`, if the teacher has a source that reads text)."""
 
     @property
     def prompts(self) -> Prompts | None:

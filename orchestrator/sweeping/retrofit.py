@@ -34,7 +34,7 @@ from orchestrator.settings import (
     TrainingSettings,
     read_settings,
 )
-from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT
+from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT, SHORT_ANSWERS
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome, has_diverged, in_usual_folder
 from orchestrator.training.source import Source, find_source
@@ -375,8 +375,9 @@ def with_retention(
     if retention is None:
         reads_text = retrofit is not None and _reads_text(retrofit)
         retention = DEFAULT_RETENTION if reads_text and not problem else {}
-    elif retrofit is not None and PYTHON_TEXT in retention and not _reads_text(retrofit):
-        problem = f"{PYTHON_TEXT} is measured on English text, and the source reads symbols alone"
+    elif retrofit is not None and not _reads_text(retrofit):
+        for name in {PYTHON_TEXT, SHORT_ANSWERS} & retention.keys():
+            problem = f"{name} is measured on English text, and the source reads symbols alone"
     if retention and problem:
         raise UserError(f"evaluation.retention={retention}: {problem}; leave it out")
     evaluation = settings.evaluation.model_copy(update={"retention": retention})
