@@ -288,6 +288,39 @@ def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, ray_session):
 
 
 @pytest.mark.long
+def test_a_killed_sweep_by_muon_ends_like_one_that_was_left_alone(tmp_path, ray_session):
+    options = ["training.optimizer=muon", "training.num_steps=100"]
+    sweep = ["sweep", "toy", *small("sweep", *options, "training.checkpoint_every_steps=20")]
+    alone = tmp_path / "alone"
+    run_here(*sweep, workspace=alone)
+
+    killed = tmp_path / "killed"
+    driver = Started(*sweep, "--workspace", str(killed))
+    driver.wait_for(
+        lambda: any(
+            find_checkpoints(folder) and not (folder / "done.json").exists()
+            for folder in killed.glob("runs/*")
+        )
+    )
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
+    psutil.wait_procs(family, timeout=60)
+    run_here(*sweep, workspace=killed)
+    records = [record for folder in killed.glob("runs/*") for record in read_journal(folder)[0]]
+    assert any(record.get("name") == "resumed" for record in records)
+
+    def qualities(workspace: Path) -> dict[str, dict[str, float]]:
+        return {
+            row["label"]: {k: v for k, v in row["numbers"].items() if k.startswith("quality/")}
+            for row in results_of(workspace)
+        }
+
+    assert qualities(killed) == qualities(alone)
+    assert all(qualities(alone).values())
+
+
+@pytest.mark.long
 def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(tmp_path, ray_session):
     sweep = sweep_of_two(num_steps=300)
     driver = Started(*sweep, "--workspace", str(tmp_path))
