@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optimizer_study
 import vl_convert
 from retrofit_pilot import Pilot
 from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAYS, Readings, all_readings
@@ -113,7 +114,12 @@ def _claim_cells(claim: Report) -> list[str]:
 
 
 def places_table(
-    claims: Report, text: Report, retrofit: Report, study: Report, pilot: Report
+    claims: Report,
+    text: Report,
+    retrofit: Report,
+    study: Report,
+    pilot: Report,
+    optimizers: Report,
 ) -> list[str]:
     """Return the lines of what was asked, and where the answer was found, each with its commands.
 
@@ -123,6 +129,7 @@ def places_table(
         retrofit: Front of `sweep retrofit`.
         study: Stored trainings of `research/retrofit_study.py`.
         pilot: Evaluation of the pilot with SmolLM2.
+        optimizers: Stored trainings of `research/optimizer_study.py`.
     """
     by_key = {claim["key"]: claim for claim in claims["claims"]}
     cheapest = text["picks"]["cheapest"]
@@ -132,12 +139,16 @@ def places_table(
     studied = "`python research/retrofit_study.py`"
     piloted = "a pilot (`research/retrofit.md`)"
     *depth_readings, text_readings = all_readings(_stored_study(study))
+    with_muon = optimizer_study.Study(Path("unused"), Path("unused"))
+    with_muon.measured = optimizer_study.results_in(optimizers)
+    not_tried = optimizer_study.NOT_TRIED
     rows = [
         (
             "IIET beats a plain Llama of its size (vanilla)",
             _claim_cell(by_key["iiet_over_vanilla"]),
             _difference_cell(text, "teacher", "vs_vanilla"),
             UNKNOWN,
+            _optimizers_cell(with_muon, optimizer_study.VANILLA),
             paper,
         ),
         (
@@ -145,6 +156,7 @@ def places_table(
             _difference_cell(claims, "r = 3", "vs_r_0"),
             _difference_cell(text, "teacher", "vs_r_0"),
             UNKNOWN,
+            _optimizers_cell(with_muon, optimizer_study.MIX),
             paper,
         ),
         (
@@ -152,6 +164,7 @@ def places_table(
             _claim_cell(by_key["saved_overhead_nfe"]),
             _kept_cell(text, student),
             UNKNOWN,
+            not_tried,
             paper,
         ),
         (
@@ -159,6 +172,7 @@ def places_table(
             _claim_cell(by_key["student_over_vanilla_nfe"]),
             _difference_cell(text, student, "vs_vanilla"),
             UNKNOWN,
+            not_tried,
             paper,
         ),
         (
@@ -166,6 +180,7 @@ def places_table(
             _difference_cell(retrofit, "teacher", "vs_source_continued"),
             _reading_cell(text_readings),
             _pilot_cell(Pilot.read(pilot)),
+            not_tried,
             f"{shipped}, {studied}, {piloted}",
         ),
         (
@@ -173,6 +188,7 @@ def places_table(
             _verdicts_cell(depth_readings),
             _verdicts_cell([text_readings]),
             UNKNOWN,
+            not_tried,
             studied,
         ),
         (
@@ -180,17 +196,32 @@ def places_table(
             _difference_cell(retrofit, "0,0", "vs_source_continued"),
             UNKNOWN,
             UNKNOWN,
+            not_tried,
             shipped,
         ),
     ]
     return [
-        "| does it hold that | on tasks of serial steps | on text | for a model of the hub | by |",
-        "| --- | --- | --- | --- | --- |",
-        *(
-            f"| {question} | {on_tasks} | {on_text} | {on_hub_model} | {by} |"
-            for question, on_tasks, on_text, on_hub_model, by in rows
-        ),
+        "| does it hold that | on tasks of serial steps | on text | for a model of the hub "
+        "| with Muon, too | by |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]
+
+
+def _optimizers_cell(study: optimizer_study.Study, other: str) -> str:
+    """Return for which optimizers an IIET with corrections beats another arm at equal FLOPs."""
+    holds_for = {
+        place: optimizer_study.which_optimizers(
+            {
+                optimizer: study.verdict(task, optimizer_study.CORRECTED, other, optimizer)
+                for optimizer in optimizer_study.OPTIMIZERS
+            }
+        )
+        for place, task in (("tasks", "depth"), ("text", "text"))
+    }
+    if set(holds_for.values()) == {optimizer_study.NOT_TRIED}:
+        return optimizer_study.NOT_TRIED
+    return ", ".join(f"on {place}: {words}" for place, words in holds_for.items())
 
 
 def _claim_cell(claim: Report) -> str:

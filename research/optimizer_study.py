@@ -630,7 +630,7 @@ def _arms_table(study: Study) -> str:
                 )
     heads = [
         "task", "arm", "optimizer", "NFE", "steps", "training FLOPs",
-        "loss that chooses, by rate", "best rate", "by seed",
+        "loss that chooses, by rate", "best of them", "by seed",
     ]  # fmt: skip
     return markdown_table(heads, rows, left_columns=(0, 1, 2, 6, 8)) if rows else "Not run."
 
