@@ -74,6 +74,7 @@ TO_MEASURE = (*ANYWHERE, "cluster.num_gpus", "cluster.device")
 TO_TRAIN = (
     *ANYWHERE,
     "cluster.num_gpus",
+    "cluster.gpu",
     "cluster.num_workers",
     "cluster.min_gpus",
     "cluster.storage",

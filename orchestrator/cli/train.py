@@ -24,6 +24,7 @@ from orchestrator.cli.options import (
     split_list,
 )
 from orchestrator.cli.session import Call
+from orchestrator.settings.cluster import GpuModel
 from orchestrator.settings.sweep import Selection
 from orchestrator.settings.training import Control, Precision
 from orchestrator.terminal.metrics import BudgetUnit
@@ -161,6 +162,7 @@ def pretrain(
     skip_bad_steps: Annotated[int | None, setting("training.skip_bad_steps")] = None,
     profile: Annotated[int | None, setting("training.profile_steps")] = None,
     storage: Annotated[str | None, setting("cluster.storage")] = None,
+    gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Result":
@@ -236,6 +238,7 @@ def distill(
     lr: Annotated[float | None, setting("distillation.training.learning_rate")] = None,
     dtype: Annotated[Precision | None, setting("distillation.training.precision")] = None,
     profile: Annotated[int | None, setting("distillation.training.profile_steps")] = None,
+    gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Result":
@@ -266,6 +269,7 @@ def sweep_file(
         typer.Argument(metavar="FILE", help="A YAML file, or the name of a shipped sweep."),
     ],
     baselines: BaselinesOption = None,
+    gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Result":
@@ -308,6 +312,7 @@ def sweep_threshold(
     trials_at_once: Annotated[int | None, setting("sweep.trials_at_once")] = None,
     workers_per_trial: Annotated[int | None, setting("sweep.workers_per_trial")] = None,
     gpus_per_trial: Annotated[float | None, setting("sweep.gpus_per_trial")] = None,
+    gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Result":
@@ -359,6 +364,7 @@ def sweep_iterations(
     trials_at_once: Annotated[int | None, setting("sweep.trials_at_once")] = None,
     workers_per_trial: Annotated[int | None, setting("sweep.workers_per_trial")] = None,
     gpus_per_trial: Annotated[float | None, setting("sweep.gpus_per_trial")] = None,
+    gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Result":

@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.planning.machine import num_sharing
 from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.settings.cluster import GpuModel
 from orchestrator.workspace.processors import num_cpus
 
 
@@ -22,6 +23,8 @@ class Devices:
     """Most trainings at the same time."""
     sharing_a_gpu: int = 1
     """Most of them that share a GPU."""
+    gpu: GpuModel | None = None
+    """Model of the GPUs that is assumed; None for the installed one, if there is one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`fsdp`: the workers share the model."""
     shards: int | None = None
@@ -45,6 +48,7 @@ def run_devices(cluster: ClusterSettings) -> Devices:
         num_workers=num_workers,
         on_gpus=on_gpus,
         at_once=1 if on_gpus else max(1, num_cpus() // num_workers),
+        gpu=cluster.gpu,
         parallel=cluster.parallel,
         shards=cluster.num_shards,
     )
@@ -66,6 +70,7 @@ def trial_devices(settings: Settings) -> Devices:
         on_gpus=gpus_per_trial > 0,
         at_once=at_once,
         sharing_a_gpu=num_sharing(gpus_per_trial) if gpus_per_trial else 1,
+        gpu=cluster.gpu,
         parallel=cluster.parallel,
         shards=cluster.shards_of(num_workers),
         are_trials=True,

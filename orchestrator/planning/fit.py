@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from orchestrator.planning import machine
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.gpus import GPUS, USUAL_GPU
 from orchestrator.planning.price import Group, groups_by_devices
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes
-from orchestrator.training.world import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 from orchestrator.workspace.files import free_disk
 
@@ -35,7 +35,7 @@ def find_problems(
 ) -> dict[str, str | None]:
     """Return place -> why trainings do not fit there, None if they do.
 
-    The first place is this machine or the cluster. Where the GPUs that are asked for are not
+    The first place is this machine or the cluster. Where a model of GPU is named, or none is
     installed here, an assumed one is another.
 
     Args:
@@ -54,9 +54,11 @@ def find_problems(
         place = f"the cluster at {address} (its memory is unknown)"
         reasons += reasons_not_to_fit((), disk, free)
     places = {place: reasons}
-    if any(training.devices.on_gpus for training in trainings) and not free.gpus:
+    on_gpus = [training.devices for training in trainings if training.devices.on_gpus]
+    if on_gpus and (on_gpus[0].gpu or not free.gpus):
         # The memory of the machine that has this GPU is not known.
-        assumed = machine.FreeBytes(gpus=(ASSUMED_GPU_BYTES,), gpu_name=f"an {ASSUMED_GPU}")
+        model = on_gpus[0].gpu or USUAL_GPU
+        assumed = machine.FreeBytes(gpus=(GPUS[model].free_bytes,), gpu_name=f"an {model}")
         places[assumed.gpu_name] = reasons_not_to_fit(trainings, disk, assumed)
     return {place: ". Also: ".join(reasons) or None for place, reasons in places.items()}
 

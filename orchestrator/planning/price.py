@@ -1,9 +1,9 @@
 """What several trainings take together: hours on their devices, memory of the largest, disk.
 
-Speeds are assumed, not measured: the peak of an installed GPU, else of an H100, or of a CPU core,
-times the shares of it that trainings reach, or the share that `--mfu` names. No training is faster
-than its host starts operations. The hours are those of training alone; what starts and measurements
-add is a second range.
+Speeds are assumed, not measured: the peak of the GPU that the settings name, else of an installed
+one, else of an H100, or of a CPU core, times the shares of it that trainings reach, or the share
+that `--mfu` names. No training is faster than its host starts operations. The hours are those of
+training alone; what starts and measurements add is a second range.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pydantic import Field
 from orchestrator.planning import machine
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.gpus import GPUS, USUAL_GPU
 from orchestrator.records.record import Record
-from orchestrator.training.world import ASSUMED_GPU, gpu_peak_flops
+from orchestrator.training.world import gpu_peak_flops
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.processors import num_cpus
 
@@ -156,7 +157,10 @@ def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
         shares = (share, share)
     if training.devices.on_gpus:
         precision = training.recipe.precision
-        for name in [*(gpu.name for gpu in machine.installed_gpus()[:1]), ASSUMED_GPU]:
+        names = [GPUS[training.devices.gpu or USUAL_GPU].name]
+        if training.devices.gpu is None:
+            names = [*(gpu.name for gpu in machine.installed_gpus()[:1]), *names]
+        for name in names:
             if peak := gpu_peak_flops(name, precision):
                 source = f"{name}, {precision}, dense"
                 return Rate(peak_flops=peak, shares=shares, source=source)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from orchestrator.planning import machine
 from orchestrator.planning.devices import trial_devices
 from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.gpus import GPUS, USUAL_GPU
 from orchestrator.settings import Settings
 from orchestrator.settings.cluster import LOCAL
-from orchestrator.training.world import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
 
 
@@ -31,7 +31,8 @@ def assign_trial_gpus(
 
     Args:
         trainings: The trials that are left.
-        gpu_bytes: Memory of a GPU; by default that of this machine's, or of the assumed one.
+        gpu_bytes: Memory of a GPU; by default that of the one that `cluster.gpu` names, else of
+            this machine's, else of the usual one.
     """
     cluster = settings.cluster
     sweep = settings.sweep
@@ -42,9 +43,10 @@ def assign_trial_gpus(
         gpus_per_trial = sweep.workers_per_trial  # Each worker has one.
     if gpus_per_trial is None:
         installed = machine.installed_gpus() if cluster.ray_address == LOCAL else ()
-        if gpu_bytes is None and installed:
+        if gpu_bytes is None and cluster.gpu is None and installed:
             gpu_bytes = installed[0].free_bytes
-        gpus_per_trial = _fewest_gpus(settings, trainings, gpu_bytes or ASSUMED_GPU_BYTES)
+        gpu_bytes = gpu_bytes or GPUS[cluster.gpu or USUAL_GPU].free_bytes
+        gpus_per_trial = _fewest_gpus(settings, trainings, gpu_bytes)
     trials_per_gpu = machine.num_sharing(gpus_per_trial)
     most_at_once = int(cluster.num_gpus * trials_per_gpu // math.ceil(gpus_per_trial))
     at_once = min(sweep.trials_at_once or most_at_once, most_at_once)

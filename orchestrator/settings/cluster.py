@@ -17,6 +17,8 @@ AUTO = "auto"
 """Address of a cluster that this machine is part of."""
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 
+GpuModel = Literal["A100-40GB", "A100-80GB", "H100", "H200", "L40S", "RTX-4090"]
+
 _VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)
 
 
@@ -34,6 +36,9 @@ class ClusterSettings(Section):
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: StrictInt = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
+    gpu: GpuModel | None = None
+    """Model of the GPUs that a plan assumes for hours and memory, such as on a login node (default:
+    the installed one, else an H100). Trainings do not read it."""
     device: str | None = None
     """Device of a command that only measures: `cpu`, `cuda`, or `cuda:1` for the second GPU of this
     machine (default: the settings' GPUs, else a GPU if this machine has one)."""

@@ -47,10 +47,6 @@ class World:
 
 # GPUs
 
-ASSUMED_GPU = "H100"
-"""GPU that estimates assume on a machine without one: the SXM module."""
-ASSUMED_GPU_BYTES = 79 * 2**30
-"""Free memory of the assumed GPU before anything runs."""
 _PEAK_TFLOPS = {
     # By full name, without vendor, brand and size of the memory: cards of one family differ by a
     # third (H100 as module and as PCIe card), and a laptop's or a sliced GPU is another one.

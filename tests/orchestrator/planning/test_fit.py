@@ -155,6 +155,10 @@ def test_each_place_has_its_own_problems():
     on_gpu = [request(ONE_PER_PASS, on_gpus=True)]
     problems = find_problems(on_gpu, {}, Path(), LOCAL, "no GPU here")
     assert problems == {"this machine": "no GPU here", "an H100": None}
+    for gpu, fits in ("RTX-4090", False), ("A100-80GB", True):
+        on_named = [request("training.num_sequences_per_pass=4", on_gpus=True, gpu=gpu)]
+        problem = find_problems(on_named, {}, Path(), LOCAL, None)[f"an {gpu}"]
+        assert (problem is None) == fits, problem
     huge = [request("training.num_tokens_per_step=16777216")]
     (problem,) = find_problems(huge, {}, Path(), LOCAL, None).values()
     assert "training would take about" in str(problem)

@@ -31,6 +31,11 @@ def estimate(precision: str, num_steps: int = 100) -> Estimate:
     return Estimate(config=preset("tiny"), recipe=recipe, devices=ON_ONE_GPU)
 
 
+def test_hours_are_those_of_the_gpu_that_the_settings_name():
+    on_named = replace(estimate("bf16"), devices=replace(ON_ONE_GPU, gpu="A100-80GB"))
+    assert assumed_rate(on_named).peak_flops == 312e12
+
+
 def test_each_training_of_a_group_has_the_rate_of_its_own_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(pricing, "SECONDS_PER_EVALUATION", (0.0, 0.0))
     half = estimate("bf16")

@@ -16,7 +16,7 @@ from orchestrator.training import monitor
 from orchestrator.training.checkpoint import Position
 from orchestrator.training.monitor import STEPS_BEFORE, ThroughputMeter, gpu_loads
 from orchestrator.training.trainer import run_job
-from orchestrator.training.world import ASSUMED_GPU, World, gpu_peak_flops
+from orchestrator.training.world import World, gpu_peak_flops
 from orchestrator.workspace.journal import read_journal
 
 MakeJob = Callable[..., TrainingJob]
@@ -41,7 +41,7 @@ def test_peaks_are_found_by_full_name():
     for name, (bf16, fp32) in PEAKS.items():
         assert gpu_peak_flops(name, "bf16") == (bf16 and bf16 * 1e12)
         assert gpu_peak_flops(name, "fp32") == (fp32 and fp32 * 1e12)
-    assert gpu_peak_flops(ASSUMED_GPU, "bf16") == 989e12
+    assert gpu_peak_flops("H100", "bf16") == 989e12
 
 
 def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(monkeypatch):
