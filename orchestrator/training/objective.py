@@ -300,32 +300,41 @@ def validation_metrics(
 
 @torch.no_grad()
 def output_sizes(
-    decoder: Decoder, batch: Batch, schedule: IterationSchedule, *, precision: str, world: World
+    decoder: Decoder,
+    input_ids: Tensor,
+    schedule: IterationSchedule,
+    *,
+    precision: str,
+    world: World,
 ) -> dict[str, float]:
-    """Return how large the outputs of the fields are on a batch, by name of the metric.
+    """Return how large the outputs of the fields are on a few tokens, by name of the metric.
 
     A loss does not tell of hidden states that grow with each evaluation, which end a training
     later. So it is one number for each evaluation within a layer, 0 being the prediction: the root
-    mean square over tokens and channels, in the layer where it is largest. The result is the same
-    on every worker, over the batches of all.
+    mean square over tokens and channels, in the layer where it is largest. Every worker reads the
+    same tokens, as a sharded model needs all of them.
+
+    Args:
+        input_ids: (batch, time) of token ids.
     """
     squares: dict[tuple[int, int], Tensor] = {}
 
     def observe(seen: Evaluation) -> None:
         squares[seen.layer, seen.k] = seen.output.float().square().mean()
 
-    batch = batch.to(world.device)
     was_training = decoder.training
     decoder.eval()
     with autocast(precision, world):
         # Called like this a sharded model gathers its weights; no logits are needed.
-        decoder(batch.input_ids, schedule=schedule, observe=observe, loss_fn=lambda _logits: None)
+        decoder(
+            input_ids.to(world.device),
+            schedule=schedule,
+            observe=observe,
+            loss_fn=lambda _logits: None,
+        )
     decoder.train(was_training)
-    agreed = mean_over_workers(
-        {f"{layer} {k}": square for (layer, k), square in squares.items()}, world
-    )
     sizes: dict[str, float] = {}
-    for layer, k in squares:
+    for (_, k), square in squares.items():
         name = f"{OUTPUT_RMS_METRIC}_{k}"
-        sizes[name] = max(sizes.get(name, 0.0), math.sqrt(agreed[f"{layer} {k}"]))
+        sizes[name] = max(sizes.get(name, 0.0), math.sqrt(float(square)))
     return sizes

@@ -270,7 +270,9 @@ def test_validation_by_source_weighs_up_to_the_total():
 def test_the_sizes_of_outputs_are_those_of_the_largest_layer(method):
     decoder = fresh_decoder(method=method, schedule=1 if facts_of(method).has_corrections else None)
     batch = completions(0)
-    sizes = output_sizes(decoder, batch, decoder.schedule, precision="fp32", world=World())
+    sizes = output_sizes(
+        decoder, batch.input_ids, decoder.schedule, precision="fp32", world=World()
+    )
     outputs = decoder.evaluations(batch.input_ids)
     of_evaluation: dict[str, list[float]] = {}
     for (_, k), output in outputs.items():
