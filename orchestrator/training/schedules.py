@@ -204,6 +204,20 @@ def _capped(schedule: IterationSchedule, most: int) -> IterationSchedule:
     return IterationSchedule(tuple(min(count, most) for count in schedule))
 
 
+def largest_step(job: TrainingJob, flops_per_token: Callable[[int], float], start: int) -> int:
+    """Return the first step, from `start` on, that needs the most memory.
+
+    All steps read as many tokens, so it is the one of the most FLOPs: those of all corrections, and
+    of a teacher if it does not teach from the beginning.
+    """
+    recipe = job.recipe
+    stages = stages_of(job.model.corrections, recipe, range(start, recipe.num_steps))
+    begins = [steps.start for steps in stages.values()]
+    if job.teaching and start < job.teaching.start_step < recipe.num_steps:
+        begins.append(job.teaching.start_step)
+    return max(sorted(begins), key=flops_per_token)
+
+
 def flops_per_token_by_step(
     job: TrainingJob, teacher: ModelConfig | None = None
 ) -> Callable[[int], float]:

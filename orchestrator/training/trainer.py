@@ -82,6 +82,7 @@ from orchestrator.training.objective import (
 from orchestrator.training.schedules import (
     drawn_by_step,
     flops_per_token_by_step,
+    largest_step,
     learning_rate_at,
     members_by_step,
     schedule_by_step,
@@ -166,6 +167,7 @@ def run_job(
             closing(Trainer(job, world, should_stop, should_save, report, sequences_if_uncompiled))
         )
         trainer.prepare()
+        trainer.try_largest_step()
         try:
             finished = trainer.train()
             trainer.writer.end()
@@ -408,6 +410,35 @@ class Trainer:
                     agreed |= mean_over_workers(self.wishes(step), world)
                 if step % STEPS_BETWEEN_COLLECTIONS == 0:
                     collect_garbage()
+
+    def try_largest_step(self) -> None:
+        """Run the largest step that is left, if it is not the next one, and change nothing by it:
+        neither weights, nor the optimizer's memory of earlier steps, nor a random state.
+
+        Corrections may begin after days. Then a step that does not fit into memory, or that cannot
+        be compiled, ends the training in its first minute.
+        """
+        world = self.world
+        next_step = self.position.step
+        if next_step == self.recipe.num_steps:
+            return
+        step = largest_step(self.job, self.flops_per_token, next_step)
+        if step == next_step:
+            return
+        batch = self._gather(next_step)
+        agreed = mean_over_workers(_counts(batch), world)
+        batch = batch.counted_as(agreed["targets"], agreed["positions"]).to(world.device)
+        with torch.random.fork_rng([world.device] if world.is_gpu else []):
+            self.compute_gradients(batch, step)
+        if not self.optimizer.state:
+            # A first update makes this memory; with gradients and a rate of 0 it changes no weight.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            set_learning_rate(self.optimizer, 0.0)
+            self.optimizer.step()
+            self.optimizer.state.clear()
+        clear_gradients(self.model, self.optimizer)
 
     def compute_gradients(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Run a step forward and backward; return loss, its parts and the norm of the gradient.

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from iiet.config import DistillationConfig, preset
 from iiet.schedule import IterationSchedule
+from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.schedules import (
     drawn_by_step,
+    flops_per_token_by_step,
+    largest_step,
     learning_rate_at,
     schedule_by_step,
     stages_of,
@@ -121,3 +125,30 @@ def test_a_family_follows_from_the_schedule_of_the_step():
     assert {frozenset(members) for members in ramp[100:200]} == below
     no_weight = drawn(3, 1, elastic=ElasticSettings(weight=0))
     assert drawn(0, 0) == no_weight == [()] * 400
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teacher_from", "start", "expected"),
+    [
+        ({"iterate_from_fraction": 0.0}, None, 0, 0),
+        ({"iterate_from_fraction": 0.5}, None, 0, 50),
+        ({"iterate_from_fraction": 0.5}, None, 60, 60),
+        ({"iterate_from_fraction": 0.2, "iterate_ramp_fraction": 0.4}, None, 0, 40),
+        ({"iterate_from_fraction": 0.2}, 70, 0, 70),
+        ({"iterate_from_fraction": 0.0}, 70, 0, 70),
+    ],
+)
+def test_the_largest_step_has_all_corrections_and_the_teacher(
+    recipe, teacher_from, start, expected
+):
+    config = preset("tiny", schedule=2)
+    job = TrainingJob(
+        run_folder="",
+        tokens_folder="",
+        model=config,
+        recipe=TrainingSettings(num_steps=100, **recipe),
+        objective="pretrain" if teacher_from is None else "distill",
+        distillation=None if teacher_from is None else DistillationConfig(start_step=teacher_from),
+    )
+    flops = flops_per_token_by_step(job, None if teacher_from is None else config)
+    assert largest_step(job, flops, start) == expected

@@ -19,6 +19,7 @@ from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from iiet.batch import Batch
 from iiet.config import ModelConfig
 from iiet.losses import next_token_loss
 from iiet.schedule import IterationSchedule
@@ -31,7 +32,7 @@ from orchestrator.training import trainer as trainer_module
 from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.objective import VALIDATION_METRIC, validation_metrics
-from orchestrator.training.trainer import Diverged, run_job
+from orchestrator.training.trainer import Diverged, Trainer, run_job
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
@@ -104,7 +105,7 @@ def test_one_slow_step_is_recorded_and_those_after_it_are_not(make_job, monkeypa
 
 
 def test_a_training_and_its_validation_read_sequences_of_the_length_that_is_set(make_job):
-    job = make_job(sequence_length=8, seed=3, num_steps=3)
+    job = make_job(iterate_from_fraction=0.0, sequence_length=8, seed=3, num_steps=3)
     with noted_tokens() as read:
         outcome = run_job(job)
     tokens = open_tokens(job.tokens_folder).train
@@ -163,6 +164,41 @@ def test_the_cheapest_loss_of_a_family_is_that_of_its_cheapest_schedule(make_job
     expected = torch.stack(losses).mean().item()
     assert curve(job, "validation/cheapest_loss") == {2: pytest.approx(expected, rel=1e-5)}
     assert curve(job, VALIDATION_METRIC)[2] != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_later_step_is_tried_before_the_first_one_and_changes_nothing(
+    make_job, monkeypatch, optimizer
+):
+    recipe = {"num_steps": 4, "optimizer": optimizer, "clip_norm": 0.5}
+    tried: list[int] = []
+    compute_gradients = Trainer.compute_gradients
+
+    def noted(trainer: Trainer, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        tried.append(step)
+        return compute_gradients(trainer, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "compute_gradients", noted)
+        outcome = run_job(make_job("tried", **recipe))
+        assert tried == [2, 0, 1, 2, 3]
+        tried.clear()
+        run_job(make_job("at once", **{**recipe, "iterate_from_fraction": 0.0}))
+        assert tried == [0, 1, 2, 3]
+    monkeypatch.setattr(Trainer, "try_largest_step", lambda _: None)
+    assert state_of(run_job(make_job("untried", **recipe))) == state_of(outcome)
+
+
+def test_a_later_step_that_fails_ends_a_training_before_its_first(make_job, monkeypatch):
+    job = make_job()
+
+    def without_corrections_alone(trainer: Trainer, batch: Batch, step: int) -> None:
+        assert not trainer.schedule_at(step).num_corrections, "no memory for corrections"
+
+    monkeypatch.setattr(Trainer, "compute_gradients", without_corrections_alone)
+    with pytest.raises(AssertionError, match="no memory for corrections"):
+        run_job(job)
+    assert steps_of(job) == []
 
 
 def test_a_folder_in_use_is_refused(make_job, monkeypatch):
