@@ -8,11 +8,10 @@ of the page.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import cheaper_choice
@@ -44,9 +43,10 @@ from cheaper_recovery import (
 )
 from retrofit_results import NOT_DECIDED, with_part
 
+from orchestrator.records.evaluation import BITS_METRIC
 from orchestrator.reporting.charts import Spec, chart_spec, marks, number, save_chart, word
 from orchestrator.reporting.sections import bullets, markdown_table
-from orchestrator.reporting.statistics import NUM_RESAMPLES, Interval, interval_of
+from orchestrator.reporting.statistics import Interval, ItemValues, sum_of_means
 from orchestrator.workspace.files import write_text
 
 PAGE = Path(__file__).with_name("cheaper.md")
@@ -60,16 +60,13 @@ KEPT_SHARES = (0.98, 0.95)
 """Shares of the right answers that a student may keep."""
 MOST_RATIOS = (1.02, 1.05)
 """Bits per byte of a student over those of the whole model."""
-T_QUANTILES = {11: 2.201, 39: 2.023}
-"""Of Student's t, 95 % on both sides, by degrees of freedom."""
 LARGEST_RISE = 3.0
 """Bits per byte at which the picture ends."""
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Return a mean over sequences with its 95 % interval by Student's t."""
-    half = T_QUANTILES[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
+    return sum_of_means([values]).interval()
 
 
 # Question 1
@@ -190,12 +187,13 @@ class Reading:
 
     def ratio(self, text: str) -> Interval:
         """Return its bits per byte over those of the whole model, with the interval."""
-        return _ratio(self.measured.nats[text], self.whole.nats[text])
+        return _ratio(BITS_METRIC, self.measured.nats[text], self.whole.nats[text])
 
     @property
     def kept(self) -> Interval:
         """The right answers over those of the whole model, with the interval."""
         return _ratio(
+            "acc",
             [float(right) for right in self.measured.is_right],
             [float(right) for right in self.whole.is_right],
         )
@@ -235,14 +233,12 @@ def _joined(verdicts: Sequence[str], bounds: Sequence[str]) -> str:
     )  # fmt: skip
 
 
-def _ratio(values: Sequence[float], of_whole: Sequence[float]) -> Interval:
-    """Return the ratio of two means over the same items, over draws of the items."""
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(values), size=(NUM_RESAMPLES, len(values)))
-    ours = np.asarray(values)
-    theirs = np.asarray(of_whole)
-    ratios = ours[drawn].mean(1) / np.maximum(theirs[drawn].mean(1), 1e-9)
-    return interval_of(float(ours.mean() / theirs.mean()), ratios)
+def _ratio(metric: str, values: Sequence[float], of_whole: Sequence[float]) -> Interval:
+    """Return the ratio of two means over the same items, with its interval over the items."""
+    items = ItemValues(metric, np.array([values, of_whole]), np.ones(len(values)))
+    share = items.scores([1, 1]).share(0, 1)
+    assert share is not None, "the whole model answers something"
+    return share
 
 
 def readings_of(stored: Mapping[str, Any]) -> dict[Training, Reading]:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from orchestrator.reporting.statistics import NUM_RESAMPLES, Floats, Interval, interval_of
+from orchestrator.reporting.statistics import Interval, sum_of_means
 from orchestrator.terminal.render import format_count
 
 SATURATED_ACCURACY = 0.98
@@ -54,7 +54,7 @@ class CorrectionWorth:
     """L': the depth of a vanilla model with the same loss."""
     phi: float | None = None
     interval: Interval | None = None
-    """Of phi, over draws of the seeds; None if every model has one seed."""
+    """Of phi, over the seeds; None if every model has one seed."""
     is_open: tuple[bool, bool] = (False, False)
     """Whether the interval's lower and upper end lie beyond the vanilla depths; such an end is phi
     of the shallowest or of the deepest one."""
@@ -62,77 +62,59 @@ class CorrectionWorth:
     """Why there is no phi."""
 
 
-def correction_worth(
-    model: MeasuredModel, vanilla: Sequence[MeasuredModel], *, seed: int = 0
-) -> CorrectionWorth:
+def correction_worth(model: MeasuredModel, vanilla: Sequence[MeasuredModel]) -> CorrectionWorth:
     """Return what a model's evaluations are worth, measured by vanilla models of several depths.
 
     It is refused where fewer than two depths are trained; where their losses do not bracket the
     model's; where the accuracy of the model, or of the deeper of the two vanilla models whose
     losses bracket it, is saturated; and where the losses of these two do not differ significantly:
-    the interval of their difference, over draws of the seeds, contains zero.
+    the interval of their difference over the seeds contains zero.
 
     Args:
         model: Any model; with one evaluation per layer it has an equivalent depth, but no phi.
         vanilla: One for each depth, trained on the model's tokens.
-        seed: Of the draws.
     """
     curve = sorted(vanilla, key=lambda one: one.num_layers)
     refusal = _refusal(model, curve)
     if refusal:
         return CorrectionWorth(refusal=refusal)
-    rng = np.random.default_rng(seed)
-    log_depths = np.log([one.num_layers for one in curve])
-    losses = np.array([[one.loss for one in curve]])
-    drawn = np.stack([_draw_means(one.losses, rng) for one in curve], axis=1)
-    deeper = int(np.argmax(losses[0] <= model.loss))
-    if deeper and _are_alike(curve[deeper - 1 : deeper + 1], drawn[:, deeper - 1 : deeper + 1]):
+    # The first depth that reaches the loss; the shallowest one can only equal it.
+    deeper = max(next(n for n, one in enumerate(curve) if one.loss <= model.loss), 1)
+    shallow, deep = curve[deeper - 1 : deeper + 1]
+    if _are_alike(shallow, deep):
         return CorrectionWorth(
-            refusal=f"its loss lies between those of vanilla with {curve[deeper - 1].num_layers} "
-            f"and with {curve[deeper].num_layers} layers, which differ by less than their seeds do"
+            refusal=f"its loss lies between those of vanilla with {shallow.num_layers} and with "
+            f"{deep.num_layers} layers, which differ by less than their seeds do"
         )
-    log_depth = log_equivalent_depth(log_depths, losses, np.array([model.loss]))
-    equivalent_layers = math.exp(float(log_depth[0]))
+    log_depths = np.log([one.num_layers for one in curve])
+    step = log_depths[deeper] - log_depths[deeper - 1]
+    drop = shallow.loss - deep.loss
+    share = (shallow.loss - model.loss) / drop
+    log_depth = float(log_depths[deeper - 1] + share * step)
+    equivalent_layers = math.exp(log_depth)
     if model.evaluations_per_layer == 1:
         refusal = "it evaluates each layer once, so it has no corrections to divide by"
         return CorrectionWorth(equivalent_layers=equivalent_layers, refusal=refusal)
 
-    def phi(log_depths: Floats) -> Floats:
-        return (log_depths - math.log(model.num_layers)) / math.log(model.evaluations_per_layer)
-
-    value, interval, is_open = float(phi(log_depth)[0]), None, (False, False)
-    if max(len(one.losses) for one in (model, *curve)) > 1:
-        found = log_equivalent_depth(log_depths, drawn, _draw_means(model.losses, rng))
-        interval = interval_of(value, phi(np.clip(found, log_depths[0], log_depths[-1])))
-        ends = phi(log_depths[[0, -1]])
-        is_open = (bool(interval.low <= ends[0]), bool(interval.high >= ends[1]))
+    log_evaluations = math.log(model.evaluations_per_layer)
+    phi = (log_depth - math.log(model.num_layers)) / log_evaluations
+    if max(len(one.losses) for one in (model, shallow, deep)) == 1:
+        return CorrectionWorth(equivalent_layers=equivalent_layers, phi=phi)
+    # By the delta method: how much phi changes with each of the three losses.
+    slope = step / drop / log_evaluations
+    slopes = ((model, -slope), (shallow, slope * (1 - share)), (deep, slope * share))
+    changes = sum_of_means([of_loss * np.array(one.losses) for one, of_loss in slopes])
+    interval = replace(changes, value=phi).interval()
+    lowest, highest = (log_depths[[0, -1]] - math.log(model.num_layers)) / log_evaluations
+    is_open = (bool(interval.low <= lowest), bool(interval.high >= highest))
+    low = max(interval.low, float(lowest))
+    high = min(interval.high, float(highest))
     return CorrectionWorth(
-        equivalent_layers=equivalent_layers, phi=value, interval=interval, is_open=is_open
+        equivalent_layers=equivalent_layers,
+        phi=phi,
+        interval=replace(interval, low=low, high=high),
+        is_open=is_open,
     )
-
-
-def log_equivalent_depth(log_depths: Floats, losses: Floats, targets: Floats) -> Floats:
-    """Return the logarithm of the smallest depth at which each curve reaches its target.
-
-    It is minus infinity if the curve begins below the target, and infinity if it never reaches it.
-
-    Args:
-        log_depths: (depths,), increasing.
-        losses: (curves, depths)
-        targets: (curves,)
-    """
-    reached = losses <= targets[:, None]
-    curves = np.arange(len(losses))
-    after = reached.argmax(axis=1)
-    before = np.maximum(after - 1, 0)
-    above = losses[curves, before]
-    below = losses[curves, after]
-    share = np.zeros(len(losses))
-    np.divide(above - targets, above - below, out=share, where=after > 0)
-    found = log_depths[before] + share * (log_depths[after] - log_depths[before])
-    found[after == 0] = np.where(below == targets, log_depths[0], -np.inf)[after == 0]
-    found[~reached.any(axis=1)] = np.inf
-    return np.asarray(found)
 
 
 def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
@@ -167,21 +149,12 @@ def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
     return ""
 
 
-def _draw_means(losses: Sequence[float], rng: np.random.Generator) -> Floats:
-    """Return the mean loss in each draw of as many seeds as there are, with replacement."""
-    if len(losses) == 1:
-        return np.full(NUM_RESAMPLES, losses[0])
-    drawn = rng.integers(len(losses), size=(NUM_RESAMPLES, len(losses)))
-    means: Floats = np.asarray(losses)[drawn].mean(axis=1)
-    return means
-
-
-def _are_alike(pair: Sequence[MeasuredModel], drawn: Floats) -> bool:
+def _are_alike(one: MeasuredModel, other: MeasuredModel) -> bool:
     """Return whether two models' losses do not differ significantly; False if that is unknown."""
-    if any(len(one.losses) < 2 for one in pair):
+    if min(len(one.losses), len(other.losses)) < 2:
         return False
-    difference = interval_of(pair[0].loss - pair[1].loss, drawn[:, 0] - drawn[:, 1])
-    return not difference.excludes_zero
+    difference = sum_of_means([one.losses, [-loss for loss in other.losses]])
+    return not difference.interval().excludes_zero
 
 
 def worth_cells(name: str, model: MeasuredModel, worth: CorrectionWorth) -> list[str]:

@@ -8,7 +8,6 @@ readings, and what a correction is worth.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from orchestrator import Settings, Trial
 from orchestrator.data.store import PreparedData
 from orchestrator.records.record import Record
 from orchestrator.reporting.sections import bullets, markdown_table
+from orchestrator.reporting.statistics import sum_of_means
 from orchestrator.terminal.render import (
     format_duration,
     format_parameters,
@@ -367,7 +367,7 @@ def _worth(arms: Sequence[ArmResult]) -> Iterator[str]:
         "phi = log(L'/L) / log(e), for a model of L layers with e evaluations per layer: 1 if an "
         "evaluation is worth a layer, 0 if more evaluations are worth nothing. L' is the smallest "
         "depth at which vanilla reaches the model's validation loss, interpolated linearly in the "
-        "logarithm of depth. In brackets, the 95% interval over draws of the seeds; a bound marked "
+        "logarithm of depth. In brackets, the 95% interval over the seeds; a bound marked "
         "< or > lies beyond the vanilla depths. Published for loops over a stack: 0.46 (arXiv "
         "2604.21106)."
     )
@@ -393,7 +393,7 @@ def _loss(values: Collection[float]) -> str:
 
 def _error(values: Collection[float]) -> float | None:
     """Return the standard error over the seeds; None for a single one."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return sum_of_means([list(values)]).error if len(values) > 1 else None
 
 
 def accuracy_chart(arms: Sequence[ArmResult]) -> Any:

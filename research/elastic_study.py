@@ -240,7 +240,8 @@ def compare_schedules(front: Front) -> list[dict[str, Any]]:
         pair = elastic[schedule], separate[schedule]
         interval = None
         if scores and all(trial.key in places for trial in pair):
-            interval = scores.difference(*(places[trial.key] for trial in pair))
+            difference = scores.difference(*(places[trial.key] for trial in pair))
+            interval = difference.interval()
         rows.append(
             {
                 "schedule": schedule,
@@ -399,8 +400,8 @@ def comparison_table(reading: Reading) -> str:
     )
     sentence = (
         f"Quality is {name}; the difference is that of the elastic weights minus that of the "
-        f"student of the same schedule, with the range of {INTERVAL_LEVEL:.0%} of draws of the "
-        "items that both answered. Losses are in nats per token of the validation text."
+        f"student of the same schedule, with its {INTERVAL_LEVEL:.0%} interval over the items that "
+        "both answered. Losses are in nats per token of the validation text."
     )
     return f"{sentence}\n\n{markdown_table(header, rows)}"
 

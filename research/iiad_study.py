@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
+from orchestrator.reporting.statistics import sum_of_means
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.models import (
     check_models,
@@ -390,8 +390,8 @@ def _difference(phases: Phases, name: str, other: str) -> str:
     own, others = (phases.losses.get(each, {}) for each in (name, other))
     by_seed = [own[seed] - others[seed] for seed in own if seed in others]
     if len(by_seed) > 1:
-        error = statistics.stdev(by_seed) / math.sqrt(len(by_seed))
-        loss = f"{statistics.mean(by_seed):+.3f} ± {error:.3f}"
+        over_seeds = sum_of_means([by_seed])
+        loss = f"{over_seeds.value:+.3f} ± {over_seeds.error:.3f}"
     accuracy = f"{100 * (mine.numbers[ACCURACY] - theirs.numbers[ACCURACY]):+.2f}"
     errors = [each.numbers.get(stderr_name(ACCURACY)) for each in (mine, theirs)]
     known = [error for error in errors if error is not None]

@@ -256,10 +256,9 @@ def _stored_study(stored: Report) -> Study:
 
 def _reading_cell(reading: Readings) -> str:
     difference = reading.difference(reading.of_arm(STARTS[0]), reading.of_arm(CONTINUED))
-    low = difference.mean - difference.half_width
-    high = difference.mean + difference.half_width
+    interval = difference.interval
     unit = "bits per byte" if reading.is_text else "points"
-    here = _with_interval(difference.mean, low, high, unit)
+    here = _with_interval(interval.value, interval.low, interval.high, unit)
     return f"**{WORDS[difference.verdict(reading.least)]}**: {here}"
 
 

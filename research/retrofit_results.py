@@ -6,12 +6,11 @@ comments, written anew; a test compares. The rules are those of the page.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from retrofit_study import (
     CONTINUED,
@@ -34,6 +33,7 @@ from retrofit_study import (
 )
 
 from orchestrator.reporting.sections import markdown_table
+from orchestrator.reporting.statistics import Interval, sum_of_means
 from orchestrator.workspace.files import write_text
 
 PAGE = Path(__file__).with_name("retrofit.md")
@@ -43,8 +43,6 @@ LEAST_POINTS = 1.0
 """Points of accuracy that are worth a retrofit."""
 LEAST_BITS = 0.005
 """The same in bits per byte."""
-T_QUANTILE = 4.303
-"""Of Student's t, 95 % on both sides, with two degrees of freedom."""
 PAYS = "pays"
 DOES_NOT_PAY = "does not pay"
 NOT_DECIDED = "not decided"
@@ -68,26 +66,26 @@ class Difference:
         return fmean(self.values)
 
     @property
-    def half_width(self) -> float:
-        """Half of the 95 % interval's width; it needs all seeds."""
+    def interval(self) -> Interval:
+        """The 95% interval over the seeds; it needs all of them."""
         assert self.is_complete
-        return T_QUANTILE * stdev(self.values) / math.sqrt(len(self.values))
+        return sum_of_means([self.values]).interval()
 
     def verdict(self, least: float) -> str:
         """Return whether it pays, where it must be at least `least`; empty without all seeds."""
         if not self.is_complete:
             return ""
-        if self.mean - self.half_width > 0 and self.mean >= least:
+        if self.interval.low > 0 and self.mean >= least:
             return PAYS
-        return DOES_NOT_PAY if self.mean + self.half_width < least else NOT_DECIDED
+        return DOES_NOT_PAY if self.interval.high < least else NOT_DECIDED
 
     def kept(self, least: float) -> str:
         """Return whether a student keeps what its retrofit has; empty without all seeds."""
         if not self.is_complete:
             return ""
-        if self.mean - self.half_width > -least:
+        if self.interval.low > -least:
             return "keeps"
-        return "loses" if self.mean + self.half_width < -least else NOT_DECIDED
+        return "loses" if self.interval.high < -least else NOT_DECIDED
 
     def text(self, digits: int) -> str:
         """Return mean and interval; without all seeds the mean, and how many there are."""
@@ -96,9 +94,8 @@ class Difference:
         mean = f"{self.mean:+.{digits}f}"
         if not self.is_complete:
             return f"{mean} ({len(self.values)} of {len(SEEDS)} seeds)"
-        low = self.mean - self.half_width
-        high = self.mean + self.half_width
-        return f"{mean} ({low:+.{digits}f} to {high:+.{digits}f})"
+        interval = self.interval
+        return f"{mean} ({interval.low:+.{digits}f} to {interval.high:+.{digits}f})"
 
 
 class Readings:

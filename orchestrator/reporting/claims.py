@@ -9,10 +9,10 @@ has it, it stands beside vanilla in claims 1 and 4: what beats vanilla and not r
 to the corrections. Students are distilled ones; controls of the distillation are none.
 
 A claim holds if the 95% interval of a difference lies wholly above zero, and does not hold if it
-lies wholly below; `statistics` draws the items, and the seeds of models that have several. Claim 3
-is about how surely a student keeps the accuracy. Claim 4 chooses a student by one half of the items
-and judges it by the other: the best of several looks better than it is. Of several IIETs, the
-costliest stands for the method, and all models that it is compared with have its shape.
+lies wholly below; `statistics` says how intervals are made. Claim 3 is about how surely a student
+keeps the accuracy. The best of several students looks better than it is, so claims 3 and 4 are
+corrected for the number of students. Of several IIETs, the costliest stands for the method, and all
+models that it is compared with have its shape.
 
 Source: arXiv 2509.22463, abstract.
 """
@@ -23,26 +23,22 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Literal
-from zlib import crc32
 
 import numpy as np
 
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, Trial
 from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
 from orchestrator.reporting.results import shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
-    Floats,
+    INTERVAL_LEVEL,
     Interval,
-    PairedScores,
     Scores,
-    interval_of,
-    pair_scores,
+    corrected,
 )
-from orchestrator.reporting.tables import difference_text
+from orchestrator.reporting.tables import confidence_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
 from orchestrator.terminal.metrics import (
     ACCURACY,
@@ -54,12 +50,14 @@ from orchestrator.terminal.metrics import (
     claim_name,
     interval_end_names,
 )
+from orchestrator.terminal.render import format_count
 
 PAPER_OVERHEAD_SHARE = 0.45
 PAPER_SHARE_OF_FULL = 0.994
 """The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
 CONFIDENCE = 0.95
-"""How sure a student must be to keep `PAPER_SHARE_OF_FULL` of the teacher's accuracy."""
+"""How sure a student must be to keep `PAPER_SHARE_OF_FULL` of the teacher's accuracy, corrected for
+the number of students."""
 COMPARABLE = 1.1
 """A student of comparable speed costs at most this many times vanilla's cost."""
 TOO_SMALL = 1.2
@@ -71,13 +69,17 @@ Verdict = Literal["holds", "does not hold", "not decided"]
 VERDICT_NUMBERS: dict[Verdict, int] = {"holds": 1, "not decided": 0, "does not hold": -1}
 """Verdict -> its number as a metric."""
 EXPLANATION = (
-    "Differences of accuracies are in points, with their 95% intervals over the same items, and "
-    "over seeds where models have several. A claim holds if the interval lies wholly above zero, "
-    "and does not hold if it lies wholly below. r = 0 is an IIET that was trained without "
-    "corrections, with which the paper does not compare. Overhead is cost beyond vanilla of the "
-    "same shape; beside what is saved of it stands the interval of the share of the teacher's "
-    f"accuracy that is kept; the claim holds if a student keeps {PAPER_SHARE_OF_FULL:.1%} with "
-    f"a confidence of {CONFIDENCE}, however much it saves."
+    f"Differences of accuracies are in points over the same items, with their {INTERVAL_LEVEL:.0%} "
+    "intervals: over seeds and items where models have several seeds, else over the items of one "
+    "seed. A claim holds if the interval lies wholly above zero, and does not hold if it lies "
+    "wholly below. r = 0 is an IIET that was trained without corrections, with which the paper "
+    "does not compare. Overhead is cost beyond vanilla of the same shape, which is exact; kept is "
+    "the share of the teacher's accuracy that the student with less overhead keeps. That claim "
+    f"holds if a student keeps {PAPER_SHARE_OF_FULL:.1%} with a confidence of {CONFIDENCE}, "
+    "however much it saves, and does not hold if each keeps less with that confidence. Confidences "
+    "of several students are corrected for their number by Holm's method, and the interval of a "
+    "student that was chosen among several by Bonferroni's, so that at most 5% of such claims are "
+    "false."
 )
 
 
@@ -96,10 +98,18 @@ class Claim:
     verdict: Verdict = "not decided"
     here: float = math.nan
     """What was measured, in the paper's unit."""
-    low: float = math.nan
-    """Lower end of the 95% interval; for claim 3, of the interval of the kept share, in percent."""
-    high: float = math.nan
+    low: float | None = None
+    """Lower end of its 95% interval; None for an overhead, which is exact."""
+    high: float | None = None
     """Upper end."""
+    kept: float | None = None
+    """For claim 3: share of the teacher's accuracy that is kept, in percent."""
+    kept_low: float | None = None
+    """Lower end of its 95% interval."""
+    kept_high: float | None = None
+    """Upper end."""
+    over: str = ""
+    """What the interval is over, as `Interval.over` says it."""
     about: str = ""
     """The models that are compared."""
 
@@ -114,6 +124,7 @@ class Claim:
             here=100 * difference.value,
             low=100 * difference.low,
             high=100 * difference.high,
+            over=difference.over,
             about=about,
         )
 
@@ -219,54 +230,15 @@ class _Evidence:
         if cost == DECODE_MS and busy_machine(self._rows):
             raise _NotMeasured
 
-    def _scores(self, *rows: Row, half: int | None = None) -> tuple[Scores, list[int]]:
+    def _scores(self, *rows: Row) -> tuple[Scores, list[int]]:
         """Return the accuracies of all models on the items that all answered, and which numbers
-        these models have among them.
-
-        Args:
-            half: 0 or 1 counts only one half of the items.
-        """
-        paired = self._front.paired if half is None else self._halves[half]
+        these models have among them."""
+        paired = self._front.paired
         number_of = paired.number_of if paired else {}
         scores = paired.quality(ACCURACY) if paired else None
         if scores is None or not number_of.keys() >= {row["key"] for row in rows}:
             raise _NotMeasured
         return scores, [number_of[row["key"]] for row in rows]
-
-    @cached_property
-    def _halves(self) -> list[PairedScores | None]:
-        """The scores on those items whose hash is even, and on those whose hash is odd."""
-        keys = {row["key"] for row in self._rows}
-        paired = self._front.paired
-        basis = self._front.basis
-        if paired is None or basis is None:
-            return [None, None]
-        halves = []
-        for half in (0, 1):
-            evaluations = {
-                key: [_half_of(run, half) for run in runs]
-                for key, runs in paired.evaluations.items()
-                if key in keys
-            }
-            halves.append(pair_scores(evaluations, num_resamples=basis.num_resamples))
-        return halves
-
-    def _shares_of_teacher(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
-        """Return the share that each student keeps of its teacher's accuracy, and its draws.
-
-        Args:
-            pairs: Student and teacher.
-        """
-        paired = self._front.paired
-        num_items = paired.num_items(ACCURACY) if paired else 0
-        shares = []
-        for student, teacher in pairs:
-            scores, (student_number, teacher_number) = self._scores(student, teacher)
-            share = scores.cautious_ratio(student_number, teacher_number, num_items=num_items)
-            if share is None:  # In some draws of the items, the teacher answers none right.
-                raise _NotMeasured
-            shares.append(share)
-        return shares
 
     def _check_gain(self, teacher: Row) -> None:
         """Raise `_NotMeasured` if the teacher is no better than a model without corrections.
@@ -277,7 +249,7 @@ class _Evidence:
             if paired is None or row["key"] not in paired.number_of:
                 continue
             scores, (teacher_number, number) = self._scores(teacher, row)
-            if scores.difference(teacher_number, number).low <= 0:
+            if scores.difference(teacher_number, number).interval().low <= 0:
                 raise _NotMeasured
 
     def iiet_over(self, rival: Row | None, claim: Claim) -> Claim:
@@ -286,7 +258,7 @@ class _Evidence:
         if iiet is None or rival is None:
             raise _NotMeasured
         scores, (iiet_number, rival_number) = self._scores(iiet, rival)
-        difference = scores.difference(iiet_number, rival_number)
+        difference = scores.difference(iiet_number, rival_number).interval()
         return claim.judged(difference, f"{_described(iiet)}; {_described(rival)}")
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
@@ -299,40 +271,49 @@ class _Evidence:
         cheaper = [row for row in self._students(full) if row.get(overhead_share, math.nan) < 1]
         if not cheaper:
             raise _NotMeasured
-        shares = self._shares_of_teacher([(row, full) for row in cheaper])
+        scores, [*numbers, number_of_full] = self._scores(*cheaper, full)
         self._check_gain(full)
-        candidates = [
-            (row, interval, float((draws >= PAPER_SHARE_OF_FULL).mean()))
-            for row, (interval, draws) in zip(cheaper, shares, strict=True)
-        ]
-        sure = [candidate for candidate in candidates if candidate[2] >= CONFIDENCE]
-        if sure:
-            row, interval, confidence = min(
-                sure, key=lambda candidate: candidate[0][overhead_share]
-            )
-        else:  # The likeliest is shown.
-            row, interval, confidence = max(candidates, key=lambda candidate: candidate[2])
+        row_of = {row["key"]: row for row in cheaper}
+        shares = {}
+        confidences = {}
+        for key, number in zip(row_of, numbers, strict=True):
+            share = scores.share(number, number_of_full, num_comparisons=len(cheaper))
+            if share is None:  # The teacher answers nothing right.
+                raise _NotMeasured
+            shares[key] = share
+            confidences[key] = scores.confidence_keeps(number, number_of_full, PAPER_SHARE_OF_FULL)
+        corrected_confidences = corrected(confidences)
+        sure = [key for key in row_of if corrected_confidences[key] >= CONFIDENCE]
         verdict: Verdict = "not decided"
         if sure:
             verdict = "holds"
-        elif confidence <= 1 - CONFIDENCE:
-            verdict = "does not hold"
+            shown = min(sure, key=lambda key: row_of[key][overhead_share])
+        else:  # The likeliest is shown.
+            shown = max(row_of, key=lambda key: confidences[key])
+            # That none keeps it is as sure as the least sure of them is not to: no correction.
+            if confidences[shown] <= 1 - CONFIDENCE:
+                verdict = "does not hold"
+        row = row_of[shown]
+        share = shares[shown]
         return replace(
             claim,
             verdict=verdict,
             here=100 * (1 - row[overhead_share]),
-            low=100 * interval.low,
-            high=100 * interval.high,
+            kept=100 * share.value,
+            kept_low=100 * share.low,
+            kept_high=100 * share.high,
+            over=share.over,
             about=(
                 f"{_described(row)} has {row[overhead]:.3g} of {full[overhead]:.3g} "
-                f"{METRICS[overhead].unit} beyond vanilla; it keeps {PAPER_SHARE_OF_FULL:.1%} of "
-                f"the accuracy of {_described(full)} in {confidence:.1%} of the draws"
+                f"{METRICS[overhead].unit} beyond vanilla; it keeps {share.value:.1%} of the "
+                f"accuracy of {_described(full)}, and {PAPER_SHARE_OF_FULL:.1%} with a confidence "
+                f"of {confidence_text(corrected_confidences[shown])}, "
+                f"corrected for {format_count(len(cheaper), 'student')}"
             ),
         )
 
     def student_over(self, rival: Row | None, cost: str, claim: Claim) -> Claim:
-        """Choose the best student at the rival's cost by one half of the items, and judge it by the
-        other."""
+        """Judge whether the best student at the rival's cost is better than the rival."""
         self._check_times(cost)
         rival_cost = known(rival, cost) if rival else None
         if self.iiet is None or rival is None or rival_cost is None:
@@ -355,18 +336,16 @@ class _Evidence:
         if not students:
             raise _NotMeasured
 
-        # The rival's number is the last one. Both halves number the models alike.
-        choosing_scores, numbers = self._scores(*students, rival, half=0)
-        judging_scores, _ = self._scores(*students, rival, half=1)
-        best = int(np.argmax(choosing_scores.observed[numbers[:-1]]))
-        num_items = [half.num_items(ACCURACY) if half else 0 for half in self._halves]
+        scores, [*numbers, rival_number] = self._scores(*students, rival)
+        best = int(np.argmax(scores.observed[numbers]))
+        difference = scores.difference(numbers[best], rival_number)
         time = known(students[best], DECODE_MS)
         rival_time = known(rival, DECODE_MS)
         ratio = f" takes {time / rival_time:.2f} times its time" if time and rival_time else ""
         return claim.judged(
-            judging_scores.difference(numbers[best], numbers[-1]),
-            f"{_described(students[best])} beside {_described(rival)}{ratio}; it was chosen of "
-            f"{len(students)} on {num_items[0]:,} items, and judged on {num_items[1]:,} others",
+            difference.interval(num_comparisons=len(students)),
+            f"{_described(students[best])} beside {_described(rival)}{ratio}; it is the best of "
+            f"{format_count(len(students), 'student')}, whose number the interval corrects for",
         )
 
     def kept_over_pcformer(self, claim: Claim) -> Claim:
@@ -387,15 +366,36 @@ class _Evidence:
         recipes = {_recipe_of(student["trial"]) for student, _ in iiet_pairs + pcformer_pairs}
         if len(recipes) > 1:
             raise _NotMeasured
-        iiet_share, iiet_draws = _mean_share(self._shares_of_teacher(iiet_pairs))
-        pcformer_share, pcformer_draws = _mean_share(self._shares_of_teacher(pcformer_pairs))
+        scores, _ = self._scores(*(row for pair in iiet_pairs + pcformer_pairs for row in pair))
+        iiet_share = self._mean_share(iiet_pairs)
+        pcformer_share = self._mean_share(pcformer_pairs)
+        # By the delta method: what a student's accuracy and its teacher's do to the mean share.
+        weights: dict[int, float] = {}
+        for sign, pairs in ((1, iiet_pairs), (-1, pcformer_pairs)):
+            for student, teacher in pairs:
+                _, (student_number, teacher_number) = self._scores(student, teacher)
+                weight = sign / len(pairs) / scores.observed[teacher_number]
+                share = scores.observed[student_number] / scores.observed[teacher_number]
+                weights[student_number] = weights.get(student_number, 0.0) + weight
+                weights[teacher_number] = weights.get(teacher_number, 0.0) - weight * share
+        difference = replace(scores.weighted(weights), value=iiet_share - pcformer_share)
         percents = ", ".join(f"{share:.0%}" for share in nfe_shares)
         return claim.judged(
-            interval_of(iiet_share - pcformer_share, iiet_draws - pcformer_draws),
+            difference.interval(),
             f"students of {iiet_pairs[0][1]['label']} keep {iiet_share:.1%}, of "
             f"{pcformer_pairs[0][1]['label']} {pcformer_share:.1%}, at {percents} of their "
             "teachers' NFE",
         )
+
+    def _mean_share(self, pairs: Sequence[tuple[Row, Row]]) -> float:
+        """Return the mean share that students keep of their teachers' accuracies."""
+        shares = []
+        for student, teacher in pairs:
+            scores, (student_number, teacher_number) = self._scores(student, teacher)
+            if not scores.observed[teacher_number]:
+                raise _NotMeasured
+            shares.append(scores.observed[student_number] / scores.observed[teacher_number])
+        return float(np.mean(shares))
 
     def _students_by_nfe_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
         """Return share of the teacher's evaluations -> the first student that costs it, and the
@@ -405,26 +405,6 @@ class _Evidence:
             if student[NFE] < teacher[NFE]:
                 pairs.setdefault(round(student[NFE] / teacher[NFE], 9), (student, teacher))
         return pairs
-
-
-def _mean_share(shares: Sequence[tuple[Interval, Floats]]) -> tuple[float, Floats]:
-    """Return the mean of shares of teachers' accuracies, as measured and in each draw."""
-    observed = sum(interval.value for interval, _ in shares) / len(shares)
-    drawn = sum(draws for _, draws in shares) / len(shares)
-    return observed, np.asarray(drawn)
-
-
-def _half_of(evaluation: EvaluationResult, half: int) -> EvaluationResult:
-    """Return an evaluation with those items whose hash is even (0) or odd (1)."""
-
-    def part(result: TaskResult) -> TaskResult:
-        places = [n for n, item in enumerate(result.items) if crc32(item.encode()) % 2 == half]
-        items = [result.items[n] for n in places]
-        values = {name: [of_items[n] for n in places] for name, of_items in result.values.items()}
-        return result.model_copy(update={"items": items, "values": values})
-
-    results = {name: part(result) for name, result in evaluation.results.items()}
-    return evaluation.model_copy(update={"results": results})
 
 
 def _is_distilled(trial: Trial) -> bool:
@@ -453,7 +433,8 @@ def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
         Column("claim (3 to 5: students)", is_text=True),
         Column("verdict", is_text=True),
         Column("paper"),
-        Column("here", is_text=True),
+        Column("here"),
+        Column(f"{INTERVAL_LEVEL:.0%} interval", is_text=True),
     )
     rows = [TableRow((f"{c.number} {c.text}", c.verdict, *_cells(c))) for c in claims]
     return Section(
@@ -465,17 +446,13 @@ def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
     )
 
 
-def _cells(claim: Claim) -> tuple[str, str]:
-    """Return the paper's number, and the number here with its interval."""
-    is_overhead = claim.number == 3
-    if claim.paper is None:
-        paper = ""
-    else:
-        paper = f"-{claim.paper:g}%" if is_overhead else f"{claim.paper:+g}"
-    if is_overhead:
-        return paper, f"{-claim.here:.0f}% ({claim.low:.1f} to {claim.high:.1f}% kept)"
-    interval = Interval(claim.here / 100, claim.low / 100, claim.high / 100)
-    return paper, difference_text(interval, is_percent=True)
+def _cells(claim: Claim) -> tuple[str, str, str]:
+    """Return the paper's number, the number here, and an interval, of what is kept if not of it."""
+    if claim.kept is not None:
+        paper = "" if claim.paper is None else f"-{claim.paper:g}%"
+        return paper, f"{-claim.here:.0f}%", f"kept {claim.kept_low:.1f} to {claim.kept_high:.1f}%"
+    paper = "" if claim.paper is None else f"{claim.paper:+g}"
+    return paper, f"{claim.here:+.1f}", f"{claim.low:+.1f} to {claim.high:+.1f}"
 
 
 def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
@@ -484,9 +461,15 @@ def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for claim in claims:
         name = claim_name(claim.key)
-        low_name, high_name = interval_end_names(name)
         metrics[name] = claim.here
-        metrics[low_name] = claim.low
-        metrics[high_name] = claim.high
         metrics[f"{name}_verdict"] = VERDICT_NUMBERS[claim.verdict]
+        low_name, high_name = interval_end_names(name if claim.kept is None else f"{name}_kept")
+        if claim.kept is None:
+            ends = (claim.low, claim.high)
+        else:
+            metrics[f"{name}_kept"] = claim.kept
+            ends = (claim.kept_low, claim.kept_high)
+        for end_name, end in zip((low_name, high_name), ends, strict=True):
+            if end is not None:
+                metrics[end_name] = end
     return metrics

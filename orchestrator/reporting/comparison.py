@@ -1,7 +1,8 @@
 """How much models differ that were evaluated together.
 
 Models mostly err on the same items, so a difference over the items that all of them answered is
-known far better than either score. The draws are those of `statistics`, as on a front.
+known far better than either score. Intervals are those of `statistics`, as on a front; each is of
+one comparison by itself.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def differences_from_first(evaluations: Mapping[str, EvaluationResult]) -> list[
             task=task,
             metric=metric,
             num_items=num_items,
-            interval=scores.difference(number, 0),
+            interval=scores.difference(number, 0).interval(),
         )
         for task, metric, num_items, scores in measured
         for number, model in enumerate(later_models, start=1)

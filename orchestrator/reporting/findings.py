@@ -1,8 +1,9 @@
 """Which model of a front to take: what it says in sentences, and rules that pick one.
 
-A model is called better or worse only where the 95% interval of the difference excludes zero. The
-interval is that of the draws; without values of single items it is 1.96 standard errors of separate
-measurements, which is wider, so the sentences err on the careful side.
+A model is called better or worse only where the 95% interval of the difference excludes zero. A
+student that was chosen among several is compared by the interval of so many comparisons. Without
+values of single items, the errors of both models are added, which gives a longer interval, so the
+sentences err on the careful side.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
@@ -18,15 +18,16 @@ from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
     INTERVAL_LEVEL,
+    POWER,
+    Estimate,
     Interval,
+    corrected,
 )
 from orchestrator.reporting.tables import BUSY_MARK, confidence_text, cost_text, quality_text
 from orchestrator.terminal.metrics import (
     CONFIDENCE_ON_FRONT,
     DECODE_MS,
-    PAIRED_SHARE_OF_FULL,
     QUALITIES,
-    interval_end_names,
 )
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
@@ -58,6 +59,7 @@ def findings(front: Front) -> list[str]:
     confidence = None if cheaper is None else front.confidence_keeps(cheaper)
     if cheaper is not None and confidence is not None and has_meaningful_shares:
         sentences.append(_how_sure(front, full, cheaper, confidence))
+    sentences += _what_can_be_told(front)
     for name, pick in (("knee of the front", "knee"), ("best model", "best")):
         row = front.named_picks.get(pick)
         if row is not None and row is not cheaper and row is not full:
@@ -179,34 +181,92 @@ def describe_model(front: Front, row: Row, *, with_share: bool = True) -> str:
 def _share_interval_text(front: Front, row: Row) -> str:
     """Return the interval of the share of the full model's quality, in parentheses; empty if it is
     not known."""
-    low_name, high_name = interval_end_names(PAIRED_SHARE_OF_FULL)
-    low = known(row, low_name)
-    high = known(row, high_name)
-    if low is None or high is None:
+    pair = _numbers(front, row, front.full) if front.full else None
+    if front.scores is None or pair is None:
+        return ""
+    # Of a loss, the full model's is the part, as in `Front.share_of_full`.
+    part, whole = pair if front.axes.higher_is_better else pair[::-1]
+    share = front.scores.share(part, whole, num_comparisons=_num_choices(front, row))
+    if share is None:
         return ""
     # The share itself is over all items of the model, which then are others.
-    left_out = (
-        " over the items that all answered" if front.basis and front.basis.num_left_out else ""
+    left_out = " that all answered" if front.basis and front.basis.num_left_out else ""
+    return (
+        f" ({INTERVAL_LEVEL:.0%} interval {100 * share.low:.1f} to {100 * share.high:.1f}% over "
+        f"the {share.over}{left_out})"
     )
-    return f" ({INTERVAL_LEVEL:.0%} interval {100 * low:.1f} to {100 * high:.1f}%{left_out})"
+
+
+def _numbers(front: Front, row: Row, other: Row) -> tuple[int, int] | None:
+    """Return the numbers of two models among the scores by item; None if one has none."""
+    number_of = front.paired.number_of if front.paired else {}
+    if row["key"] not in number_of or other["key"] not in number_of:
+        return None
+    return number_of[row["key"]], number_of[other["key"]]
+
+
+def _num_choices(front: Front, *rows: Row) -> int:
+    """Return how many models those of a comparison were chosen from: all students if one of them is
+    a student, else 1, as a teacher and its baselines are named before anything is measured."""
+    full_key = front.full["key"] if front.full else ""
+    students = {row["key"] for row in front.rows if row["is_candidate"]} - {full_key}
+    return len(students) if any(row["key"] in students for row in rows) else 1
 
 
 def confidence_note(front: Front) -> list[str]:
-    """Return the sentence on what confidences mean; none without any."""
+    """Return the sentences on what intervals and confidences mean; none without any."""
     basis = front.basis
     if basis is None or not basis.num_items:
         return []
-    left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
-    covered = (
-        "It covers the seeds of models that have several, but no other trainings."
-        if any(len(row["seeds"]) > 1 for row in front.rows)
-        else "It does not cover other trainings."
-    )
+    if basis.num_seeds > 1:
+        over = "the seeds and items; for a model of one seed, over its items"
+        covered = "They say nothing of other seeds of a model that has one."
+    else:
+        over = "the items of one seed"
+        covered = "They say nothing of other trainings."
+    left_out = f"; {basis.num_left_out:,} that only some answered are left out"
     return [
-        f"A confidence is the share of {basis.num_resamples:,} draws in which the claim holds. "
-        f"Each draw samples {basis.num_items:,} of the {basis.num_items:,} items that all models "
-        f"answered, with replacement{left_out if basis.num_left_out else ''}. {covered}"
+        f"Intervals hold the truth in {INTERVAL_LEVEL:.0%} of such sweeps, and are over {over}: "
+        f"{basis.num_items:,} items that all models answered"
+        f"{left_out if basis.num_left_out else ''}. A confidence is that of the one-sided "
+        f"interval that just says so; those of {basis.num_models} models are corrected for "
+        f"their number by Holm's method. {covered}"
     ]
+
+
+def _what_can_be_told(front: Front) -> list[str]:
+    """Return which differences a sweep can show, and the models that it does not tell from the full
+    one; nothing without values of single items."""
+    basis = front.basis
+    if front.full is None or basis is None or basis.resolvable is None:
+        return []
+    seeds = f" under {basis.num_seeds} seeds" if basis.num_seeds > 1 else ""
+    sentences = [
+        f"This sweep can tell models apart from {_size_text(front, basis.resolvable)} on "
+        f"({POWER:.0%} power, {INTERVAL_LEVEL:.0%} confidence): {basis.num_items:,} items{seeds}, "
+        f"of which {_name(front.full)} and another model differ on {basis.share_differing:.1%}."
+    ]
+    tied = tied_with_full(front)
+    if tied:
+        names = join_names([row["label"] for row in tied])
+        sentences.append(
+            f"Tied with {_name(front.full)}, by {basis.num_models} comparisons that are corrected "
+            f"for their number by Holm's method: {names}."
+        )
+    return sentences
+
+
+def tied_with_full(front: Front) -> list[Row]:
+    """Return the models that the items and seeds do not tell from the full one, corrected for the
+    number of comparisons."""
+    confidences = {}
+    for row in front.rows:
+        pair = _numbers(front, row, front.full) if front.full else None
+        if front.scores is not None and pair is not None and row is not front.full:
+            above = front.scores.difference(*pair).confidence_above()
+            confidences[row["key"]] = 1 - 2 * min(above, 1 - above)
+    differ = {key for key, sure in corrected(confidences).items() if sure >= INTERVAL_LEVEL}
+    return [row for row in front.rows if row["key"] in confidences.keys() - differ]
 
 
 def unbeaten_baselines(front: Front) -> list[Row]:
@@ -279,14 +339,32 @@ def _teacher_against(front: Front, teacher: Row, rivals: Sequence[Row]) -> str:
 
 def _difference(front: Front, row: Row, other: Row) -> Interval:
     """Return a model's quality minus another's, over the same items if both have their values, else
-    by their separate errors."""
-    interval = front.intervals.get((row["key"], front.axes.quality, other["label"]))
-    if interval is not None:
-        return interval
-    value = row["quality"] - other["quality"]
-    error = math.hypot(known(row, "error") or 0.0, known(other, "error") or 0.0)
-    reach = NormalDist().inv_cdf((1 + INTERVAL_LEVEL) / 2) * error
-    return Interval(value, value - reach, value + reach)
+    by their separate errors.
+
+    Of a student, which was chosen for its quality, the interval is that of so many comparisons as
+    there are students.
+    """
+    pair = _numbers(front, row, other)
+    if front.scores is not None and pair is not None:
+        difference = front.scores.difference(*pair)
+    else:
+        variance = (known(row, "error") or 0.0) ** 2 + (known(other, "error") or 0.0) ** 2
+        num_seeds = min(len(row["seeds"]), len(other["seeds"]))
+        difference = Estimate(
+            row["quality"] - other["quality"],
+            seeds_variance=variance if num_seeds > 1 else 0.0,
+            seeds_freedom=num_seeds - 1,
+            items_variance=0.0 if num_seeds > 1 else variance,
+            items_freedom=math.inf,
+        )
+    return difference.interval(num_comparisons=_num_choices(front, row, other))
+
+
+def _size_text(front: Front, size: float) -> str:
+    """Return the size of a difference of the front's quality: `2.6 points`."""
+    if front.axes.quality_metric.is_percent:
+        return f"{100 * size:.1f} points"
+    return f"{size:.3f} {front.axes.quality_metric.title.lower()}"
 
 
 def _difference_text(front: Front, interval: Interval) -> str:
@@ -298,7 +376,7 @@ def _difference_text(front: Front, interval: Interval) -> str:
     low, high = sorted(side * scale * bound for bound in (interval.low, interval.high))
     return (
         f"{abs(scale * interval.value):.{digits}f}{unit}, {INTERVAL_LEVEL:.0%} interval "
-        f"{low:.{digits}f} to {high:.{digits}f}"
+        f"{low:.{digits}f} to {high:.{digits}f} over the {interval.over}"
     )
 
 
@@ -379,7 +457,8 @@ class PickRule:
     demanded_share: float = DEMANDED_SHARE
     """For `keep`: share of the full model's quality, 0.99 for 99%."""
     confidence: float = 0.0
-    """For `keep`: smallest share of the draws in which the quality is kept."""
+    """For `keep`: how sure it must be that the quality is kept, corrected for the number of
+    models."""
     budget: float = 0.0
     """For `budget`: highest cost, in the unit of the front's cost axis."""
 
@@ -391,8 +470,7 @@ class PickRule:
             )
         if not 0 <= self.confidence < 1:
             raise UserError(
-                "--confidence takes a share of the draws, from 0 to below 1; got "
-                f"{self.confidence:g}"
+                f"--confidence takes a probability, from 0 to below 1; got {self.confidence:g}"
             )
 
     @property

@@ -3,8 +3,8 @@
 A front is the table of results with columns that place each model on two axes. Beside a teacher,
 baselines are placed but do not compete: the front tells which schedule to take, and
 `members_beaten_by` whether that was worth it. Without a teacher all models compete. Costs are
-exact, so only quality is uncertain: `with_confidence` draws the items again and adds columns that
-say how sure each place is.
+exact, so only quality is uncertain: `with_confidence` adds columns that say how sure each place
+is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, Trial, teacher_or_costliest
@@ -33,10 +34,11 @@ from orchestrator.reporting.retention import Loss, bounds_sentence, find_losses
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
     INTERVAL_LEVEL,
-    NUM_RESAMPLES,
+    Floats,
     Interval,
     PairedScores,
-    on_front,
+    Scores,
+    corrected,
     pair_scores,
 )
 from orchestrator.terminal.metrics import (
@@ -67,8 +69,6 @@ if TYPE_CHECKING:
 
 MIN_RIGHT_ANSWERS = 30
 """With fewer right answers of the full model, accuracy is not the default quality."""
-NUM_ROUGH_RESAMPLES = 1000
-"""Draws that choose the default quality, of which no number of a table is made."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
 
@@ -179,16 +179,14 @@ def reason_against_accuracy(
         trial for trial in trials if trial.role not in BESIDE_ROLES and _nfe(trial) < _nfe(full)
     ]
     items = load_item_values(workspace, [full, *cheaper])
-    paired = pair_scores(
-        {key: [evaluation] for key, evaluation in items.items()}, num_resamples=NUM_ROUGH_RESAMPLES
-    )
+    paired = pair_scores({key: [evaluation] for key, evaluation in items.items()})
     scores = paired.quality(ACCURACY) if paired and len(items) > 1 else None
     if paired is None or scores is None:
         return ""
     number_of = paired.number_of
     number_of_full = number_of.pop(full.key)
     losses = [scores.difference(number_of_full, number) for number in number_of.values()]
-    width = median(loss.high - loss.low for loss in losses)
+    width = median(2 * loss.half_width() for loss in losses)
     allowed = (1 - demanded_share) * scores.observed[number_of_full]
     if width <= allowed:
         return ""
@@ -206,7 +204,7 @@ def _nfe(trial: Trial) -> float:
 
 @dataclass(frozen=True)
 class ConfidenceBasis:
-    """The items and draws that confidences are computed from."""
+    """The items and seeds that confidences are computed from."""
 
     full: str
     """Name of the model that shares relate to."""
@@ -216,7 +214,15 @@ class ConfidenceBasis:
     """Items of the front's quality that all models answered."""
     num_left_out: int
     """Items that only some of them answered."""
-    num_resamples: int
+    num_seeds: int
+    """The most seeds of a model."""
+    num_models: int
+    """Models that are compared with the full one."""
+    resolvable: float | None = None
+    """Difference from the full model that 80% of such sweeps would show for a model, the median
+    over the models; None where the front's quality has no values of single items."""
+    share_differing: float | None = None
+    """Share of the items on which the full model and another one differ, likewise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,8 +241,8 @@ class Front:
     basis: ConfidenceBasis | None = None
     """What the confidences are computed from; None if there are none."""
     paired: PairedScores | None = None
-    """The scores in each draw, of the placed models with values of single items; None if there are
-    not two."""
+    """The scores by item, of the placed models with values of single items; None if there are not
+    two."""
     demanded_share: float = DEMANDED_SHARE
     """Share of the full model's quality that `confidence_keeps` is about."""
     losses: Mapping[str, tuple[Loss, ...]] = field(default_factory=dict)
@@ -247,6 +253,12 @@ class Front:
     def rows(self) -> list[Row]:
         """The placed models, cheapest first."""
         return _rows_of(self.table[self.table["is_placed"]])
+
+    @cached_property
+    def scores(self) -> Scores | None:
+        """The scores of the front's quality by item, in the order of `paired`; None if there are
+        none."""
+        return self.paired.quality(self.axes.quality) if self.paired else None
 
     @cached_property
     def unmeasured(self) -> list[Row]:
@@ -475,11 +487,26 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     )
     if is_candidate.any():
         candidates = table[is_candidate]
-        goodness = candidates["goodness"].to_numpy()
-        [is_member] = on_front(candidates["cost"].to_numpy(), goodness[None])
+        is_member = on_front(candidates["cost"].to_numpy(), candidates["goodness"].to_numpy())
         table.loc[is_candidate, "on_front"] = is_member
     placed = table[is_placed].sort_values(["cost", "goodness", "key"])
     return Front(axes, pandas.concat([placed, table[~is_placed]]))
+
+
+def on_front(costs: Floats, goodness: Floats) -> NDArray[np.bool_]:
+    """Return which models are on the front.
+
+    A model is on the front if it is better than all cheaper ones, and as good as any that costs as
+    much; equal models all are.
+    """
+    is_member = np.zeros(len(costs), dtype=bool)
+    best_of_cheaper = -np.inf
+    for cost in np.unique(costs):
+        models = np.flatnonzero(costs == cost)
+        best = goodness[models].max()
+        is_member[models] = (goodness[models] == best) & (best > best_of_cheaper)
+        best_of_cheaper = max(best, best_of_cheaper)
+    return is_member
 
 
 def with_confidence(
@@ -487,22 +514,20 @@ def with_confidence(
     items: Mapping[str, EvaluationResult],
     *,
     demanded_share: float = DEMANDED_SHARE,
-    num_resamples: int = NUM_RESAMPLES,
 ) -> Front:
     """Return the front with the confidence of each place.
 
     It has `paired`, `intervals`, and columns `paired/...`: the share of the full model's quality,
     and the differences to the full model and to each baseline, on the front's quality and on each
-    task, each with the ends of its interval; and the confidences (shares of the draws) that the
-    model keeps `demanded_share`, and that it is on the front. Without two models that answered the
-    same items, the front stays as it is.
+    task, each with the ends of its interval; and the confidences that the model keeps
+    `demanded_share`, and that it is on the front, each corrected for the number of models. Without
+    two models that answered the same items, the front stays as it is.
 
     Args:
         front: Placed results.
         items: Key of a trial -> its values of single items. Models that lack those of a seed get no
             confidence.
         demanded_share: Share of the full model's quality.
-        num_resamples: Number of draws.
     """
     from pandas import DataFrame
 
@@ -514,12 +539,11 @@ def with_confidence(
         for row in rows
         if all(seed.key in items for seed in row["seeds"])
     }
-    paired = pair_scores(runs, num_resamples=num_resamples) if full and len(runs) > 1 else None
+    paired = pair_scores(runs) if full and len(runs) > 1 else None
     if full is None or paired is None:
         return replace(front, demanded_share=demanded_share)
     scores = paired.quality(axes.quality)
     number_of = paired.number_of
-    num_items = paired.num_items(axes.quality)
     # Label -> number of the models that all are compared with, the full model first.
     beside_full = [row for row in rows if row["role"] in BESIDE_ROLES and row is not full]
     compared_with: dict[str, int] = {}
@@ -540,46 +564,61 @@ def with_confidence(
         columns[key][high_name] = interval.high
 
     measured = {**({} if scores is None else {axes.quality: scores}), **paired.scores}
-    for (key, number), (name, drawn) in product(number_of.items(), measured.items()):
-        intervals[key, name, ""] = drawn.interval(number)
+    for (key, number), (name, scores_of_name) in product(number_of.items(), measured.items()):
+        intervals[key, name, ""] = scores_of_name.score(number).interval()
         of_task = PAIRED if name == axes.quality else f"{PAIRED}{name}/"
         for label, number_of_label in compared_with.items():
             if number_of_label != number:
-                difference = drawn.difference(number, number_of_label)
+                difference = scores_of_name.difference(number, number_of_label).interval()
                 intervals[key, name, label] = difference
                 add_columns(key, of_task + last_parts[label], difference)
 
-    # The share of the full model's quality, and how sure a model keeps the demanded share.
-    if scores is not None and full["key"] in number_of:
-        number_of_full = number_of[full["key"]]
-        for key, number in number_of.items():
-            if axes.higher_is_better:
-                share = scores.cautious_ratio(number, number_of_full, num_items=num_items)
-            else:  # For a loss, the full model's over this one's, as in `Front.share_of_full`.
-                share = scores.ratio(number_of_full, number)
-            if share is not None:
-                interval, draws = share
-                add_columns(key, PAIRED_SHARE_OF_FULL, interval)
-                columns[key][confidence_keeps_name(demanded_share)] = float(
-                    (draws >= demanded_share).mean()
-                )
-
-    # Without draws of all candidates none is sure to be on the front: the others could beat it.
-    costs = {row["key"]: row["cost"] for row in rows if row["is_candidate"]}
-    if scores is not None and costs and costs.keys() <= runs.keys():
-        goodness = scores.drawn[:, [number_of[key] for key in costs]]
-        goodness = goodness if axes.higher_is_better else -goodness
-        confidences = on_front(np.array(list(costs.values())), goodness).mean(axis=0)
-        for key, confidence in zip(costs, confidences, strict=True):
-            columns[key][CONFIDENCE_ON_FRONT] = float(confidence)
     basis = ConfidenceBasis(
         full["label"],
         paired.metrics,
-        num_items=num_items,
+        num_items=paired.num_items(axes.quality),
         num_left_out=sum(paired.left_out.values()),
-        num_resamples=num_resamples,
+        num_seeds=max(len(row["seeds"]) for row in rows),
+        num_models=len(number_of) - (full["key"] in number_of),
     )
+    if scores is not None and full["key"] in number_of:
+        number_of_full = number_of[full["key"]]
+        others = {key: number for key, number in number_of.items() if number != number_of_full}
+
+        # The share of the full model's quality, and how sure a model keeps the demanded share.
+        confidences = {}
+        for key, number in number_of.items():
+            # For a loss, the full model's over this one's, as in `Front.share_of_full`.
+            part, whole = number, number_of_full
+            if not axes.higher_is_better:
+                part, whole = whole, part
+            if (share := scores.share(part, whole)) is not None:
+                add_columns(key, PAIRED_SHARE_OF_FULL, share)
+                confidences[key] = scores.confidence_keeps(part, whole, demanded_share)
+        confidence_of_full = confidences.pop(full["key"], None)
+        name = confidence_keeps_name(demanded_share)
+        for key, confidence in corrected(confidences).items():
+            columns[key][name] = confidence
+        if confidence_of_full is not None:
+            columns[full["key"]][name] = confidence_of_full
+
+        differences = [scores.difference(n, number_of_full).resolvable for n in others.values()]
+        shares = [paired.share_differing(axes.quality, key, full["key"]) for key in others]
+        basis = replace(basis, resolvable=median(differences), share_differing=median(shares))
+
+    # Without scores of all candidates none is sure to be on the front: the others could beat it.
+    candidates = [row for row in rows if row["is_candidate"]]
+    if scores is not None and all(row["key"] in runs for row in candidates):
+        confidences = _confidences_on_front(candidates, scores, number_of, axes)
+        confidences = corrected(confidences)
+        for row in candidates:
+            columns[row["key"]][CONFIDENCE_ON_FRONT] = confidences.get(row["key"], 1.0)
     table = front.table.join(DataFrame.from_dict(columns, orient="index").sort_index(axis=1))
+    if scores is not None:
+        # Trials say only how large the error over the items is in each seed.
+        errors = {key: scores.score(number).error for key, number in number_of.items()}
+        error = table["key"].map(errors).fillna(table["error"]).astype(float)
+        table = table.assign(**{"error": error, stderr_name(axes.quality): error})
     return replace(
         front,
         table=table,
@@ -588,6 +627,27 @@ def with_confidence(
         paired=paired,
         demanded_share=demanded_share,
     )
+
+
+def _confidences_on_front(
+    candidates: Sequence[Row], scores: Scores, number_of: Mapping[str, int], axes: FrontAxes
+) -> dict[str, float]:
+    """Return key of a model -> how sure it is on the front; without those that none could beat.
+
+    A model is on the front if it is better than each that costs no more. That all of this is true
+    is as sure as the least sure part of it (Berger, Technometrics 24, 1982).
+    """
+    confidences = {}
+    for row in candidates:
+        leads = []
+        for rival in candidates:
+            if rival is not row and rival["cost"] <= row["cost"]:
+                lead = scores.difference(number_of[row["key"]], number_of[rival["key"]])
+                sure_above = lead.confidence_above()
+                leads.append(sure_above if axes.higher_is_better else 1 - sure_above)
+        if leads:
+            confidences[row["key"]] = min(leads)
+    return confidences
 
 
 def sweep_front(

@@ -21,6 +21,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.status import unfinished_trials
 from orchestrator.records.trial import SOURCE_CONTINUED, SweepTrials, Trial
+from orchestrator.reporting.statistics import sum_of_means
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.metrics import (
     NFE,
@@ -343,11 +344,11 @@ def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
             means[name] = float(f"{total / num_seeds:.12g}")
     averages = {name: mean for name, mean in means.items() if not name.endswith(STDERR_SUFFIX)}
     for name in [name for name in averages if name.startswith(QUALITY)]:
-        deviations = [numbers[name] - means[name] for numbers in numbers_of_seeds]
-        variance = math.fsum(deviation**2 for deviation in deviations) / (num_seeds - 1)
+        over_seeds = sum_of_means([[numbers[name] for numbers in numbers_of_seeds]])
+        # Items add at most this: what they do in one seed alone is counted twice. The values of
+        # single items tell it apart, in `with_confidence`.
         error_over_items = means.get(stderr_name(name), 0.0)
-        error = math.sqrt(variance / num_seeds + error_over_items**2)
-        averages[stderr_name(name)] = error
+        averages[stderr_name(name)] = math.hypot(over_seeds.error, error_over_items)
     averages["train/seeds"] = len(seeds)
     first = lowest_seed(seeds)
     return first.model_copy(

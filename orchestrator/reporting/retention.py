@@ -84,9 +84,9 @@ def find_losses(
         is_bits = paired.metrics[task] == BITS_METRIC
         scale = 1.0 if is_bits else -100.0
         for key, losses_of_model in losses.items():
-            change = scores.difference(paired.number_of[key], source_number)
+            change = scores.difference(paired.number_of[key], source_number).interval()
             low, high = sorted((scale * change.low, scale * change.high))
-            lost = Interval(scale * change.value, low, high)
+            lost = Interval(scale * change.value, low, high, change.over)
             losses_of_model.append(Loss(task=task, lost=lost, bound=bound, is_bits=is_bits))
     return {key: tuple(of_model) for key, of_model in losses.items() if of_model}
 

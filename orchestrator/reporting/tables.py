@@ -60,9 +60,10 @@ OVERHEAD_COLUMNS = {OVERHEAD_NFE: 14, OVERHEAD_MS: 13, OVERHEAD_NFE_SHARE: 5}
 BUSY_MARK = "*"
 """Stands behind a time per token that varied too much to decide anything."""
 TASK_TABLES_NOTE = (
-    f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
-    "over the same items; differences of an accuracy are in points. An interval without zero is a "
-    "difference that these items can resolve."
+    f"Each score has its {INTERVAL_LEVEL:.0%} interval, and so has each difference over the same "
+    "items; differences of an accuracy are in points. Each interval is of one comparison by "
+    "itself: of twenty models that are equally good, one has an interval without zero. Which "
+    "models are tied, corrected for their number, is said above."
 )
 
 
@@ -89,7 +90,7 @@ def cost_text(cost: float) -> str:
 
 
 def confidence_text(share: float | None) -> str:
-    """Return a confidence with two digits; never 0 or 1, which no number of draws can show."""
+    """Return a confidence with two digits; never 0 or 1, which no measurement can show."""
     if share is None:
         return ""
     if share > 0.99:
@@ -182,11 +183,12 @@ def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -
     columns.append(
         (Column(f"of {front.full['label'] if front.full else 'full'}", 2), share_of_full)
     )
-    columns.append((Column(f"vs {full}", 6), difference))
+    columns.append((Column(f"vs {full} ({INTERVAL_LEVEL:.0%})", 6), difference))
     columns.append((Column("retention", 1, is_text=True), retention))
     reference = retention_reference(front)
     role = reference["role"] if reference else SOURCE
-    columns.append((Column(f"lost against {role}", 7, is_text=True), lost))
+    heading = f"lost against {role} ({INTERVAL_LEVEL:.0%})"
+    columns.append((Column(heading, 7, is_text=True), lost))
     columns.append((Column(f"P({DEMANDED_SHARE:.0%})", 8), keeps))
     columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))
@@ -242,7 +244,9 @@ def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) ->
         rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
     columns = [Column("model", is_text=True), Column("score %" if is_percent else "score")]
     columns += [Column(f"{INTERVAL_LEVEL:.0%} interval")]
-    columns += [Column(f"vs {name}", priority) for priority, name in enumerate(names)]
+    columns += [
+        Column(f"vs {name} ({INTERVAL_LEVEL:.0%})", priority) for priority, name in enumerate(names)
+    ]
     return Table(columns, rows, title)
 
 

@@ -93,7 +93,7 @@ def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path):
     text = depth_study.study_markdown(stored, Choices(), settings, copied=0.518)
     assert "- does iteration pay in 'r = 3, 2 layers': yes; in 3 of 3 seeds" in text
     assert "| r = 1, 1 layer | 1 | 2 |" in text
-    assert "0.94 (0.82 to 1.04)" in text, "phi in depth.md"
+    assert "0.94 (0.61 to 1.27)" in text, "phi in depth.md"
     chart = depth_study.accuracy_chart([*stored.arms.values()])
     chart.save(tmp_path / "accuracy.svg")
     assert "looped, r = 1" in (tmp_path / "accuracy.svg").read_text()
@@ -121,10 +121,10 @@ def test_the_elastic_study_compares_what_was_trained_both_ways(tmp_path):
         for measured_trial in trials
     }
     front = sample_front(trials)
-    rows = elastic_study.compare_schedules(with_confidence(front, items, num_resamples=10))
+    rows = elastic_study.compare_schedules(with_confidence(front, items))
     assert [row["schedule"] for row in rows] == [(2, 1), (0, 0)]
     same, better = (row["interval"] for row in rows)
-    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert (same.value, same.low) == (0, -same.high)
     assert 0 < better.low < better.value == pytest.approx(0.2)
     reading = elastic_study.Reading(
         teacher="text", times=1, quality=front.axes.quality, rows=rows, longer=trials[0],

@@ -198,7 +198,7 @@ def test_no_two_models_of_a_sweep_have_the_same_color_in_mlflow(sample_results):
 
 
 def test_tooltips_say_how_certain_a_place_is(sample_results, sample_evaluations):
-    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
+    front = with_confidence(sample_front(sample_results), sample_evaluations)
     tips: list[dict[str, str]] = [row["tip"] for row in front_chart(front)["data"]["values"]]
     tip = next(tip for tip in tips if tip["title"].startswith("0,1,1,1,1,1"))
     assert [*tip][:2] == ["title", "NFE per token"], "the most important number comes first"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from laws import examples
 from refusals import assert_names
 from sample_trials import sample_front, sample_trial
+from scipy.stats import t
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
 from orchestrator.records.trial import Role, Trial
@@ -26,7 +27,7 @@ from orchestrator.reporting.front import (
     with_confidence,
 )
 from orchestrator.reporting.results import result_table, with_overhead
-from orchestrator.reporting.statistics import Interval, pair_scores
+from orchestrator.reporting.statistics import Interval, corrected, pair_scores
 
 LOSS = FrontAxes(quality="quality/validation_loss")
 NUM_ITEMS = 400
@@ -244,7 +245,7 @@ def sure_front(points: Points, axes: FrontAxes | None = None, share: float = 0.9
     ]
     runs = {name: evaluated for name, (_, _, evaluated) in points.items()}
     front = sample_front(results, axes)
-    return with_confidence(front, runs, demanded_share=share, num_resamples=2000)
+    return with_confidence(front, runs, demanded_share=share)
 
 
 def at(front: Front, key: str, name: str) -> float | None:
@@ -274,7 +275,7 @@ def front() -> Front:
 def test_scores_equal_those_of_the_evaluation():
     tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
     evaluated = evaluation(*tasks, bits_task(2.2), both=("a", "b"))
-    paired = pair_scores({"one": [evaluated], "two": [evaluated]}, num_resamples=50)
+    paired = pair_scores({"one": [evaluated], "two": [evaluated]})
     assert paired is not None
     expected = {"quality/accuracy": 0.65, "quality/bits_per_byte": 2.2, "quality/c/acc": 0.9}
     for name, value in expected.items():
@@ -305,40 +306,48 @@ def test_items_are_matched_by_hash_and_unmatched_ones_counted():
     assert pair_scores({"one": [evaluated], "other": [evaluation(task("more", [1.0]))]}) is None
 
 
-def test_draws_depend_on_no_other_task_and_include_the_seeds():
-    def drawn(*tasks: TaskResult) -> list[float]:
-        paired = pair_scores({"one": [evaluation(*tasks)]}, num_resamples=20)
+def test_a_score_depends_on_no_other_task_and_its_error_includes_the_seeds():
+    def error(*tasks: TaskResult) -> float:
+        paired = pair_scores({"one": [evaluation(*tasks)]})
         assert paired is not None
-        return list(paired.scores["words"].drawn[:, 0])
+        return paired.scores["words"].score(0).error
 
     words = task("words", answers(0.5))
-    assert drawn(words) == drawn(task("other", answers(0.2)), words)
+    assert error(words) == error(task("other", answers(0.2)), words)
 
     seeds = [evaluation(task("words", answers(share))) for share in (0.4, 0.6)]
-    paired = pair_scores({"several": seeds, "one": seeds[:1]}, num_resamples=2000)
+    paired = pair_scores({"several": seeds, "one": seeds[:1]})
     assert paired is not None
     scores = paired.scores["words"]
     assert scores.observed == pytest.approx([0.5, 0.4])
-    assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
+    assert scores.score(0).error > 2 * scores.score(1).error
+    assert scores.score(0).over == "seeds and items"
+    assert scores.score(1).over == "items of one seed"
 
 
 def test_confidences_follow_the_answers(front):
     for name, share in (("poor", 1.0), ("worse", 0.0), ("close", 1.0)):
-        assert at(front, name, "confidence_on_front") == share
+        assert at(front, name, "confidence_on_front") == pytest.approx(share, abs=1e-3)
     assert at(front, "poor", "confidence_keeps_99") == 0.0
     assert at(front, "teacher", "confidence_keeps_99") == 1.0
     assert at(front, "teacher", "share_of_full_low") == 1.0
-    # `close` lacks one item that the teacher has. The teacher is better where that item is drawn at
-    # all. 99% are kept where at most two items are lost: that one as often as it is drawn (a number
-    # of Poisson with mean 1), and one more, weighted exponentially.
-    on_front = 1 - (1 - 1 / NUM_ITEMS) ** NUM_ITEMS
-    assert at(front, "teacher", "confidence_on_front") == pytest.approx(on_front, abs=0.03)
-    keeps = math.exp(-1) * (1 - math.exp(-2)) + math.exp(-1) * (1 - math.exp(-1))
-    assert at(front, "close", "confidence_keeps_99") == pytest.approx(keeps, abs=0.03)
+    # `close` lacks one item that the teacher has, and a difference counts one more of each.
     assert at(front, "close", "share_of_full") == pytest.approx(0.995)
     difference = against(front, "close", "teacher")
     assert difference.value == at(front, "close", "vs_teacher") == pytest.approx(-0.0025)
-    assert -0.01 <= difference.low < difference.high == 0.0
+    error = math.sqrt(1 + 2) / NUM_ITEMS
+    assert difference.high == pytest.approx(-0.0025 + 1.966 * error, abs=1e-5)
+    # The teacher leads by one item, of three models that something cheaper could beat.
+    assert at(front, "teacher", "confidence_on_front") == pytest.approx(
+        corrected({"teacher": t.cdf(0.0025 / error, NUM_ITEMS - 1), "worse": 0, "close": 1})[
+            "teacher"
+        ],
+        abs=1e-3,
+    )
+    # To keep 99% allows to lose two items of 400; one is lost, and one more is counted.
+    raw = t.cdf((2 - 1 - 0.99) / math.sqrt(1 + 1 + 0.99**2), NUM_ITEMS - 1)
+    keeps = corrected({"close": raw, "poor": 0, "worse": 0, "vanilla": 0})["close"]
+    assert at(front, "close", "confidence_keeps_99") == pytest.approx(keeps, abs=0.01)
     # Models are compared with baselines, which have no place.
     assert at(front, "vanilla", "confidence_on_front") is None
     compared = [o for key, name, o in front.intervals if (key, name) == ("close", "words")]
@@ -376,13 +385,13 @@ def test_the_share_of_a_loss_is_inverted_and_a_twin_is_not_sure_to_keep_all():
     answered = evaluation(bits_task(2.0))
     points = {"teacher": ("teacher", 24.0, answered), "twin": ("trial", 12.0, answered)}
     in_bits = sure_front(points, FrontAxes(quality="quality/bits_per_byte"), share=1.0)
-    assert at(in_bits, "twin", "confidence_keeps_100") == 1.0
+    assert at(in_bits, "twin", "confidence_keeps_100") == 0.5
     answered = evaluation(task("words", answers(0.5)))
     points = {"teacher": ("teacher", 24.0, answered), "twin": ("trial", 12.0, answered)}
-    # No item tells them apart, so the share of items that would has its posterior, Beta(1, 401);
-    # at an accuracy of a half, it may be 0.5 % for 99 % to be kept.
+    # No item tells them apart. At an accuracy of a half, 0.5 % of the items may be lost, of which
+    # none is lost in 400 with a chance of 0.995^400.
     keeps = at(sure_front(points), "twin", "confidence_keeps_99")
-    assert keeps == pytest.approx(1 - 0.995**401, abs=0.03)
+    assert keeps == pytest.approx(1 - 0.995**400, abs=0.12)
 
 
 def test_a_result_without_items_has_no_confidence():
@@ -393,7 +402,7 @@ def test_a_result_without_items_has_no_confidence():
     ]
     front = sample_front(results)
     assert with_confidence(front, {}).basis is None
-    partly = with_confidence(front, words, num_resamples=100)
+    partly = with_confidence(front, words)
     assert not any(key == "lost" for key, _, _ in partly.intervals)
     # The lost one competes for the front and is the full model: neither can be told.
     for name in ("confidence_on_front", "confidence_keeps_99", "share_of_full"):

@@ -100,7 +100,7 @@ def test_text_from_outside_cannot_become_markup(sample_results):
 def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sample_evaluations):
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
     front = sample_front(sample_results, sweep_of=sweep_of)
-    page = page_of(with_confidence(front, sample_evaluations, num_resamples=100))
+    page = page_of(with_confidence(front, sample_evaluations))
     folded = re.findall(r"<summary>(.*?)</summary>", page)
     assert len(folded) == 3
     assert page.index("<h1>") < page.index('<p class="first">') < page.index('class="chart"')
@@ -116,7 +116,7 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
 
 @pytest.mark.slow
 def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, sample_evaluations):
-    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
+    front = with_confidence(sample_front(sample_results), sample_evaluations)
     chart = charts_in(page_of(front, notes=["A note."]))[0]
     costs, qualities = (
         next(param["bind"]["options"] for param in chart["params"] if param["name"] == name)

@@ -108,7 +108,7 @@ def test_tasks_beside_are_in_no_average():
     assert quality["accuracy"] == 0.5
     assert BITS_METRIC not in quality
     assert quality["questions/acc"] == 0.8
-    paired = pair_scores({"a": [evaluated], "b": [evaluation(0.4, 0.1, 2.0)]}, num_resamples=50)
+    paired = pair_scores({"a": [evaluated], "b": [evaluation(0.4, 0.1, 2.0)]})
     assert paired is not None
     scores = paired.quality("quality/accuracy")
     assert scores is not None
