@@ -106,10 +106,10 @@ INTERRUPTED = """
 import signal, sys
 from orchestrator.cluster.ray import ray_cluster
 try:
-    with ray_cluster(num_cpus=1):
+    with ray_cluster(num_cpus=1, say=lambda _: open(sys.argv[1], "w").close()):
         import ray
         ray.get(ray.remote(num_cpus=1)(lambda: 1).remote())
-        open(sys.argv[1], "w").close()
+        open(sys.argv[2], "w").close()
         signal.pause()
 except KeyboardInterrupt:
     sys.exit(130)
@@ -129,15 +129,18 @@ except KeyboardInterrupt:
     ],
 )
 def test_a_signal_at_any_moment_of_a_start_leaves_no_process(moment, number, tmp_path):
+    begun = tmp_path / "begun"
     at_work = tmp_path / "at work"
-    driver = Started(str(at_work), code=INTERRUPTED)
+    driver = Started(str(begun), str(at_work), code=INTERRUPTED)
     started: list[psutil.Process] = []
 
     def has_come() -> bool:
         started[:] = psutil.Process(driver.pid).children(recursive=True)
+        if moment == "start":
+            return begun.exists()
         if moment == "work":
             return at_work.exists()
-        return moment == "start" or any(process.name() == moment for process in started)
+        return any(process.name() == moment for process in started)
 
     driver.wait_for(has_come)
     driver.send_signal(number)
