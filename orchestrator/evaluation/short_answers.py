@@ -79,9 +79,12 @@ KINDS: tuple[Callable[[random.Random], Question], ...] = (
 
 
 def short_questions() -> list[dict[str, str]]:
-    """Return the items: the text that a model reads, and the answer that it should write."""
+    """Return the items: the text that a model reads, and the answer that it should write.
+
+    Kinds take turns, so that the first items of the task have as many of each.
+    """
     draw = random.Random(_SEED)
-    items = []
+    items_of_kinds = []
     for kind in KINDS:
         # A question that comes twice is drawn again.
         questions: dict[str, str] = {}
@@ -93,11 +96,13 @@ def short_questions() -> list[dict[str, str]]:
             f"Question: {question}\nAnswer: {answer}\n\n"
             for question, answer in pairs[:NUM_EXAMPLES]
         )
-        items += [
-            {"text": f"{examples}Question: {question}\nAnswer:", "answer": answer}
-            for question, answer in pairs[NUM_EXAMPLES:]
-        ]
-    return items
+        items_of_kinds.append(
+            [
+                {"text": f"{examples}Question: {question}\nAnswer:", "answer": answer}
+                for question, answer in pairs[NUM_EXAMPLES:]
+            ]
+        )
+    return [item for turn in zip(*items_of_kinds, strict=True) for item in turn]
 
 
 def short_answers_config() -> dict[str, Any]:

@@ -66,6 +66,9 @@ def test_questions_differ_and_repeating_an_answer_of_the_prompt_is_mostly_wrong(
     items = short_questions()
     assert items == short_questions()
     assert len({item["text"] for item in items}) == len(items) == len(KINDS) * ITEMS_PER_KIND
+    # The examples of a kind are the same in all of its items.
+    examples = [item["text"].rpartition("Question: ")[0] for item in items]
+    assert len(set(examples[: len(KINDS)])) == len(KINDS), "a limit leaves all kinds"
     most_frequent = Counter(item["answer"] for item in items).most_common(1)[0][1]
     assert most_frequent < 0.1 * len(items)
 
