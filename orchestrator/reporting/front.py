@@ -449,7 +449,10 @@ def known(row: Row, name: str) -> float | None:
 
 def plain_rivals(rows: Iterable[Row], teacher: Row) -> list[Row]:
     """Return the baselines that a teacher's corrections must beat: of its shape, without
-    corrections, and trained on no more tokens than it, if that is known."""
+    corrections, and trained on no more tokens than it, if that is known. None of a plain teacher,
+    which has no corrections that could gain anything."""
+    if not teacher["trial"].model.corrections.num_corrections:
+        return []
     teacher_tokens = known(teacher, TRAINING_TOKENS)
     rivals = []
     for row in rows:

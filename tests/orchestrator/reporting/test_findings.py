@@ -145,6 +145,13 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
         ]
         [first_sentence, *_] = findings(sample_front(results))
         assert " keeps " in first_sentence
+    # A plain teacher has no corrections that could gain anything.
+    teacher, *others = sample_results
+    assert teacher.role == "teacher"
+    plain_model = replace(teacher.model, method="vanilla", schedule=None)
+    results = [teacher.model_copy(update={"model": plain_model})]
+    results += [with_accuracy(r, 0.6) if r.label == "vanilla" else r for r in others]
+    assert " keeps " in findings(sample_front(results))[0]
     # A lower loss is better.
     by_loss = FrontAxes(quality="quality/validation_loss")
     for loss, is_beaten in ((5.0, True), (4.0, False)):
