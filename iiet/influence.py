@@ -21,8 +21,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
-from itertools import compress
+from functools import cache, cached_property
+from itertools import compress, count
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ from iiet.facts import MetricFacts, metric_facts_of
 from iiet.left_out import decoder_of_kept_layers
 from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
-from iiet.pruning import InfluenceTable, LeavingRound, Rows
+from iiet.pruning import InfluenceTable, LeavingRound, Rows, num_passes_one_at_a_time
+from iiet.schedule import IterationSchedule
 
 __all__ = [
     "INFLUENCE_METRICS",
@@ -75,7 +76,8 @@ class LayerInfluence(NamedTuple):
 class MeasuredBatch:
     """A batch, and the decoder that is measured on it under its own iteration schedule.
 
-    `without_layer` returns the decoder without a layer, the first being 0.
+    `without_layer` returns the decoder without a layer, the first being 0. `on_pass` is called
+    after each forward pass.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class MeasuredBatch:
         *,
         needs_targets: bool,
         without_layer: Callable[[int], Decoder],
+        on_pass: Callable[[], None],
     ) -> None:
         self.decoder = decoder
         self.batch = batch
         self._without_layer = without_layer
+        self._on_pass = on_pass
         counted = batch.counted if needs_targets else batch.teacher_mask
         self.counted = torch.ones_like(batch.targets).bool() if counted is None else counted
         """Positions that the means run over, (batch, time) of bool."""
@@ -100,7 +104,7 @@ class MeasuredBatch:
         """Of each layer the mean of `compare` of its input and output, after `run` with one."""
 
     def run(self, compare: Compare | None = None) -> tuple[Tensor, Rows]:
-        """Run the layers under the full schedule.
+        """Run the layers under the full schedule, in one forward pass.
 
         Logits are not computed: they would need more memory than everything else.
 
@@ -138,14 +142,42 @@ class MeasuredBatch:
             before = after
         self.residuals = _numbers(residuals)
         [self.layer_values] = _numbers([layers])
+        self._on_pass()
         return before, _numbers(values)
 
-    def logits_without(self, layer: int) -> Tensor:
-        """Compute the logits of the decoder without a layer, the first being 0."""
+    @cached_property
+    def full_means(self) -> tuple[float, float]:
+        """Loss and accuracy under the full schedule, over all targets: one forward pass."""
+        return self.means(self.decoder.logits(self.run()[0]))
+
+    def means_under(self, schedule: IterationSchedule) -> tuple[float, float]:
+        """Return loss and accuracy under another schedule: one forward pass."""
+        means = self.means(self.decoder(self.batch.input_ids, schedule=schedule))
+        self._on_pass()
+        return means
+
+    def means_without(self, layer: int) -> tuple[float, float]:
+        """Return loss and accuracy without a layer, the first being 0: one forward pass."""
+        input_ids = self.batch.input_ids
         if self.decoder.config.num_layers == 1:  # No model is without layers, but its logits are.
-            return self.decoder.logits(self.decoder.model.embed_tokens(self.batch.input_ids))
-        logits: Tensor = self._without_layer(layer)(self.batch.input_ids)
-        return logits
+            means = self.means(self.decoder.logits(self.decoder.model.embed_tokens(input_ids)))
+        else:
+            means = self.means(self._without_layer(layer)(input_ids))
+        self._on_pass()
+        return means
+
+    def means(self, logits: Tensor) -> tuple[float, float]:
+        """Return loss and accuracy, over all targets; each sequence has its own number of them."""
+        sequences = replace(self.batch, target_count=None).split(1)
+        counts = [sequence.num_targets for sequence in sequences]
+        losses: list[float] = []
+        accuracies: list[float] = []
+        # In float64, because rises are small beside the loss; by sequence, to spare memory.
+        for sequence_logits, sequence in zip(logits, sequences, strict=True):
+            means = cross_entropy_and_accuracy(sequence_logits[None].double(), sequence)
+            losses.append(means[0].item())
+            accuracies.append(means[1].item())
+        return _weighted_mean(losses, counts), _weighted_mean(accuracies, counts)
 
     def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
         """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
@@ -226,17 +258,13 @@ class LossRise(InfluenceMetric):
     facts = metric_facts_of("loss")
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
-        decoder = measured.decoder
-        full = decoder.schedule
-        full_loss, full_accuracy = self._means(decoder.logits(measured.run()[0]), measured)
+        full = measured.decoder.schedule
+        full_loss, full_accuracy = measured.full_means
         loss_rises: list[tuple[float, ...]] = []
         accuracies_lost: list[tuple[float, ...]] = []
         for layer, num_corrections in enumerate(full):
             stopped = [
-                self._means(
-                    decoder(measured.batch.input_ids, schedule=full.with_layer(layer, kept)),
-                    measured,
-                )
+                measured.means_under(full.with_layer(layer, kept))
                 for kept in range(num_corrections)
             ]
             loss_rises.append(tuple(loss - full_loss for loss, _ in stopped))
@@ -244,30 +272,14 @@ class LossRise(InfluenceMetric):
         return BatchInfluence(tuple(loss_rises), tuple(accuracies_lost))
 
     def measure_layers(self, measured: MeasuredBatch) -> LayerInfluence:
-        full_logits = measured.decoder(measured.batch.input_ids)
-        full_loss, full_accuracy = self._means(full_logits, measured)
+        full_loss, full_accuracy = measured.full_means
         smaller = [
-            self._means(measured.logits_without(layer), measured)
-            for layer in range(measured.decoder.config.num_layers)
+            measured.means_without(layer) for layer in range(measured.decoder.config.num_layers)
         ]
         return LayerInfluence(
             tuple(loss - full_loss for loss, _ in smaller),
             tuple(full_accuracy - accuracy for _, accuracy in smaller),
         )
-
-    @staticmethod
-    def _means(logits: Tensor, measured: MeasuredBatch) -> tuple[float, float]:
-        """Return loss and accuracy, over all targets; each sequence has its own number of them."""
-        sequences = replace(measured.batch, target_count=None).split(1)
-        counts = [sequence.num_targets for sequence in sequences]
-        losses: list[float] = []
-        accuracies: list[float] = []
-        # In float64, because rises are small beside the loss; by sequence, to spare memory.
-        for sequence_logits, sequence in zip(logits, sequences, strict=True):
-            means = cross_entropy_and_accuracy(sequence_logits[None].double(), sequence)
-            losses.append(means[0].item())
-            accuracies.append(means[1].item())
-        return _weighted_mean(losses, counts), _weighted_mean(accuracies, counts)
 
 
 INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = facts.INFLUENCE_METRICS
@@ -304,7 +316,8 @@ def influence_table(
         metric: a key of `iiet.INFLUENCE_METRICS`.
         whole_layers: whether to measure whole layers, too: for `loss` a pass without each layer.
             None: where this takes no further pass, and where the model makes no corrections.
-        progress: called after each batch with the number of batches done.
+        progress: called after each forward pass with the number of passes done, in all of
+            `iiet.pruning.num_passes` of each batch.
 
     Returns:
         The table, with one row per layer; rows are empty where a method makes no corrections.
@@ -321,14 +334,14 @@ def influence_table(
     if isinstance(batches, Batch) or (isinstance(batches, Tensor) and batches.ndim == 2):
         batches = [batches]
     without_layer = _smaller_decoders(decoder)
+    on_pass = _pass_counter(progress)
     measured: list[tuple[MeasuredBatch, BatchInfluence]] = []
     of_layers: list[LayerInfluence] = []
-    for done, batch in enumerate(batches, start=1):
-        measured.append(_measure(decoder, batch, chosen, metric, without_layer))
+    for batch_like in batches:
+        batch = _measured_batch(decoder, batch_like, chosen, without_layer, on_pass)
+        measured.append((batch, _measure(batch, chosen, metric)))
         if whole_layers:
-            of_layers.append(_measure_layers(measured[-1][0], chosen))
-        if progress is not None:
-            progress(done)
+            of_layers.append(_measure_layers(batch, chosen))
     if not measured:
         raise ValueError("no batch was measured; the influence needs at least one")
     counts = [batch.num_tokens for batch, _ in measured]
@@ -379,8 +392,8 @@ def leave_out_one_at_a_time(
         metric: as in `influence_table`.
         num_leaving: how many layers leave, at most all but one.
         rounds: those that were made already, of the same decoder, batches and metric.
-        progress: called after each batch with the number of batches done in all rounds, those made
-            already included.
+        progress: called after each forward pass with the number of passes done in all rounds, those
+            made already included; in all `iiet.pruning.num_passes_one_at_a_time` of each batch.
 
     Yields:
         Each further round, when it is made.
@@ -395,18 +408,18 @@ def leave_out_one_at_a_time(
             f"num_leaving must be an integer from 0 to {num_layers - 1}, as at least one of "
             f"{num_layers} layers stays, got {num_leaving}"
         )
+    num_before = len(batches) * num_passes_one_at_a_time(metric, num_layers, len(rounds))
+    on_pass = _pass_counter(progress, num_before)
     schedule = decoder.schedule.leaving_out(leaving.layer for leaving in rounds)
-    for round_number in range(len(rounds), num_leaving):
+    for _ in range(len(rounds), num_leaving):
         smaller = decoder_of_kept_layers(decoder, schedule)
         without_layer = _smaller_decoders(smaller)
         of_layers: list[LayerInfluence] = []
         counts: list[int] = []
-        for done, batch in enumerate(batches, start=1):
-            measured = _measured_batch(smaller, batch, chosen, without_layer)
+        for batch in batches:
+            measured = _measured_batch(smaller, batch, chosen, without_layer, on_pass)
             of_layers.append(_measure_layers(measured, chosen))
             counts.append(measured.num_tokens)
-            if progress is not None:
-                progress(round_number * len(batches) + done)
         values, errors = _means_and_errors_of_layers(of_layers, counts)
         kept_layers = schedule.kept_layers
         by_layer = dict(zip(kept_layers, zip(values, errors, strict=True), strict=True))
@@ -437,11 +450,26 @@ def _smaller_decoders(decoder: Decoder) -> Callable[[int], Decoder]:
     return without_layer
 
 
+def _pass_counter(
+    progress: Callable[[int], None] | None, num_before: int = 0
+) -> Callable[[], None]:
+    """Return a function that counts forward passes, and says after each how many were made."""
+    numbers = count(num_before + 1)
+
+    def on_pass() -> None:
+        number = next(numbers)
+        if progress is not None:
+            progress(number)
+
+    return on_pass
+
+
 def _measured_batch(
     decoder: Decoder,
     batch_or_ids: BatchLike,
     metric: InfluenceMetric,
     without_layer: Callable[[int], Decoder],
+    on_pass: Callable[[], None],
 ) -> MeasuredBatch:
     batch = batch_or_ids if isinstance(batch_or_ids, Batch) else Batch.of_text(batch_or_ids)
     measured = MeasuredBatch(
@@ -449,6 +477,7 @@ def _measured_batch(
         batch.to(decoder.device),
         needs_targets=metric.facts.needs_targets,
         without_layer=without_layer,
+        on_pass=on_pass,
     )
     if measured.num_tokens == 0:
         shape = tuple(batch.input_ids.shape)
@@ -457,23 +486,17 @@ def _measured_batch(
 
 
 @torch.no_grad()
-def _measure(
-    decoder: Decoder,
-    batch_or_ids: BatchLike,
-    metric: InfluenceMetric,
-    name: str,
-    without_layer: Callable[[int], Decoder],
-) -> tuple[MeasuredBatch, BatchInfluence]:
-    measured = _measured_batch(decoder, batch_or_ids, metric, without_layer)
+def _measure(measured: MeasuredBatch, metric: InfluenceMetric, name: str) -> BatchInfluence:
     influence = metric.measure(measured)
-    if tuple(map(len, influence.values)) != tuple(decoder.schedule):
+    schedule = measured.decoder.schedule
+    if tuple(map(len, influence.values)) != tuple(schedule):
         raise ValueError(
             f"the influence metric {name!r} must return a value for each correction of "
-            f"the schedule {decoder.schedule}, got {influence.values!r}"
+            f"the schedule {schedule}, got {influence.values!r}"
         )
     if not measured.residuals:  # The metric itself did not run the layers.
         measured.run()
-    return measured, influence
+    return influence
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ __all__ = [
     "knapsack",
     "most_important_layers",
     "num_evaluations",
+    "num_passes",
     "num_passes_one_at_a_time",
     "schedule_at_threshold",
     "schedule_family",
@@ -306,12 +307,26 @@ def table_of_rounds(table: InfluenceTable, rounds: Sequence[LeavingRound]) -> In
     )
 
 
+def num_passes(metric: str, schedule: IterationSchedule, *, whole_layers: bool) -> int:
+    """Count the forward passes per batch that `iiet.influence.influence_table` takes.
+
+    Args:
+        metric: a key of `iiet.INFLUENCE_METRICS`. One that stops layers early and leaves layers
+            out, such as `loss`, takes a pass for each; others compare within one pass.
+        schedule: of the model that is measured.
+        whole_layers: whether whole layers are measured, too.
+    """
+    if not metric_facts_of(metric).is_of_stopping:
+        return 1
+    num_layers_left_out = schedule.num_layers if whole_layers else 0
+    return 1 + schedule.num_corrections + num_layers_left_out
+
+
 def num_passes_one_at_a_time(metric: str, num_layers: int, num_leaving: int) -> int:
     """Count the forward passes per batch that `iiet.influence.leave_out_one_at_a_time` takes.
 
     Args:
-        metric: a key of `iiet.INFLUENCE_METRICS`. One that leaves layers out, such as `loss`, takes
-            a pass without each layer; others compare within one pass.
+        metric: as in `num_passes`.
         num_layers: of the model.
         num_leaving: how many of them leave.
     """

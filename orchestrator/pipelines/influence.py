@@ -1,7 +1,7 @@
 """Measure how much each correction, and each whole layer, of a checkpoint matters.
 
-The table with influence, block influence, residuals and contraction factors is stored beside the
-weights as `influence-<metric>.json`, with a picture. It is read again unless settings or tokens
+The table with influence, residuals and contraction factors is stored beside the weights as
+`influence-<metric>.json`, with a picture. It is read again unless settings or tokens
 differ. The calibration set is taken evenly from the held-out tokens, which are the same for every
 model.
 """
@@ -9,7 +9,7 @@ model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
+from iiet.cost import inference_cost
 from iiet.facts import facts_of, metric_facts_of
 from iiet.pruning import (
     FamilyMember,
     InfluenceTable,
     LeavingRound,
+    num_passes,
     num_passes_one_at_a_time,
     schedule_family,
     spread_over_cost,
@@ -31,11 +33,18 @@ from iiet.pruning import (
 from orchestrator.cluster.work import WorkPlace, command_place
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
-from orchestrator.models.folder import load_config, trained_sequence_length, weights_key
+from orchestrator.models.folder import (
+    load_config,
+    stored_recipe,
+    trained_sequence_length,
+    weights_key,
+)
 from orchestrator.models.labels import model_name
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import imported_model
+from orchestrator.planning import machine
+from orchestrator.planning.price import measuring_hours
 from orchestrator.records.influence import (
     StoredInfluence,
     StoredRounds,
@@ -50,6 +59,7 @@ from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.settings.evaluation import usual_metric
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count, format_duration_range
 from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms
@@ -65,6 +75,9 @@ SEQUENCES_PER_BATCH = 8
 SMALLEST_CHANGE = {"cosine": 1 - math.cos(0.01), "relative": 0.01}
 """Metric -> influence of a correction that changes its layer's output by 1 %. Corrections that were
 just added to a plain model change less, and no student can gain by one of them."""
+LONGEST_SEQUENCE = 1024
+"""Tokens of a sequence for a model that was trained elsewhere, at most: nobody knows how long those
+of its training were, and its whole context would take minutes for each pass."""
 NUM_PROPOSED = 7
 """Schedules of the threshold's family that are shown with the influence, as many as a sweep has."""
 
@@ -85,7 +98,7 @@ class InfluencePlan(Result):
     table: InfluenceTable | None = Field(exclude=True)
     """The stored table."""
     sequence_length: int = Field(exclude=True)
-    """Tokens of a sequence, as many as the model was trained on."""
+    """Tokens of a sequence, as many as the model was trained on, if that is known."""
     key: str = Field(exclude=True)
     """Hash of all that determines the table."""
     num_layers: int = Field(exclude=True)
@@ -94,6 +107,13 @@ class InfluencePlan(Result):
     """Whether whole layers are measured; None: where that takes no further pass."""
     one_at_a_time: bool = Field(exclude=True)
     """Whether whole layers are measured again after each one that goes."""
+    num_passes: int
+    """Forward passes of each token: under the full schedule, and as the metric says without each
+    correction or layer."""
+    flops: float
+    """FLOPs of all passes."""
+    num_evaluations: int = Field(exclude=True)
+    """Field evaluations whose operations the host starts, over all batches and passes."""
     cluster: ClusterSettings = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -102,16 +122,24 @@ class InfluencePlan(Result):
         """Whether it is measured already."""
         return self.table is not None
 
-    @property
-    def num_passes_one_at_a_time(self) -> int:
-        """Forward passes of each batch that measure whole layers one at a time."""
-        return num_passes_one_at_a_time(self.metric, self.num_layers, self.num_layers - 1)
+    def hours(self, *, on_gpu: bool) -> tuple[float, float]:
+        """Return the shortest and longest time of what is left to measure."""
+        if self.is_stored:
+            return 0.0, 0.0
+        return measuring_hours(self.flops, self.num_evaluations, on_gpu=on_gpu)
+
+    def text(self, *, on_gpu: bool) -> str:
+        """Say what is left to measure, and how long that takes."""
+        if self.is_stored:
+            return "stored"
+        passes = format_count(self.num_passes, "pass", "passes")
+        duration = format_duration_range(*(3600 * hours for hours in self.hours(on_gpu=on_gpu)))
+        return f"{passes} over {self.num_tokens:,} tokens, {self.flops:.3g} FLOPs, about {duration}"
 
     def shown(self) -> Iterable[RenderableType]:
-        state = "stored" if self.is_stored else f"{self.num_tokens:,} tokens to measure"
-        rows = [("model", str(self.checkpoint)), (f"influence ({self.metric})", state)]
-        if self.one_at_a_time and not self.is_stored:
-            rows.append(("one at a time", f"{self.num_passes_one_at_a_time:,} passes per batch"))
+        may_use_gpu = self.cluster.device != "cpu" and bool(machine.installed_gpus())
+        text = self.text(on_gpu=self.cluster.num_gpus > 0 or may_use_gpu)
+        rows = [("model", str(self.checkpoint)), (f"influence ({self.metric})", text)]
         yield two_column_table("Plan of the measurement", rows)
 
 
@@ -169,12 +197,16 @@ class InfluenceResult(Result):
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual.
 
-        Without corrections, one row per layer: its block influence.
+        Without corrections, one row per layer: its influence as a whole, and the standard error.
         """
         table = self.table
         if not table.schedule.num_corrections:
-            layers = enumerate(table.layer_values, start=1)
-            return [{"layer": layer, "block_influence": value} for layer, value in layers]
+            errors = table.layer_errors or [math.nan] * len(table.layer_values)
+            pairs = zip(table.layer_values, errors, strict=True)
+            return [
+                {"layer": layer, "layer_influence": value, "stderr": error}
+                for layer, (value, error) in enumerate(pairs, start=1)
+            ]
         residual_rows = table.residual_rows or [()] * len(table.value_rows)
         by_layer = zip(table.value_rows, table.error_rows, residual_rows, strict=True)
         rows = []
@@ -244,7 +276,9 @@ def plan_influence(
             f"{data.num_validation_tokens:,} tokens, and all of them are read"
         )
         num_tokens = data.num_validation_tokens
-    trained_length = trained_sequence_length(checkpoint)
+    sequence_length = trained_sequence_length(checkpoint) or config.context_length
+    if not stored_recipe(checkpoint) and data.num_validation_tokens:
+        sequence_length = min(config.context_length, LONGEST_SEQUENCE, num_tokens)
     version = metric_facts_of(metric).version
     key = content_key(
         "influence",
@@ -255,7 +289,11 @@ def plan_influence(
         num_tokens,
         # Absent from keys where they were not there before.
         *([version] if version > 1 else []),
-        *([["sequence_length", trained_length]] if trained_length else []),
+        *(
+            [["sequence_length", sequence_length]]
+            if sequence_length != config.context_length
+            else []
+        ),
         *(["one_at_a_time"] if one_at_a_time else []),
     )
 
@@ -264,6 +302,28 @@ def plan_influence(
     table = stored.table if stored and stored.key == key else None
     if table is not None and leaves_out_layers and not table.layer_values:
         table = None  # Corrections alone were measured before.
+    whole_layers = True if leaves_out_layers else None
+
+    # Schedule -> forward passes under it, or of one of its layers less.
+    full = config.corrections
+    passes = {full: num_passes(metric, full, whole_layers=bool(whole_layers))}
+    if one_at_a_time:
+        for num_gone in range(config.num_layers - 1):  # One layer stays.
+            # Which layers are gone is not known; the first ones stand for them.
+            schedule = full.leaving_out(range(num_gone))
+            num_of_round = num_passes_one_at_a_time(metric, config.num_layers - num_gone, 1)
+            passes[schedule] = passes.get(schedule, 0) + num_of_round
+    costs = {
+        schedule: inference_cost(config, schedule, context_length=sequence_length)
+        for schedule in passes
+    }
+    flops_per_token = sum(
+        number * costs[schedule].forward_flops_per_token for schedule, number in passes.items()
+    )
+    evaluations_per_batch = sum(
+        number * costs[schedule].evaluations_per_token for schedule, number in passes.items()
+    )
+    num_batches = math.ceil(num_tokens / (SEQUENCES_PER_BATCH * sequence_length))
     return InfluencePlan(
         checkpoint=checkpoint,
         metric=metric,
@@ -271,11 +331,14 @@ def plan_influence(
         num_tokens=num_tokens,
         path=path,
         table=table,
-        sequence_length=trained_length or config.context_length,
+        sequence_length=sequence_length,
         key=key,
         num_layers=config.num_layers,
-        whole_layers=True if leaves_out_layers else None,
+        whole_layers=whole_layers,
         one_at_a_time=one_at_a_time,
+        num_passes=sum(passes.values()),
+        flops=num_tokens * flops_per_token,
+        num_evaluations=num_batches * evaluations_per_batch,
         cluster=settings.cluster,
     )
 
@@ -292,7 +355,7 @@ def run_influence(
     started_ms = now_ms()
     table = plan.table
     place = place or command_place(plan.cluster, context.workspace.root)
-    progress.start(f"influence ({plan.metric})", plan.num_tokens)
+    progress.start(f"influence ({plan.metric})")
     if table is None:
         table = place.run(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
@@ -368,15 +431,25 @@ def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceT
             batch_size=SEQUENCES_PER_BATCH,
         )
     ]
-    per_batch = SEQUENCES_PER_BATCH * plan.sequence_length
+
+    def on_pass(num_done: int) -> None:
+        progress.advance(num_done, "passes")
+        end_if_stop_requested()
+
+    passes_per_batch = num_passes(
+        plan.metric, decoder.schedule, whole_layers=bool(plan.whole_layers)
+    )
+    progress.start(f"influence ({plan.metric})", len(batches) * passes_per_batch)
     table = influence_table(
         decoder,
         batches,
         metric=plan.metric,
         whole_layers=plan.whole_layers,
-        progress=lambda done: progress.advance(min(done * per_batch, plan.num_tokens)),
+        progress=on_pass,
     )
-    return _one_at_a_time(plan, decoder, batches, table, progress) if plan.one_at_a_time else table
+    if not plan.one_at_a_time:
+        return table
+    return _one_at_a_time(plan, decoder, batches, table, progress, on_pass)
 
 
 def _one_at_a_time(
@@ -385,6 +458,7 @@ def _one_at_a_time(
     batches: Sequence[Batch],
     table: InfluenceTable,
     progress: Progress,
+    on_pass: Callable[[int], None],
 ) -> InfluenceTable:
     """Measure whole layers again after each one that goes; each round is stored, so that the same
     command goes on after a stop."""
@@ -397,14 +471,15 @@ def _one_at_a_time(
         rounds = [LeavingRound.from_dict(values) for values in stored.rounds]
     num_leaving = plan.num_layers - 1  # One stays.
     is_noted = False
-    progress.start("layers, one at a time", num_leaving * len(batches))
+    passes_per_batch = num_passes_one_at_a_time(plan.metric, plan.num_layers, num_leaving)
+    progress.start("layers, one at a time", len(batches) * passes_per_batch)
     for leaving in leave_out_one_at_a_time(
         decoder,
         batches,
         metric=plan.metric,
         num_leaving=num_leaving,
         rounds=rounds,
-        progress=progress.advance,
+        progress=on_pass,
     ):
         rounds.append(leaving)
         stored_rounds = tuple(leaving.to_dict() for leaving in rounds)
@@ -414,7 +489,6 @@ def _one_at_a_time(
             if not is_noted:
                 progress.note(f"cannot store the rounds beside the weights: {error}")
             is_noted = True
-        end_if_stop_requested()
     return table_of_rounds(table, rounds)
 
 
@@ -426,7 +500,7 @@ def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:
             for correction, value in enumerate(row, start=1):
                 points.append((f"{name}/layer_{layer:02d}", value, correction))
     for layer, value in enumerate(table.layer_values, start=1):
-        points.append(("block_influence", value, layer))
+        points.append(("layer_influence", value, layer))
     for layer, factor in enumerate(table.contractions, start=1):
         if not math.isnan(factor):
             points.append(("contraction", factor, layer))

@@ -85,8 +85,8 @@ class InspectedModel(Result):
     """Keys and values that a token adds to the cache, in the type of the stored weights."""
     influence_metric: str | None
     """Metric of the stored influence; None if none is stored."""
-    block_influence: list[float]
-    """How much each whole layer changes its input, where influence is stored."""
+    layer_influence: list[float]
+    """Influence of each whole layer, where it is stored."""
     corrections_influence: list[list[float]]
     """Influence of each correction of each layer, where it is stored."""
     drop_candidates: list[int]
@@ -103,9 +103,9 @@ class InspectedModel(Result):
     def shown(self) -> Iterable[RenderableType]:
         """Return the model's table, the influence of its layers, and what comes next."""
         yield two_column_table(self.name, list(self._model_rows()))
-        if self.block_influence:
-            yield f"Block influence of each layer ({self.influence_metric})"
-            influences = enumerate(self.block_influence, start=1)
+        if self.layer_influence:
+            yield f"Influence of each whole layer ({self.influence_metric})"
+            influences = enumerate(self.layer_influence, start=1)
             # A title would be broken into the width of these numbers.
             yield two_column_table(
                 None, [(str(layer), f"{value:.3g}") for layer, value in influences]
@@ -157,7 +157,7 @@ class InspectedModel(Result):
         if not self.is_native:
             yield f"`iiet-orch evaluate {self.path}` measures it; nothing else takes it."
             return
-        if not self.block_influence:
+        if not self.layer_influence:
             parts = "layer" if self.schedule is None else "correction and each layer"
             yield f"`iiet-orch influence {self.name}` measures how much each {parts} matters."
         if self.drop_candidates:
@@ -273,12 +273,12 @@ def _facts_of_decoder(config: ModelConfig, precision: str) -> dict[str, Any]:
 
 def _facts_of_influence(table: InfluenceTable | None) -> dict[str, Any]:
     """Return what the stored influence says, as fields."""
-    block_influence = list(table.layer_values) if table else []
-    by_influence = sorted(range(len(block_influence)), key=lambda layer: block_influence[layer])
-    num_dropped = len(block_influence) // DROPPED_SHARE
+    layer_influence = list(table.layer_values) if table else []
+    by_influence = sorted(range(len(layer_influence)), key=lambda layer: layer_influence[layer])
+    num_dropped = len(layer_influence) // DROPPED_SHARE
     return {
         "influence_metric": table.metric if table else None,
-        "block_influence": block_influence,
+        "layer_influence": layer_influence,
         "corrections_influence": [list(row) for row in table.value_rows] if table else [],
         "drop_candidates": [layer + 1 for layer in by_influence[:num_dropped]],
     }

@@ -22,6 +22,7 @@ from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.gpus import GPUS, USUAL_GPU
 from orchestrator.records.record import Record
+from orchestrator.settings.training import Precision
 from orchestrator.training.world import gpu_peak_flops
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.processors import num_cpus
@@ -146,19 +147,18 @@ def groups_by_devices(trainings: Iterable[Estimate]) -> list[Group]:
     return list(groups.values())
 
 
-def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
-    """Return the rate of a device of a training.
+def assumed_rate(devices: Devices, precision: Precision, share: float | None = None) -> Rate:
+    """Return the rate of one device in a precision: of a GPU, or of a CPU core.
 
     Args:
         share: Share of the peak that is reached; a usual range if unset.
     """
-    shares = GPU_SHARES if training.devices.on_gpus else CPU_SHARES
+    shares = GPU_SHARES if devices.on_gpus else CPU_SHARES
     if share:
         shares = (share, share)
-    if training.devices.on_gpus:
-        precision = training.recipe.precision
-        names = [GPUS[training.devices.gpu or USUAL_GPU].name]
-        if training.devices.gpu is None:
+    if devices.on_gpus:
+        names = [GPUS[devices.gpu or USUAL_GPU].name]
+        if devices.gpu is None:
             names = [*(gpu.name for gpu in machine.installed_gpus()[:1]), *names]
         for name in names:
             if peak := gpu_peak_flops(name, precision):
@@ -167,10 +167,26 @@ def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
     return Rate(peak_flops=CPU_PEAK_FLOPS, shares=shares, source="a CPU core, assumed")
 
 
+def measuring_hours(flops: float, num_evaluations: int, *, on_gpu: bool) -> tuple[float, float]:
+    """Return the shortest and longest time of forward passes in float32, on one GPU or all CPUs.
+
+    Args:
+        num_evaluations: Field evaluations whose operations the host starts, over all passes.
+    """
+    rate = assumed_rate(Devices(on_gpus=on_gpu), "fp32")
+    num_devices = 1 if on_gpu else num_cpus()
+    slowest, fastest = (num_devices * rate.peak_flops * share for share in rate.shares)
+    least_seconds, most_seconds = SECONDS_PER_EVALUATION
+    shortest = max(flops / fastest, num_evaluations * least_seconds)
+    longest = max(flops / slowest, num_evaluations * most_seconds)
+    return shortest / 3600, longest / 3600
+
+
 def price_of(
     trainings: Sequence[Estimate],
     folder: Path,
     *,
+    hours_of_influence: tuple[float, float] = (0.0, 0.0),
     new_token_bytes: int = 0,
     is_upper_bound: bool = False,
     mfu: float | None = None,
@@ -179,6 +195,7 @@ def price_of(
 
     Args:
         trainings: Those that are not finished.
+        hours_of_influence: Shortest and longest time in which influence is measured before them.
         folder: A folder on the workspace's disk; it need not exist.
         new_token_bytes: Bytes of the tokens that are prepared first.
         is_upper_bound: Whether some of them stand for others that are not known yet.
@@ -193,7 +210,9 @@ def price_of(
     for training in priced:
         device_and_precision = (training.devices.on_gpus, training.recipe.precision)
         if device_and_precision not in rates:
-            rates[device_and_precision] = assumed_rate(training, mfu)
+            rates[device_and_precision] = assumed_rate(
+                training.devices, training.recipe.precision, mfu
+            )
 
     def rate_of(training: Estimate) -> Rate:
         return rates[training.devices.on_gpus, training.recipe.precision]
@@ -210,8 +229,10 @@ def price_of(
     # Trainings that run at the same time start and are measured at the same time.
     num_rounds = sum(math.ceil(len(group.trainings) / group.at_once) for group in groups)
     least_beside, most_beside = (
-        (start + num_rounds * beside) / 3600 if groups else 0.0
-        for start, beside in zip(START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True)
+        of_influence + ((start + num_rounds * beside) / 3600 if groups else 0.0)
+        for of_influence, start, beside in zip(
+            hours_of_influence, START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True
+        )
     )
     costliest = max(priced, key=lambda training: training.total_flops, default=None)
 

@@ -238,7 +238,7 @@ def _mebibytes(num_bytes: int) -> str:
 def influence_tables(influence: InfluenceTable) -> list[Table]:
     """Return the influence with standard errors, then the residuals, if they were measured.
 
-    The column `whole layer` is the influence of the layer as a whole, by which layers are dropped.
+    The column `whole layer` is the influence of the layer as a whole, by which layers are left out.
     """
     values = [
         [_with_error(*pair) for pair in zip(*rows, strict=True)]
@@ -293,7 +293,8 @@ def _contractions(influence: InfluenceTable, form: str) -> dict[str, list[str]]:
 
 
 def _whole_layers(influence: InfluenceTable) -> dict[str, list[str]]:
-    cells = [f"{value:.2g}" for value in influence.layer_values]
+    errors = influence.layer_errors or [math.nan] * len(influence.layer_values)
+    cells = [_with_error(*pair) for pair in zip(influence.layer_values, errors, strict=True)]
     return {"whole layer": cells} if cells else {}
 
 

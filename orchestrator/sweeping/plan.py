@@ -173,9 +173,17 @@ class SweepPlan(Result):
         return price_of(
             self.trainings_left,
             self.workspace.root,
+            hours_of_influence=self._hours_of_influence,
             new_token_bytes=new_token_bytes,
             is_upper_bound=bool(self.bound),
         )
+
+    @property
+    def _hours_of_influence(self) -> tuple[float, float]:
+        """Shortest and longest time in which the teachers' influence is measured."""
+        on_gpu = self.settings.trials_use_gpus
+        ranges = [measurement.hours(on_gpu=on_gpu) for measurement in self.influence.values()]
+        return sum(shortest for shortest, _ in ranges), sum(longest for _, longest in ranges)
 
     @cached_property
     def control_prices(self) -> dict[str, Price]:
@@ -219,6 +227,10 @@ class SweepPlan(Result):
         sweep = self.placed.sweep
         suite = self.trials.trials[0].suite
         notes = [*plan_sentences(self.trials, sweep, self.states), *self.gaps]
+        for label, measurement in self.influence.items():
+            if not measurement.is_stored:
+                text = measurement.text(on_gpu=self.settings.trials_use_gpus)
+                notes.append(f"influence of {label} ({measurement.metric}): {text}")
         if unread := unread_note(self.settings.data):
             notes.append(unread)
         notes += self._training_notes()

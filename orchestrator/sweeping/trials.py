@@ -233,7 +233,10 @@ def trials_of_students(
 
 
 def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
-    """Return the mean of the influence of one model's seeds; all else is that of the first seed."""
+    """Return the mean of the influence of one model's seeds.
+
+    Errors are means, too: those of the mean are not known, and no larger.
+    """
     if len(tables) == 1:
         return tables[0]
 
@@ -246,8 +249,12 @@ def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
     return replace(
         tables[0],
         value_rows=mean_by_layer(*(table.value_rows for table in tables)),
+        error_rows=mean_by_layer(*(table.error_rows for table in tables)),
         residual_rows=mean_by_layer(*(table.residual_rows for table in tables)),
+        accuracy_lost_rows=mean_by_layer(*(table.accuracy_lost_rows for table in tables)),
         layer_values=mean(*(table.layer_values for table in tables)),
+        layer_errors=mean(*(table.layer_errors for table in tables)),
+        layer_accuracy_lost=mean(*(table.layer_accuracy_lost for table in tables)),
     )
 
 

@@ -6,6 +6,7 @@ The evaluations are stored outputs of the published code; the formula is written
 import itertools
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from iiet.losses import next_token_loss
 from iiet.pruning import (
     InfluenceTable,
     LeavingRound,
+    num_passes,
     num_passes_one_at_a_time,
     schedule_family,
     table_of_rounds,
@@ -170,7 +172,8 @@ def test_layers_leave_one_at_a_time_and_the_order_resumes(metric, method):
     done = []
     options = {"metric": metric, "num_leaving": 4}
     rounds = [*leave_out_one_at_a_time(decoder, batches, **options, progress=done.append)]
-    assert done == list(range(1, 9))
+    passes = [2 * num_passes_one_at_a_time(metric, 5, number) for number in range(5)]
+    assert done == list(range(1, passes[4] + 1))
     gone = []
     for leaving in rounds:
         expected = whole_layers_by_hand(decoder, ids, metric, gone)
@@ -184,7 +187,7 @@ def test_layers_leave_one_at_a_time_and_the_order_resumes(metric, method):
         decoder, batches, **options, rounds=stored, progress=done.append
     )
     assert repr([*stored, *resumed]) == repr(rounds)
-    assert done[8:] == [5, 6, 7, 8]
+    assert done[passes[4] :] == list(range(passes[2] + 1, passes[4] + 1))
     if method == "vanilla":
         table = influence_table(decoder, batches, metric=metric, whole_layers=True)
         family = schedule_family(table_of_rounds(table, rounds), max_left_out=4)
@@ -195,22 +198,44 @@ def test_layers_leave_one_at_a_time_and_the_order_resumes(metric, method):
             next(leave_out_one_at_a_time(decoder, batches, num_leaving=wrong))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "loss"])
-def test_the_passes_of_leaving_out_one_at_a_time_are_counted(metric):
-    decoder = make_model("vanilla", (0,) * 4)
-    num_passes = 0
+@contextmanager
+def noted_passes():
+    """Give a list that has an item for each forward pass of a decoder."""
+    passes = []
 
     def note(module, _):  # Each pass embeds its tokens once.
-        nonlocal num_passes
-        num_passes += isinstance(module, torch.nn.Embedding)
+        if isinstance(module, torch.nn.Embedding):
+            passes.append(module)
 
     hook = register_module_forward_pre_hook(note)
     try:
-        rounds = leave_out_one_at_a_time(decoder, [tokens(2, 8)], metric=metric, num_leaving=3)
-        assert len([*rounds]) == 3
+        yield passes
     finally:
         hook.remove()
-    assert num_passes == num_passes_one_at_a_time(metric, num_layers=4, num_leaving=3)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+def test_each_pass_is_counted_and_reported(metric):
+    decoder = make_model("iiet", (1, 0, 2))
+    for whole_layers in (False, True):
+        with noted_passes() as passes:
+            reported = []
+            influence_table(
+                decoder,
+                tokens(4, 8).split(2),
+                metric=metric,
+                whole_layers=whole_layers,
+                progress=lambda done, passes=passes, reported=reported: reported.append(
+                    (done, len(passes))
+                ),
+            )
+        number = 2 * num_passes(metric, decoder.schedule, whole_layers=whole_layers)
+        assert reported == [(done, done) for done in range(1, number + 1)]
+    plain = make_model("vanilla", (0,) * 4)
+    with noted_passes() as passes:
+        rounds = leave_out_one_at_a_time(plain, [tokens(2, 8)], metric=metric, num_leaving=3)
+        assert len([*rounds]) == 3
+    assert len(passes) == num_passes_one_at_a_time(metric, num_layers=4, num_leaving=3)
 
 
 @torch.no_grad()
@@ -251,7 +276,7 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
     done = []
     parts = influence_table(decoder, batches, metric=metric, progress=done.append)
     assert parts == influence_table(decoder, batches[::-1], metric=metric), "bitwise, in any order"
-    assert done == [1, 2, 3]
+    assert done == list(range(1, 3 * num_passes(metric, decoder.schedule, whole_layers=False) + 1))
     assert parts.num_tokens == whole.num_tokens
     for row, expected in zip(parts.value_rows, whole.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)

@@ -62,7 +62,7 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     assert description["num_parameters"] == cost.num_parameters
     assert description["retrofit"]["num_tokens"] > 0
     assert description["retrofit_problems"] == {"this machine": None}
-    assert description["block_influence"] == []
+    assert description["layer_influence"] == []
     # Another schedule costs something else.
     assert inspect("teacher", "-r", "0")["evaluations_per_token"] == 2
     assert files_in(workspace) == before
@@ -77,11 +77,11 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     )
     StoredInfluence(key="any", table=table).write(influence_path(checkpoint, "cosine"))
     description = inspect("teacher")
-    assert description["block_influence"] == [0.2, 0.8]
+    assert description["layer_influence"] == [0.2, 0.8]
     assert description["corrections_influence"] == [[0.1, 0.0], [0.3]]
     assert cli.main(["inspect", "teacher", "--workspace", str(workspace.root)]) == 0
     shown = capfd.readouterr().out
-    for text in ("Block influence", "0.2", "0.8", "most first: 2, 1", "keys and values"):
+    for text in ("each whole layer", "0.2", "0.8", "most first: 2, 1", "keys and values"):
         assert text in shown
 
 

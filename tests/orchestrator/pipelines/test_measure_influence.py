@@ -15,15 +15,17 @@ from kept_progress import KeptProgress
 from read_tokens import noted_tokens
 from refusals import refused
 
+from iiet.cost import inference_cost
 from iiet.influence import influence_table
 from iiet.pruning import InfluenceTable
 from orchestrator.cluster.work import CPU
 from orchestrator.data.store import open_tokens
-from orchestrator.models.folder import check_checkpoint
+from orchestrator.models.folder import check_checkpoint, load_config
 from orchestrator.models.load import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
+from orchestrator.planning.price import measuring_hours
 from orchestrator.records.influence import StoredRounds
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.stop import stop_when
@@ -89,6 +91,25 @@ def test_sequences_are_as_long_as_those_that_the_model_was_trained_on(
     assert short != measured_or_stored(make_checkpoint(), context)
 
 
+def test_sequences_of_a_model_that_was_trained_elsewhere_are_no_longer_than_asked_for(
+    make_checkpoint, tiny_tokens, context
+):
+    """The whole context of a published model would take minutes, and more text than there is."""
+    settings = InfluenceSettings(num_tokens=32)
+    sizes = {"context_length": 64, "method": "vanilla", "schedule": None}
+
+    def table_on(length: int, checkpoint: Path) -> InfluenceTable:
+        batches = open_tokens(tiny_tokens).validation_batches(
+            context_length=length, num_tokens=32, batch_size=8
+        )
+        return influence_table(load_model(checkpoint), batches, metric="loss")
+
+    imported = make_checkpoint(**sizes)
+    assert measured_or_stored(imported, context, settings) == table_on(32, imported)
+    trained_here = make_checkpoint(**sizes, provenance={"recipe": {"num_steps": 4}})
+    assert measured_or_stored(trained_here, context, settings) == table_on(64, trained_here)
+
+
 def test_it_is_found_again_until_something_changes(make_checkpoint, context):
     checkpoint = make_checkpoint()
 
@@ -122,7 +143,7 @@ def test_of_a_model_without_corrections_each_whole_layer_is_measured(
     ]
     assert result.schedules[0] == "0,0"
     assert result.schedules[1] in ("x,0", "0,x")
-    assert tuple(result.to_pandas()["block_influence"]) == table.layer_values
+    assert tuple(result.to_pandas()["layer_influence"]) == table.layer_values
     assert "2 whole layers" in influence.summary(table)
 
 
@@ -137,17 +158,37 @@ def plain_runs(make_checkpoint, tmp_path) -> list[Path]:
     return [checkpoint, copy / checkpoint.name]
 
 
-def num_passes(checkpoint: Path, context: Context, settings: InfluenceSettings) -> int:
-    """Measure, and return how many passes that took; a stop may come after the first round."""
-    with noted_tokens() as read, suppress(Interrupted):
+def num_passes(
+    checkpoint: Path,
+    context: Context,
+    settings: InfluenceSettings,
+    *,
+    stop_after: int | None = None,
+) -> int:
+    """Measure, and return how many passes were made; a stop is requested after some of them."""
+    with (
+        noted_tokens() as read,
+        stop_when(lambda: len(read.others) == stop_after),
+        suppress(Interrupted),
+    ):
         measured_or_stored(checkpoint, context, settings)
     return len(read.others)
 
 
+def test_a_stop_is_heard_and_progress_is_seen_after_each_pass(plain_runs, context):
+    """A batch takes a pass without each layer, which of a large model are minutes."""
+    settings = InfluenceSettings(metric="loss", num_tokens=64)  # One batch.
+    for number in (1, 3):
+        assert num_passes(plain_runs[0], context, settings, stop_after=number) == number
+    progress = KeptProgress()
+    measured_or_stored(plain_runs[0], untracked(context.workspace, progress), settings)
+    assert progress.done == [1, 2, 3, 4, 5], "of all layers, and without each of the four"
+
+
 def test_layers_that_leave_one_at_a_time_go_on_after_a_stop(plain_runs, context):
     stopped, undisturbed = plain_runs
-    with stop_when(lambda: True):
-        num_before = num_passes(stopped, context, ONE_AT_A_TIME)
+    # The table and the first round take five passes each, so the second round is interrupted.
+    assert num_passes(stopped, context, ONE_AT_A_TIME, stop_after=11) == 11
     num_after = num_passes(stopped, context, ONE_AT_A_TIME)
     num_undisturbed = num_passes(undisturbed, context, ONE_AT_A_TIME)
     table = measured_or_stored(stopped, context, ONE_AT_A_TIME)
@@ -156,8 +197,7 @@ def test_layers_that_leave_one_at_a_time_go_on_after_a_stop(plain_runs, context)
     num_of_table = num_passes(
         undisturbed, context, ONE_AT_A_TIME.model_copy(update={"one_at_a_time": False})
     )
-    assert num_before > num_of_table
-    assert num_before + num_after == num_undisturbed + num_of_table
+    assert 10 + num_after == num_undisturbed + num_of_table
 
 
 @pytest.mark.parametrize("change", [{"metric": "cosine"}, {"num_tokens": 128}])
@@ -165,8 +205,7 @@ def test_rounds_of_another_metric_or_of_other_tokens_are_not_taken_over(
     change, plain_runs, context
 ):
     stopped, undisturbed = plain_runs
-    with stop_when(lambda: True), pytest.raises(Interrupted):
-        measured_or_stored(stopped, context, ONE_AT_A_TIME)
+    num_passes(stopped, context, ONE_AT_A_TIME, stop_after=11)
     changed = ONE_AT_A_TIME.model_copy(update=change)
     assert num_passes(stopped, context, changed) == num_passes(undisturbed, context, changed)
     table = measured_or_stored(stopped, context, changed)
@@ -202,6 +241,32 @@ def test_a_plan_says_why_it_reads_fewer_tokens_than_asked_for(
     [note] = progress.notes
     for part in ("influence.num_tokens=1000000", f"{held_out:,} tokens"):
         assert part in note
+
+
+def test_a_plan_prices_each_pass_by_the_layers_that_it_runs(plain_runs, context):
+    """Four layers, then one less in each round; a stored table takes nothing more."""
+    config = load_config(plain_runs[0])
+    flops = [
+        inference_cost(config, (0,) * kept + ("x",) * (4 - kept)).forward_flops_per_token
+        for kept in (4, 3, 2)
+    ]
+    once = ONE_AT_A_TIME.model_copy(update={"one_at_a_time": False})
+    for settings, expected in (
+        (once, 5 * flops[0]),
+        (ONE_AT_A_TIME, 10 * flops[0] + 4 * flops[1] + 3 * flops[2]),
+    ):
+        arguments = {"workspace": context.workspace, "model": plain_runs[0]}
+        plan = plan_influence(Settings(influence=settings), **arguments)
+        assert plan.flops == pytest.approx(64 * expected)
+        assert plan.hours(on_gpu=False) == measuring_hours(
+            plan.flops, plan.num_evaluations, on_gpu=False
+        )
+        text = plan.text(on_gpu=False)
+        assert text.startswith(f"{plan.num_passes} passes over 64 tokens, {plan.flops:.3g} FLOPs")
+    assert plan.num_passes == num_passes(plain_runs[0], context, ONE_AT_A_TIME) == 17
+    stored = plan_influence(Settings(influence=ONE_AT_A_TIME), **arguments)
+    assert stored.hours(on_gpu=False) == (0.0, 0.0)
+    assert stored.text(on_gpu=False) == "stored"
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract():

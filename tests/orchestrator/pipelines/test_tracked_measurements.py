@@ -73,7 +73,7 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny, monkeypat
 
     assert curve("influence/layer_01") == dict(enumerate(table.value_rows[0], start=1))
     assert curve("residual/layer_01") == dict(enumerate(table.residual_rows[0], start=1))
-    assert curve("block_influence") == dict(enumerate(table.layer_values, start=1))
+    assert curve("layer_influence") == dict(enumerate(table.layer_values, start=1))
     assert curve("contraction") == {1: table.contractions[0]}
     names = {file.path for file in client.list_artifacts(run.info.run_id, "influence")}
     assert names == {"influence/influence-cosine.json", "influence/influence-cosine.png"}

@@ -17,6 +17,7 @@ from same_run import stop_at
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.planning import price as pricing
 from orchestrator.planning.price import Price, price_of
@@ -30,7 +31,7 @@ from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.plan_text import plan_sentences, plan_table
 from orchestrator.sweeping.states import trial_states
 from orchestrator.sweeping.suite import load_tasks, plan_suite
-from orchestrator.sweeping.trials import trials_of_jobs
+from orchestrator.sweeping.trials import mean_influence, trials_of_jobs
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -282,3 +283,22 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
     long = ("metric: acc}]", "metric: exact_match}]\ngeneration_kwargs: {max_gen_toks: 999}")
     with refused(UserError, "first", "999"):
         suite_of("one", "b", long, (": loglikelihood", ": generate_until"))
+
+
+def test_the_mean_influence_of_seeds_is_a_mean_of_all_that_was_measured():
+    def table(value: float) -> InfluenceTable:
+        rows = ((value, value / 2), (), (value / 4,))
+        layers = (value, value / 8, 0.0)
+        return InfluenceTable(
+            "loss",
+            value_rows=rows,
+            error_rows=rows,
+            num_tokens=64,
+            residual_rows=rows,
+            layer_values=layers,
+            layer_errors=layers,
+            layer_accuracy_lost=layers,
+            accuracy_lost_rows=rows,
+        )
+
+    assert mean_influence([table(1.0), table(3.0)]) == table(2.0)
