@@ -11,6 +11,9 @@ the same turns, by plain matrix-vector products over as many distinct matrices o
 the model has, so that processor caches help both alike. The share of the bound has a goal only
 where reading is the limit, for one row of a wide model: with eight rows, arithmetic takes time too.
 
+Then a plain student that leaves a third of its teacher's layers out: against transformers with the
+same weights, and against its teacher, whose time it should undercut by nearly the layers' share.
+
 Then IIET without corrections against vanilla, by width: both do the same large products, and IIET
 adds a norm, a sum over the estimates and a copy per layer.
 
@@ -41,6 +44,7 @@ from iiet import (
     IterationSchedule,
     KeyValueCache,
     ModelConfig,
+    decoder_of_kept_layers,
 )
 from orchestrator.models.gguf import read_gguf
 
@@ -84,9 +88,35 @@ def decoding(setup: Setup) -> Iterator[Row]:
             prompt = random_tokens(config.vocab_size, batch_size, prompt_tokens)
             yield _check_against_llama(decoder, llama, prompt, new_tokens)
             yield from _rows(decoder, llama, prompt, new_tokens, repetitions)
+        if not gguf:
+            prompt = random_tokens(config.vocab_size, 1, prompt_tokens)
+            yield from _plain_student(decoder, prompt, new_tokens, repetitions)
 
     if not gguf:
         yield from _without_corrections(setup)
+
+
+def _plain_student(
+    teacher: Decoder, prompt: Tensor, new_tokens: int, repetitions: int
+) -> Iterator[Row]:
+    """Compare a student without every third layer with transformers, and with its teacher."""
+    num_layers = teacher.config.num_layers
+    schedule = IterationSchedule.uniform(num_layers, 0).leaving_out(range(1, num_layers, 3))
+    student = decoder_of_kept_layers(teacher, schedule).copy().eval()
+    llama = llama_of(student.config, student.state_dict())
+    yield _check_against_llama(student, llama, prompt, new_tokens)
+    pairs = take_turns(
+        {
+            "ours": lambda: _time_ours(student, prompt, new_tokens),
+            "transformers": lambda: _time_llama(llama, prompt, new_tokens),
+            "teacher": lambda: _time_ours(teacher, prompt, new_tokens),
+        },
+        repetitions=repetitions,
+    )
+    after_prefill = {name: [after for _, after in times] for name, times in pairs.items()}
+    what = f"a step after the prefill, plain student of {schedule.label()}, d {teacher.config.dim}"
+    yield Row.paired(what, after_prefill, "transformers", "ours")
+    yield Row.paired(f"{what}, and its teacher", after_prefill, "teacher", "ours")
 
 
 def _without_corrections(setup: Setup) -> Iterator[Row]:
