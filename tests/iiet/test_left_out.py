@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import random
 
 import pytest
@@ -30,7 +31,7 @@ from iiet.mix import History
 from iiet.plain_models import MODEL_TYPES
 
 
-def decoder_of(method="iiet", schedule=(2, 0, 1, 1)):
+def decoder_of(method="iiet", schedule=(2, 0, 1, 1), seed=0):
     config = ModelConfig(
         method=method,
         vocab_size=29,
@@ -42,7 +43,7 @@ def decoder_of(method="iiet", schedule=(2, 0, 1, 1)):
         context_length=16,
         schedule=schedule_for(method, schedule),
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     decoder = Decoder(config).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -62,14 +63,20 @@ class Repeat(nn.Module):
         return Advance(hidden, state)
 
 
+def with_repeating_layers(decoder, left_out):
+    """Return a copy of a decoder in which some layers do nothing."""
+    repeating = copy.deepcopy(decoder)
+    for layer in left_out:
+        repeating.model.layers[layer] = Repeat()
+    return repeating
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_a_decoder_whose_left_out_layers_repeat(method):
     decoder = decoder_of(method)
     for left_out in ((2,), (0, 2, 3)):
-        expected = copy.deepcopy(decoder)
-        for layer in left_out:
-            expected.model.layers[layer] = Repeat()
+        expected = with_repeating_layers(decoder, left_out)
         schedule = decoder.schedule.leaving_out(left_out)
         smaller = decoder_of_kept_layers(decoder, schedule)
         with plain_formulas():
@@ -150,24 +157,63 @@ def test_random_plain_models_equal_hand_made_ones(model_type, number, tmp_path):
     check_plain(random_model(model_type, seed, **values), kept_layers, tmp_path)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "loss"])
-@pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
-def test_a_measured_family_ends_in_a_model_of_as_many_layers_as_asked(method, metric):
-    decoder = decoder_of(method)
-    table = influence_table(decoder, TOKENS, metric=metric, whole_layers=True)
-    for max_left_out in range(4):
+@torch.no_grad()
+def check_family(decoder, tokens, metric):
+    """Measure a model, and check the family down to each number of layers: it is nested, each
+    member has its interval of thresholds, and is the model of its layers."""
+    num_layers = decoder.config.num_layers
+    table = influence_table(decoder, tokens, metric=metric, whole_layers=True)
+    for max_left_out in range(num_layers):
         family = schedule_family(table, max_left_out=max_left_out)
         assert family[0].schedule == decoder.schedule
         for dearer, cheaper in itertools.pairwise(family):
             assert cheaper.schedule.is_within(dearer.schedule)
+            assert cheaper.schedule != dearer.schedule
+            assert cheaper.threshold_above == dearer.threshold_up_to
         for member in family:
-            schedule = schedule_at_threshold(
-                table, member.threshold_up_to, max_left_out=max_left_out
-            )
-            assert schedule == member.schedule
-        smallest = decoder_of_kept_layers(decoder, family[-1].schedule)
-        assert smallest.config.num_layers == 4 - max_left_out
-        assert smallest(TOKENS).shape == (*TOKENS.shape, 29)
+            above = math.nextafter(member.threshold_above, math.inf)
+            for threshold in (above, member.threshold_up_to):
+                schedule = schedule_at_threshold(table, threshold, max_left_out=max_left_out)
+                assert schedule == member.schedule
+        assert family[-1].schedule.num_kept_layers == num_layers - max_left_out
+
+    for member in family:  # Down to one layer.
+        smaller = decoder_of_kept_layers(decoder, member.schedule)
+        assert smaller.config.num_layers == member.schedule.num_kept_layers
+        # What the kept layers of the full model make, the others doing nothing.
+        corrections = [max(0, number) for number in member.schedule]
+        repeating = with_repeating_layers(decoder, member.schedule.left_out_layers)
+        with plain_formulas():
+            expected = repeating(tokens, schedule=corrections)
+            logits = smaller(tokens)
+        if decoder.schedule.num_corrections:  # The mix is folded, which rounds.
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+        else:
+            assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "loss"])
+@pytest.mark.parametrize("method", ["vanilla", "pcformer"])
+def test_members_of_a_measured_family_are_the_models_of_their_layers(method, metric):
+    check_family(decoder_of(method), TOKENS, metric)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_families_of_random_iiets(seed):
+    draw = random.Random(seed)
+    schedule = [draw.randint(0, 3) for _ in range(draw.randint(2, 5))]
+    metric = draw.choice(["cosine", "relative", "loss"])
+    check_family(decoder_of("iiet", schedule, seed), TOKENS, metric)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_families_of_random_plain_models(model_type, seed):
+    draw = random.Random(seed)
+    model = random_model(model_type, seed, **random_values(model_type, draw))
+    decoder = decoder_from_published(model.config.to_diff_dict(), model.state_dict()).eval()
+    tokens = torch.arange(40).view(2, 20) % decoder.config.vocab_size
+    check_family(decoder, tokens, draw.choice(["cosine", "relative", "loss"]))
 
 
 def test_the_smaller_decoder_trains_also_if_the_full_one_is_frozen():
