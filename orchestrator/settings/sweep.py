@@ -7,7 +7,15 @@ from functools import partial
 from math import ceil
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    field_validator,
+)
 
 from orchestrator.settings.section import Section
 from orchestrator.settings.training import (
@@ -79,6 +87,16 @@ def _refuse_no_share(text: str) -> str:
     return text
 
 
+def _refuse_milliseconds(unit: object) -> object:
+    if unit == "ms":
+        raise ValueError(
+            "milliseconds are measured when the students exist and differ from run to run, so the "
+            "same command would train other students again; take nfe or flops, and "
+            "`iiet-orch pick --budget 5 --cost ms` takes the best student within 5 ms"
+        )
+    return unit
+
+
 Budget = StrictFloat | Annotated[str, AfterValidator(_refuse_no_share)]
 ModelName = Annotated[str, AfterValidator(_refuse_unknown_model)]
 DeepModelName = Annotated[str, AfterValidator(partial(_refuse_unknown_model, may_have_layers=True))]
@@ -114,10 +132,12 @@ class SweepSettings(Section):
     schedule with the most influence that costs no more."""
     budget_unit: Annotated[
         BudgetUnit,
+        BeforeValidator(_refuse_milliseconds),
         AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
     ] = "evaluations"
     """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
-    FLOPs or KV bytes per token, or parameters, which corrections do not change."""
+    FLOPs or KV bytes per token, or parameters, which corrections do not change. Milliseconds are
+    measured when the students exist: `iiet-orch pick --budget 5 --cost ms`."""
     selection: Selection = "threshold"
     """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
     cost."""

@@ -54,7 +54,8 @@ def test_all_problems_are_reported_at_once_with_their_values():
     [
         ("training.learning_rat=1e-3", "did you mean training.learning_rate?"),
         ("trainin={}", "did you mean training?"),
-        ("sweep.budget_unit=ms", "'flops', 'kv' or 'parameters'"),
+        ("sweep.budget_unit=watts", "'flops', 'kv' or 'parameters'"),
+        ("sweep.budget_unit=ms", "pick --budget 5 --cost ms"),
         ("training.num_steps=on", "training.num_steps: input should be a valid integer; got True"),
         ("cluster.num_workers='3'", "valid integer; got '3'"),
         ("sweep.thresholds=[0.1, yes]", "sweep.thresholds: input should be a valid number; got Tr"),
