@@ -16,12 +16,15 @@ from urllib.parse import unquote, urlsplit
 
 import psutil
 import pytest
+import torch
 from commands import Started, run_command, run_here, settings_options
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from small_size import SMALL
+from transformers import AutoModelForCausalLM
 
+from orchestrator.models.load import load_model
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -285,6 +288,66 @@ def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path, ray_session):
     assert trainers
     assert not alive, "who trains ends with the driver"
     ends_from_where_it_was(sweep, tmp_path)
+
+
+PLAIN = (
+    "data.source=depth", "data.depth.tasks=[phop_2]", "data.depth.length=16",
+    "model.method=vanilla", "model.num_layers=6", "model.dim=16", "model.num_heads=2",
+    "model.ffn_dim=32", "training.num_steps=40", "training.num_tokens_per_step=256",
+    "training.warmup_steps=5", "distillation.training.num_steps=300",
+    "distillation.training.num_tokens_per_step=256", "distillation.training.warmup_steps=5",
+    "distillation.training.checkpoint_every_steps=20", "influence.num_tokens=256",
+    "evaluation.num_items=40", "evaluation.retention={phop_2: 90}", "sweep.num_schedules=3",
+    "sweep.trials_at_once=1",
+)  # fmt: skip
+"""A plain model of six layers, and students that leave up to three of them out."""
+
+
+@pytest.mark.long
+def test_a_plain_model_has_a_front_also_if_its_sweep_is_killed(tmp_path, ray_session):
+    pretrain = ["pretrain", "--name", "plain", "--local", *settings_options(PLAIN, "pretrain")]
+    run_here(*pretrain, workspace=tmp_path)
+    sweep = ["sweep-threshold", "plain", "--name", "front"]
+    sweep += settings_options(PLAIN, "sweep-threshold")
+
+    def finished_trainings() -> dict[Path, float]:
+        """Return folder of a finished training -> when it ended."""
+        ends = tmp_path.glob("trials/*/done.json")
+        return {path.parent: path.stat().st_mtime for path in ends}
+
+    def one_trains_after_another() -> bool:
+        saved = {path for path in tmp_path.glob("trials/*") if find_checkpoints(path)}
+        return bool(finished_trainings() and saved - finished_trainings().keys())
+
+    driver = Started(*sweep, "--workspace", str(tmp_path))
+    driver.wait_for(one_trains_after_another)
+    driver.kill()
+    driver.communicate()
+    before = finished_trainings()
+    printed = run_here(*sweep, workspace=tmp_path)
+    after = finished_trainings()
+    assert len(before) < len(after) == 4, "three students, and the teacher trained further"
+    assert before.items() <= after.items(), "nothing is trained twice"
+    resumed = [
+        record["path"]
+        for folder in after.keys() - before.keys()
+        for record in read_journal(folder)[0]
+        if record.get("name") == "resumed"
+    ]
+    assert len(resumed) == 1, "one goes on where it was"
+    for word in ("retention", "kept", "teacher, trained further", "x,"):
+        assert word in printed
+
+    # The smallest is a plain model of transformers, without code.
+    [smallest] = [r for r in results_of(tmp_path) if r["model"]["num_layers"] == 3]
+    picked = tmp_path / "picked"
+    run_here("pick", "front", "--cheapest", "--to", str(picked), workspace=tmp_path)
+    assert not list(picked.glob("*.py"))
+    plain = AutoModelForCausalLM.from_pretrained(picked).eval()
+    tokens = torch.arange(12).view(1, 12) % 5
+    with torch.no_grad():
+        expected = load_model(tmp_path / smallest["checkpoint"])(tokens)
+        torch.testing.assert_close(plain(tokens).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.long
