@@ -325,6 +325,8 @@ def sweep_threshold(
     call.train_on(device)
     call.set("sweep.baseline_runs", baselines)
     call.set("sweep.schedules", read_schedules(schedule or []))
+    if leave_out_layers is not None and leave_out_layers.isdecimal():
+        call.set("sweep.leave_out_layers", int(leave_out_layers))
     call.set("sweep.kind", "threshold" if search is None else "search")
     if search is None:
         call.refuse_unread(OF_STUDENTS, reader="sweep-threshold without --search")

@@ -87,6 +87,12 @@ def _refuse_no_share(text: str) -> str:
     return text
 
 
+def _refuse_other_words(number_or_word: object) -> object:
+    if isinstance(number_or_word, str) and number_or_word not in ("all", "none"):
+        raise ValueError("write a number of layers, all or none")
+    return number_or_word
+
+
 def _refuse_milliseconds(unit: object) -> object:
     if unit == "ms":
         raise ValueError(
@@ -122,7 +128,10 @@ class SweepSettings(Section):
     (`x` is a layer that is left out). `uniform`, `reversed` and `random*5` are controls of the
     chosen ones at the same NFE: equal corrections in all layers, the layers in reversed order, and
     schedules that are drawn."""
-    leave_out_layers: Annotated[StrictInt, Field(ge=0)] | Literal["all", "none"] | None = None
+    leave_out_layers: Annotated[
+        Annotated[StrictInt, Field(ge=0)] | Literal["all", "none"] | None,
+        BeforeValidator(_refuse_other_words),
+    ] = None
     """Most layers that a student leaves out: a number, `all` (all but one) or `none` (default: half
     of the layers if the teacher makes no corrections, and none if it makes some)."""
     thresholds: tuple[StrictFloat, ...] = ()

@@ -35,11 +35,16 @@ from orchestrator.settings.evaluation import usual_metric
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers, split_count
-from orchestrator.sweeping.student_schedules import budget_costs, cheapest_schedule, most_left_out
+from orchestrator.sweeping.student_schedules import (
+    budget_costs,
+    cheapest_schedule,
+    most_left_out,
+    named_schedules,
+)
 from orchestrator.terminal.metrics import BUDGET_METRICS, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.distilling import STUDENTS_SECTION
+from orchestrator.training.distilling import STUDENTS_SECTION, student_schedule
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.source import Source
 from orchestrator.workspace.errors import UserError
@@ -359,7 +364,8 @@ def check_teacher(settings: Settings, full: ModelConfig) -> None:
 
     Raises:
         UserError: If it makes no corrections that could be pruned, a threshold is below every
-            influence, or a budget is less than the cheapest schedule costs.
+            influence, a schedule of the user does not fit it, or a budget is less than the
+            cheapest schedule costs.
     """
     sweep = settings.sweep
     method = facts_of(full.method)
@@ -393,6 +399,8 @@ def check_teacher(settings: Settings, full: ModelConfig) -> None:
             f"sweep.thresholds: no influence by influence.metric={metric} is below 0; leave "
             "negative thresholds out"
         )
+    for text in named_schedules(sweep):
+        student_schedule(text, full.corrections, "sweep.schedules")
     cost = schedule_cost(sweep.budget_unit, full)
     least = cost(cheapest_schedule(full, max_left_out))
     allowed_costs = budget_costs(sweep, cost(full.corrections))

@@ -30,6 +30,8 @@ from orchestrator.terminal.render import format_count
 from orchestrator.training.distilling import student_schedule
 from orchestrator.workspace.errors import UserError
 
+CONTROLS = ("uniform", "reversed")
+"""Names of controls that are not drawn."""
 _RANDOM = re.compile(r"random(?:\*([1-9][0-9]?))?")
 """How users write controls that are drawn: `random`, `random*5`."""
 
@@ -94,6 +96,12 @@ def cheapest_schedule(full: ModelConfig, max_left_out: int) -> IterationSchedule
     return IterationSchedule((0,) * num_kept + (LEFT_OUT,) * max_left_out)
 
 
+def named_schedules(sweep: SweepSettings) -> list[str]:
+    """Return the schedules that a user writes out, without the names of controls."""
+    texts = map(str, sweep.schedules)
+    return [text for text in texts if text not in CONTROLS and not _RANDOM.fullmatch(text)]
+
+
 def num_named(sweep: SweepSettings, num_chosen: int) -> int:
     """Return how many schedules `sweep.schedules` stands for, beside chosen ones, at most."""
     number = 0
@@ -102,7 +110,7 @@ def num_named(sweep: SweepSettings, num_chosen: int) -> int:
         if drawn:
             number += num_chosen * int(drawn[1] or 1)
         else:
-            number += num_chosen if text in ("uniform", "reversed") else 1
+            number += num_chosen if text in CONTROLS else 1
     return number
 
 
@@ -204,8 +212,14 @@ def choose_members(
         budgets = sorted(budget_costs(sweep, cost(influence.schedule)), reverse=True)
     else:
         budgets = [cost(member.schedule) for member in chosen]
-    best = [knapsack(influence, budget, cost=cost, max_left_out=max_left_out) for budget in budgets]
-    return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
+    best = dict.fromkeys(
+        knapsack(influence, budget, cost=cost, max_left_out=max_left_out) for budget in budgets
+    )
+    return tuple(
+        FamilyMember(schedule, math.nan, math.nan)
+        for schedule in best
+        if schedule.left_out_layers or influence.schedule.num_corrections
+    )
 
 
 # What a user names
@@ -220,7 +234,7 @@ def _named_schedules(
         UserError: If it does not fit the teacher.
     """
     drawn = _RANDOM.fullmatch(text)
-    if text not in ("uniform", "reversed") and not drawn:
+    if text not in CONTROLS and not drawn:
         schedule = student_schedule(text, full, "sweep.schedules")
         yield StudentSchedule.of(schedule, "own")
         return

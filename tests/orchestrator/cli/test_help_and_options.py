@@ -114,6 +114,9 @@ def test_options_change_their_settings(settings_of, tmp_path):
         "sweep-threshold", "full", "--budgets", "8", "--cost", "flops", *where
     ).sweep
     assert sweep.budget_unit == "flops"
+    for text, value in (("4", 4), ("all", "all"), ("none", "none")):
+        sweep = settings_of("sweep-threshold", "full", "--leave-out-layers", text, *where).sweep
+        assert sweep.leave_out_layers == value
 
 
 OTHER_NAMES = {

@@ -185,6 +185,9 @@ def test_a_plain_sweep_that_is_stopped_trains_nothing_twice(trainings, workspace
         (["sweep.leave_out_layers=none"], ["sweep.leave_out_layers=none"]),
         (["sweep.elastic=true"], ["sweep.elastic", "sweep.leave_out_layers"]),
         (["sweep.budgets=[2]"], ["sweep.budgets", "3"]),
+        (["sweep.schedules=['0,x,0']"], ["sweep.schedules", "0,x,0", "6"]),
+        (["sweep.schedules=['x*6']"], ["sweep.schedules", "at least one layer"]),
+        (["sweep.schedules=['1,x,0,0,0,0', uniform]"], ["sweep.schedules", "1,x,0,0,0,0"]),
     ],
 )
 def test_what_leaves_no_front_is_refused_by_the_name_of_the_setting(assignments, names, workspace):

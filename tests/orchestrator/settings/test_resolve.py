@@ -56,6 +56,7 @@ def test_all_problems_are_reported_at_once_with_their_values():
         ("trainin={}", "did you mean training?"),
         ("sweep.budget_unit=watts", "'flops', 'kv' or 'parameters'"),
         ("sweep.budget_unit=ms", "pick --budget 5 --cost ms"),
+        ("sweep.leave_out_layers=some", "settings: sweep.leave_out_layers: write a number of"),
         ("training.num_steps=on", "training.num_steps: input should be a valid integer; got True"),
         ("cluster.num_workers='3'", "valid integer; got '3'"),
         ("sweep.thresholds=[0.1, yes]", "sweep.thresholds: input should be a valid number; got Tr"),
