@@ -202,8 +202,8 @@ def choose_members(
             for budget in budget_costs(sweep, cost(influence.schedule))
         }
     else:
-        number = min(sweep.num_schedules, len(family))
-        schedules = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
+        spread = spread_over_cost(family, sweep.num_schedules, cost=cost)
+        schedules = {member.schedule for member in spread}
     chosen = tuple(member for member in family if member.schedule in schedules)
     if sweep.selection != "knapsack":
         return chosen

@@ -60,6 +60,7 @@ def test_students_of_a_plain_teacher_leave_out_one_layer_more_each():
     assert chosen(PLAIN, 3, "thresholds=[0.25]") == ["0,x,0,x,0,0"]
     assert chosen(PLAIN, 3, "budgets=['80%']") == ["0,x,0,x,0,0"], "4 of 6 NFE are 67 %, 5 are 83 %"
     assert chosen(PLAIN, 3, "budgets=['50%', 5]") == ["0,x,0,0,0,0", "0,x,0,x,x,0"]
+    assert chosen(PLAIN, 1) == ["0,x,0,0,0,0"], "a family of one member"
     knapsack = ("selection=knapsack", "budgets=['100%', 4]")
     assert chosen(PLAIN, 3, *knapsack) == ["0,x,0,x,0,0"], "the teacher itself is no student"
     for share in ("0%", "101%", "half"):
