@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iiet.cost import inference_cost
 from orchestrator.records.training import job_parameters, shared_parameters
@@ -14,12 +14,11 @@ from orchestrator.records.trial import (
 from orchestrator.reporting.costs import full_trial
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import Settings, SweepSettings
+from orchestrator.settings.evaluation import usual_metric
 from orchestrator.sweeping.states import TrialState
+from orchestrator.sweeping.student_schedules import most_left_out
 from orchestrator.sweeping.trials import num_models
 from orchestrator.terminal.render import format_bytes, format_count
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan_table(plan: SweepTrials, states: Sequence[TrialState]) -> Table:
@@ -82,7 +81,12 @@ def plan_sentences(
         progress += f", {num_begun:,} partly trained"
     sentences = [contents, progress] if plan.num_distinct else [progress]
     if any(trial.threshold_text for trial in plan.trials):
-        sentences.append("thresholds: a correction whose influence is below is left out")
+        parts = []
+        if full_trial(plan).model.corrections.num_corrections:
+            parts.append("correction")
+        if any(trial.teacher_schedule for trial in plan.trials):
+            parts.append("layer")
+        sentences.append(f"thresholds: a {' or '.join(parts)} whose influence is below is left out")
     return sentences
 
 
@@ -99,10 +103,14 @@ def sweep_parameters(plan: SweepTrials, settings: Settings) -> dict[str, str]:
         params |= {name: getattr(sweep, name) for name in names}
     else:
         choice = sweep.schedule_choice
+        num_left_out = most_left_out(sweep, full_trial(plan).model)
         params |= {
             "teacher": plan.teacher,
-            "influence_metric": settings.influence.metric,
+            "influence_metric": settings.influence.metric
+            or usual_metric(of_whole_layers=num_left_out > 0),
             choice: getattr(sweep, choice),
+            "schedules": sweep.schedules,
+            "leave_out_layers": num_left_out or None,
             "selection": sweep.selection,
             "control": settings.distillation.control,
             "elastic": sweep.elastic or None,

@@ -14,9 +14,11 @@ from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepTrials, Trial
-from orchestrator.settings import DistillationSettings, resolve_settings
+from orchestrator.records.trial import SweepTrials
+from orchestrator.settings import DistillationSettings, SweepSettings, resolve_settings
+from orchestrator.sweeping.plan_text import plan_sentences, sweep_parameters
 from orchestrator.sweeping.retrofit import training_flops
+from orchestrator.sweeping.states import trial_states
 from orchestrator.sweeping.student_schedules import (
     StudentSchedule,
     choose_members,
@@ -196,22 +198,22 @@ def test_finished_weights_are_found_whatever_they_were_trained_for(students, spa
 
 
 @pytest.fixture
-def plain_trials(save_tiny, space, tiny_tokens, tmp_path) -> Callable[..., tuple[Trial, ...]]:
-    """A function that returns the trials of a plain teacher of four layers under settings."""
+def plain_plan(save_tiny, space, tiny_tokens, tmp_path) -> Plan:
+    """A function that plans the sweep of a plain teacher of four layers under settings."""
     teacher = save_tiny(tmp_path / "plain", method="vanilla", schedule=None, num_layers=4)
     suite = Suite(suite="x", tokens_folder=str(tiny_tokens))
     rows = ((),) * 4
     table = InfluenceTable("loss", rows, rows, 64, layer_values=(4.0, 1.0, 2.0, 3.0))
 
-    def make(*assignments: str) -> tuple[Trial, ...]:
+    def make(*assignments: str) -> SweepTrials:
         settings = resolve_settings({}, [*SMALL, *assignments])
-        return trials_of_students(Students(settings, space, teacher, suite, table)).trials
+        return trials_of_students(Students(settings, space, teacher, suite, table))
 
     return make
 
 
-def test_a_plain_teacher_is_trained_further_with_the_flops_of_its_costliest_student(plain_trials):
-    _, *students, continued = plain_trials("distillation.training.num_steps=50")
+def test_a_plain_teacher_is_trained_further_with_the_flops_of_its_costliest_student(plain_plan):
+    _, *students, continued = plain_plan("distillation.training.num_steps=50").trials
     assert (continued.role, continued.label) == ("baseline", TEACHER_CONTINUED)
     assert continued.model.num_layers == 4
     flops = [training_flops(trial.job) for trial in students]
@@ -219,16 +221,26 @@ def test_a_plain_teacher_is_trained_further_with_the_flops_of_its_costliest_stud
     assert max(flops) <= training_flops(continued.job) < max(flops) * 1.03 > min(flops) * 1.1
 
 
-def test_pruned_students_differ_by_the_layers_that_they_keep(plain_trials):
+def test_pruned_students_differ_by_the_layers_that_they_keep(plain_plan):
     own = ["x,0,0,0", "0,0,0,x"]
-    teacher, *pruned = plain_trials(
+    teacher, *pruned = plain_plan(
         "distillation.control=pruned", "sweep.num_schedules=0", f"sweep.schedules={own}"
-    )
+    ).trials
     assert {trial.opened_schedule for trial in pruned} == set(own)
     assert {trial.checkpoint for trial in pruned} == {teacher.checkpoint}
     assert [trial.model.num_layers for trial in pruned] == [3, 3]
     assert len({trial.key for trial in (teacher, *pruned)}) == 3
     assert len({trial.folder for trial in (teacher, *pruned)}) == 3
+
+
+def test_a_plan_says_what_its_students_leave_out(plain_plan):
+    own = ("sweep.leave_out_layers=1", "sweep.schedules=[uniform]")
+    plain = plain_plan(*own)
+    sentences = plan_sentences(plain, SweepSettings(), trial_states(plain, SweepSettings()))
+    assert sentences[-1] == "thresholds: a layer whose influence is below is left out"
+    params = sweep_parameters(plain, resolve_settings({}, own))
+    expected = {"influence_metric": "loss", "leave_out_layers": "1", "schedules": "uniform"}
+    assert expected.items() <= params.items()
 
 
 # Elastic weights
