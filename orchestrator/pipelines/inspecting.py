@@ -7,7 +7,7 @@ those that its files name, and its FLOPs are not known.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from iiet.facts import facts_of
 from iiet.pruning import InfluenceTable
 from orchestrator.models.folder import (
     StoredTensor,
+    load_provenance,
     precision_of,
     read_config,
     stored_tensors,
@@ -83,6 +84,9 @@ class InspectedModel(Result):
     runs."""
     kv_bytes_per_token: int | None
     """Keys and values that a token adds to the cache, in the type of the stored weights."""
+    kept_layers: list[int]
+    """Of a model that leaves layers out, those of its teacher, or of the checkpoint under the given
+    schedule, that it keeps; counted from 1. Else empty."""
     influence_metric: str | None
     """Metric of the stored influence; None if none is stored."""
     layer_influence: list[float]
@@ -129,6 +133,8 @@ class InspectedModel(Result):
         yield "type", f"{self.kind}; {support}"
         for size, value in self.sizes.items():
             yield size, f"{value:,}" if isinstance(value, int) else value
+        if self.kept_layers:
+            yield "kept layers", ", ".join(map(str, self.kept_layers))
         yield (
             "parameters",
             f"{self.num_parameters:,}, stored as {self.precision} in "
@@ -220,6 +226,7 @@ def inspect_model(
         "precision": precision,
         "weight_bytes": sum(file.stat().st_size for file in weight_files(opened.path)),
         "context_length": opened.context_length,
+        "kept_layers": [layer + 1 for layer in _kept_layers(opened)],
     }
     if opened.config is None:
         return InspectedModel(**facts, **_facts_of_other(opened, tensors, precision))
@@ -232,6 +239,16 @@ def inspect_model(
         **_facts_of_influence(table),
         **_retrofit(settings, space, opened),
     )
+
+
+def _kept_layers(model: OpenedModel) -> Sequence[int]:
+    """Return which layers a model keeps of its teacher or checkpoint; none if it keeps all."""
+    if model.schedule_in_checkpoint is not None:
+        return model.schedule_in_checkpoint.kept_layers
+    if model.is_external:
+        return ()
+    kept_layers: Sequence[int] | None = load_provenance(model.path).get("kept_layers")
+    return kept_layers or ()
 
 
 def _facts_of_decoder(config: ModelConfig, precision: str) -> dict[str, Any]:

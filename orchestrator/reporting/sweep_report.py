@@ -271,7 +271,8 @@ def names_explained(front: Front) -> str:
         return f"{nfe}."
     name = schedules[0]
     layers = " (0*12: 12 layers without)" if "*" in name else ""
-    return f"A name such as {name} counts the corrections of each layer{layers}; {nfe}."
+    left_out = ", x is a layer that is left out" if "x" in name else ""
+    return f"A name such as {name} counts the corrections of each layer{layers}{left_out}; {nfe}."
 
 
 def table_legend(front: Front) -> list[str]:

@@ -164,7 +164,13 @@ def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -
     def is_on_front(row: Row) -> str:
         return confidence_text(known(row, CONFIDENCE_ON_FRONT))
 
+    def left_out(row: Row) -> str:
+        """Return the schedule that says which layers are left out, if the label says how many."""
+        schedule = row["trial"].teacher_schedule or ""
+        return "" if schedule in row["label"] else schedule
+
     columns.append((Column("schedule", is_text=True), lambda row: row["label"]))
+    columns.append((Column("left out (x)", 3, is_text=True), left_out))
     if front.sweeps:
         columns.append((Column("sweep", is_text=True), lambda row: row["sweep"]))
     columns.append((Column("threshold", 9), threshold))

@@ -85,6 +85,15 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
         assert text in shown
 
 
+def test_a_student_that_leaves_layers_out_says_which_it_keeps(workspace, save_tiny, inspect):
+    student = {"method": "vanilla", "schedule": None, "num_layers": 3}
+    folder = save_tiny(workspace.runs / "student", provenance={"kept_layers": [0, 2, 5]}, **student)
+    assert inspect(folder)["kept_layers"] == [1, 3, 6]
+    whole = save_tiny(workspace.runs / "whole", **student)
+    assert inspect(whole)["kept_layers"] == []
+    assert inspect(whole, "-r", "0,x,0")["kept_layers"] == [1, 3]
+
+
 @pytest.mark.parametrize("case", ["llama3", "qwen3", "smollm3 windows"])
 def test_a_plain_model_of_transformers_is_read_natively(case, tmp_path, inspect):
     random_model(case).save_pretrained(tmp_path / "model")

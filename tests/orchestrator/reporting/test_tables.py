@@ -280,3 +280,18 @@ def test_tables_of_influence_read_as_stored(tmp_path):
         parts[title] = printed(*influence_tables(table), width=80).splitlines()
         parts[f"{title}, Markdown"] = influence_table(table).to_markdown().splitlines()
     assert_as_stored("influence.txt", parts, tmp_path)
+
+
+def test_the_table_says_which_layers_are_left_out_where_the_label_says_how_many(sample_results):
+    which = {"27 of 30 layers": "0*4,x*3,0*23", "0,x,0": "0,x,0"}
+    results = [
+        trial.model_copy(update={"label": label, "teacher_schedule": schedule})
+        for trial, (label, schedule) in zip(sample_results[1:], which.items(), strict=False)
+    ]
+    table = models_table(sample_front([sample_results[0], *results])).to_markdown().splitlines()
+    head, _, *rows = [line.split(" | ") for line in table if " | " in line]
+    column = head.index("left out (x)")
+    cells = {row[0].strip("|* "): row[column].strip("* ") for row in rows}
+    assert cells["27 of 30 layers"] == "0*4,x*3,0*23"
+    assert cells["0,x,0"] == cells["teacher"] == "", "its label says it"
+    assert "left out" not in models_table(sample_front(sample_results)).to_markdown()
