@@ -15,32 +15,42 @@ from orchestrator.settings import (
 from orchestrator.workspace.errors import UserError
 
 
-def test_the_address_in_the_settings_counts_before_the_variable(monkeypatch):
-    for setting, variable, expected in (
-        (None, None, "local"),
+@pytest.mark.parametrize(
+    ("setting", "variable", "expected"),
+    [
         (None, "", "local"),
         (None, "head:6379", "head:6379"),
         ("other:6379", "head:6379", "other:6379"),
         ("local", "head:6379", "local"),
         ("auto", "head:6379", "auto"),
-        ("[fe80::1]:6379", None, "[fe80::1]:6379"),
-        ("a-b.example:1", None, "a-b.example:1"),
-    ):
-        monkeypatch.setenv("RAY_ADDRESS", variable or "")
-        assert ClusterSettings(address=setting).ray_address == expected
-    for address, words in (
+        ("[fe80::1]:6379", "", "[fe80::1]:6379"),
+        ("a-b.example:1", "", "a-b.example:1"),
+    ],
+)
+def test_the_address_in_the_settings_counts_before_the_variable(
+    setting, variable, expected, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ClusterSettings(address=setting).ray_address == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
         ("ray://head:10001", "Ray Client"),
         ("http://head:8265", "HOST:PORT"),
         ("head", "HOST:PORT"),
         ("head:0", "HOST:PORT"),
         ("head:65536", "HOST:PORT"),
         ("head:6379 x", "HOST:PORT"),
-    ):
-        with pytest.raises(UserError, match=f"cluster.address: .*{words}"):
-            resolve_settings({"cluster": {"address": address}})
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(UserError, match=f"RAY_ADDRESS: .*{words}"):
-            _ = ClusterSettings().ray_address
+    ],
+)
+def test_an_address_that_ray_cannot_join_is_refused_where_it_was_set(address, words, monkeypatch):
+    with pytest.raises(UserError, match=f"cluster.address: .*{words}"):
+        resolve_settings({"cluster": {"address": address}})
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS: .*{words}"):
+        _ = ClusterSettings().ray_address
 
 
 def test_workers_that_share_a_model_and_the_fewest_gpus():
@@ -51,24 +61,31 @@ def test_workers_that_share_a_model_and_the_fewest_gpus():
     assert ClusterSettings(num_gpus=8, min_gpus=2).fewest_gpus == 2
 
 
-def test_secrets_are_not_given_by_value_and_are_not_repeated():
-    for entry in ("HF_TOKEN", "AWS_*", "NCCL_DEBUG=INFO", "KEY_FILE=/a b", "A="):
-        assert resolve_settings({"cluster": {"env": [entry]}}).cluster.env == (entry,)
-    for entry, words in (
+@pytest.mark.parametrize("entry", ["HF_TOKEN", "AWS_*", "NCCL_DEBUG=INFO", "KEY_FILE=/a b", "A="])
+def test_variables_of_workers_are_names_or_have_values_that_are_no_secrets(entry):
+    assert resolve_settings({"cluster": {"env": [entry]}}).cluster.env == (entry,)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
         ("*", "the name of a variable"),
         ("1A", "the name of a variable"),
         ("A B=c", "the name of a variable"),
         ("HF_TOKEN=hf_abc", "give only its name"),
         ("MY_SECRET_KEY=abc", "give only its name"),
         ("PROXY=http://me:hf_abc@host", "give only its name"),
-    ):
-        with pytest.raises(UserError, match=f"cluster.env: .*{words}") as caught:
-            resolve_settings({}, [f"cluster.env=['{entry}']"])
-        assert "abc" not in str(caught.value)
+    ],
+)
+def test_secrets_are_not_given_by_value_and_are_not_repeated(entry, words):
+    with pytest.raises(UserError, match=f"cluster.env: .*{words}") as caught:
+        resolve_settings({}, [f"cluster.env=['{entry}']"])
+    assert "abc" not in str(caught.value)
 
 
-def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):
-    for assignments, expected in (
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
         ((), ("fp32", "fp32", None)),
         (("cluster.num_gpus=8",), ("bf16", "bf16", "bf16")),
         (("cluster.num_gpus=8", "training.precision=fp32"), ("fp32", "bf16", "bf16")),
@@ -77,12 +94,16 @@ def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path):
         # A run on CPUs whose trials have GPUs: only what the trials do is in bf16.
         (("sweep.gpus_per_trial=1",), ("fp32", "bf16", "bf16")),
         (("sweep.gpus_per_trial=1", "sweep.kind=iterations"), ("bf16", "bf16", "bf16")),
-    ):
-        settings = resolve_settings({}, assignments)
-        recipes = settings.training, settings.distillation.training, settings.evaluation
-        assert tuple(recipe.precision for recipe in recipes) == expected
+    ],
+)
+def test_a_precision_that_nobody_set_is_that_of_the_devices(assignments, expected):
+    settings = resolve_settings({}, assignments)
+    recipes = settings.training, settings.distillation.training, settings.evaluation
+    assert tuple(recipe.precision for recipe in recipes) == expected
+
+
+def test_stored_settings_keep_their_precision_on_other_devices(tmp_path):
     assert resolve_settings({}) == Settings()
-    # Stored settings keep their precision on other devices.
     path = tmp_path / "settings.yaml"
     path.write_text(to_yaml(resolve_settings({}, ["cluster.num_gpus=8"])))
     assert read_settings(path, ["cluster.num_gpus=0"]).training.precision == "bf16"
