@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from changed_trials import in_folder, stop_early, with_job
+from commands import wait_until
 from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 from kept_progress import KeptProgress
@@ -30,6 +31,7 @@ from orchestrator.sweeping.states import RunningSweep, trial_states
 from orchestrator.sweeping.trials import make_search, trials_of_search, trials_of_students
 from orchestrator.sweeping.view import STOPPED_TAG, SweepView
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.stop import stop_requested
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import PLAN_FILE, open_workspace
@@ -202,6 +204,7 @@ def test_the_plan_of_an_interrupted_search_has_all_trials_that_it_suggested(
         if trial not in plan.trials:
             suggested.append(trial.key)
             os.kill(os.getpid(), signal.SIGINT)
+            wait_until(stop_requested)  # The main thread hears it.
         return finished(trial)
 
     end_trials(monkeypatch, end)
