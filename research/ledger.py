@@ -99,8 +99,8 @@ def _front(report: Report, title: str, quality: str, text: Callable[[float], str
 def claims_table(report: Report) -> list[str]:
     """Return the lines of the paper's claims."""
     lines = [
-        "| claim (3 to 5: of students) | paper | here | verdict |",
-        "| --- | ---: | --- | --- |",
+        "| claim (3 to 5: of students) | paper | here | 95 % interval | verdict |",
+        "| --- | ---: | ---: | --- | --- |",
     ]
     return [*lines, *(f"| {' | '.join(_claim_cells(claim))} |" for claim in report["claims"])]
 
@@ -108,9 +108,12 @@ def claims_table(report: Report) -> list[str]:
 def _claim_cells(claim: Report) -> list[str]:
     unit = " % less overhead" if claim["number"] == 3 else " points"
     paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
-    what = " % kept" if claim["number"] == 3 else ""
-    here = f"{claim['here']:.1f}{unit} ({claim['low']:.1f} to {claim['high']:.1f}{what})"
-    return [f"{claim['number']} {claim['text']}", paper, here, claim["verdict"]]
+    here = f"{claim['here']:.1f}{unit}"
+    if claim["kept"] is None:
+        interval = f"{claim['low']:.1f} to {claim['high']:.1f}"
+    else:
+        interval = f"{claim['kept_low']:.1f} to {claim['kept_high']:.1f} % kept"
+    return [f"{claim['number']} {claim['text']}", paper, here, interval, claim["verdict"]]
 
 
 def places_table(
@@ -225,8 +228,8 @@ def _optimizers_cell(study: optimizer_study.Study, other: str) -> str:
 
 
 def _claim_cell(claim: Report) -> str:
-    _, _, here, verdict = _claim_cells(claim)
-    return f"**{verdict}**: {here}"
+    _, _, here, interval, verdict = _claim_cells(claim)
+    return f"**{verdict}**: {here} ({interval}, over {claim['over']})"
 
 
 def _kept_cell(report: Report, name: str) -> str:
@@ -239,7 +242,7 @@ def _kept_cell(report: Report, name: str) -> str:
         return "**says nothing**: the teacher does not beat r = 0"
     verdict = "holds" if low >= PAPER_SHARE_OF_FULL else "not decided"
     saved = 100 * (1 - row["cost/overhead_share"])
-    kept = f"{100 * low:.1f} to {100 * high:.1f} % kept"
+    kept = f"{100 * low:.1f} to {100 * high:.1f} % kept, over {_over(report)}"
     return f"**{verdict}**: {saved:.1f} % less overhead ({kept})"
 
 
@@ -258,13 +261,14 @@ def _reading_cell(reading: Readings) -> str:
     difference = reading.difference(reading.of_arm(STARTS[0]), reading.of_arm(CONTINUED))
     interval = difference.interval
     unit = "bits per byte" if reading.is_text else "points"
-    here = _with_interval(interval.value, interval.low, interval.high, unit)
+    here = _with_interval(interval.value, interval.low, interval.high, unit, interval.over)
     return f"**{WORDS[difference.verdict(reading.least)]}**: {here}"
 
 
 def _pilot_cell(pilot: Pilot) -> str:
     word = WORDS[pilot.verdict]
-    here = _with_interval(100 * pilot.gain, 100 * pilot.gain_low, 100 * pilot.gain_high, "points")
+    numbers = (100 * pilot.gain, 100 * pilot.gain_low, 100 * pilot.gain_high)
+    here = _with_interval(*numbers, "points", "items of one seed")
     return f"**{word}**: {here} in one pilot"
 
 
@@ -290,12 +294,16 @@ def difference_cells(report: Report, name: str, against: str) -> list[str]:
     better = factor * row[f"paired/{against}"]
     low, high = sorted(factor * row[f"paired/{against}_{end}"] for end in ("low", "high"))
     verdict = "holds" if low > 0 else "does not hold" if high < 0 else "not decided"
-    return [_with_interval(better, low, high, unit), verdict]
+    return [_with_interval(better, low, high, unit, _over(report)), verdict]
 
 
-def _with_interval(difference: float, low: float, high: float, unit: str) -> str:
+def _over(report: Report) -> str:
+    return "seeds and items" if report["confidence_basis"]["num_seeds"] > 1 else "items of one seed"
+
+
+def _with_interval(difference: float, low: float, high: float, unit: str, over: str) -> str:
     digits = 1 if unit == "points" else 3
-    return f"{difference:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{difference:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f}, over {over})"
 
 
 TABLES: dict[str, Callable[..., list[str]]] = {

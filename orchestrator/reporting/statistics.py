@@ -68,6 +68,8 @@ INTERVAL_LEVEL = 0.95
 """Share of intervals that hold the truth."""
 POWER = 0.8
 """Share of sweeps that would show a difference of the size that they are said to tell apart."""
+EXPECTED_SHARE_DIFFERING = 0.06
+"""Share of the items on which two models of a sweep are assumed to differ until it is measured."""
 DEMANDED_SHARE = 0.99
 """A model keeps the full model's quality if it reaches this share of it, unless a user demands
 another one."""

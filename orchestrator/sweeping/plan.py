@@ -16,7 +16,8 @@ from pydantic import Field
 from orchestrator.cluster.task import lack_of_resources
 from orchestrator.data.preparation import expected_tokens
 from orchestrator.data.text import unread_note
-from orchestrator.evaluation.tasks import needs_lm_eval
+from orchestrator.evaluation.heldout import LAST_WORD, has_accuracy, is_heldout_task
+from orchestrator.evaluation.tasks import HELDOUT, named_tasks, needs_lm_eval
 from orchestrator.pipelines.influence import InfluencePlan
 from orchestrator.pipelines.training import TrainingPlan
 from orchestrator.planning.estimate import Estimate
@@ -29,7 +30,14 @@ from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.costs import exact_cost, full_trial
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
+from orchestrator.reporting.statistics import (
+    EXPECTED_SHARE_DIFFERING,
+    INTERVAL_LEVEL,
+    POWER,
+    resolvable_difference,
+)
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings
+from orchestrator.settings.data import is_depth_task
 from orchestrator.sweeping.models import check_devices
 from orchestrator.sweeping.plan_text import plan_sentences, plan_table
 from orchestrator.sweeping.retrofit import Retrofit
@@ -234,6 +242,7 @@ class SweepPlan(Result):
         if unread := unread_note(self.settings.data):
             notes.append(unread)
         notes += self._training_notes()
+        notes += self._resolution_notes()
         prices = self.control_prices
         sentences = self.retrofit.sentences if self.retrofit else {}
         for name, text in sentences.items():
@@ -249,6 +258,37 @@ class SweepPlan(Result):
         if competing_trials(self.trials, sweep):
             notes.append(AshaRule.of(sweep).text)
         return tuple(notes)
+
+    def _resolution_notes(self) -> Iterator[str]:
+        """Say which differences of accuracy the sweep can show, if the number of items is known."""
+        evaluation = self.settings.evaluation
+        num_items = 0
+        for task in self._accuracy_tasks():
+            most = evaluation.num_items if is_heldout_task(task) else evaluation.limit
+            if most is None:  # The whole task, which is not loaded.
+                return
+            num_items += min(most, evaluation.limit or most)
+        if num_items:
+            least = resolvable_difference(num_items, EXPECTED_SHARE_DIFFERING)
+            yield (
+                f"this sweep can tell models apart from {100 * least:.1f} points of accuracy on "
+                f"({POWER:.0%} power, {INTERVAL_LEVEL:.0%} confidence) by {num_items:,} items, if "
+                f"the tasks have so many and two models differ on {EXPECTED_SHARE_DIFFERING:.0%} "
+                "of them; it says nothing of other seeds"
+            )
+
+    def _accuracy_tasks(self) -> list[str]:
+        """Return the tasks that give an accuracy, also of data that are not prepared yet."""
+        data = self.settings.data
+        sources = {"depth": data.depth.tasks, "mixture": tuple(data.shares)}
+        of_data = sources.get(data.source, (data.source,))
+        tasks = []
+        for name in named_tasks(self.settings.evaluation):
+            if name == HELDOUT:
+                tasks += [part if is_depth_task(part) else LAST_WORD for part in of_data]
+            elif not is_heldout_task(name) or has_accuracy(name):
+                tasks.append(name)
+        return list(dict.fromkeys(tasks))
 
     def _training_notes(self) -> Iterator[str]:
         """Yield what a reader may ask of the models that are left to pretrain: their rates, when

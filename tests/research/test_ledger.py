@@ -37,10 +37,17 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
     row = {"name": "a", "paired/vs_b": -0.2, "paired/vs_b_low": -0.3, "paired/vs_b_high": -0.1}
     cells = {}
     for axis in ("quality/accuracy", "quality/bits_per_byte"):
-        report = {"axes": {"quality": axis}, "results": [row]}
+        basis = {"num_seeds": 3 if axis == "quality/accuracy" else 1}
+        report = {"axes": {"quality": axis}, "results": [row], "confidence_basis": basis}
         cells[axis] = ledger.difference_cells(report, "a", "vs_b")
-    assert cells["quality/accuracy"] == ["-20.0 points (-30.0 to -10.0)", "does not hold"]
-    assert cells["quality/bits_per_byte"] == ["0.200 bits per byte (0.100 to 0.300)", "holds"]
+    assert cells["quality/accuracy"] == [
+        "-20.0 points (-30.0 to -10.0, over seeds and items)",
+        "does not hold",
+    ]
+    assert cells["quality/bits_per_byte"] == [
+        "0.200 bits per byte (0.100 to 0.300, over items of one seed)",
+        "holds",
+    ]
     unsure = {**report, "results": [{**row, "paired/vs_b_high": 0.1}]}
     assert ledger.difference_cells(unsure, "a", "vs_b")[1] == "not decided"
 

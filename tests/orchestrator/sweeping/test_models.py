@@ -16,7 +16,7 @@ from iiet.pruning import InfluenceTable
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of
-from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.settings import TrainingSettings, read_settings, resolve_settings
 from orchestrator.sweeping.models import (
     TEACHER,
     check_models,
@@ -415,3 +415,20 @@ def test_models_whose_labels_end_with_their_seeds_are_seeds_of_one_model(space, 
     assert (plan.num_requested, plan.num_distinct) == (1, 1)
     alone = trials_from_scratch(settings, space, tokens, {"mine, seed 1": settings})
     assert [(trial.group, trial.seed) for trial in alone.trials] == [(None, None)], "its seed is 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "points"),
+    [
+        ("claims", [], "1.1"),  # Two tasks of 2,000 items.
+        ("claims", ["evaluation.limit=350"], "2.6"),
+        ("toy", [], "2.6"),
+        ("toy", ["evaluation.suite=lastword,piqa", "evaluation.limit=500"], "2.2"),
+        ("toy", ["evaluation.suite=heldout,piqa"], ""),  # How many items piqa has is not known yet.
+    ],
+)
+def test_a_plan_says_which_differences_its_items_can_show(tmp_path, name, changes, points):
+    plan = plan_sweep(read_settings(name, changes), workspace=open_workspace(tmp_path))
+    notes = [note for note in plan.notes if "tell models apart" in note]
+    assert bool(notes) == bool(points)
+    assert all(f"from {points} points" in note and "6%" in note for note in notes)
