@@ -78,7 +78,7 @@ NUM_ROUNDS_OF_SMALL = 10
 COUNTS_OF_SMOLLM2 = (1, 2, 3, 4, 6, 9, 12, 15)
 """How many layers SmolLM2 loses; the small models lose each number up to half."""
 SEQUENCES_AT_ONCE = 4
-"""Sequences of a forward pass that measures what is lost."""
+"""Sequences of a forward pass."""
 SHORTEST_DESCRIPTION = 500
 """Characters that the description of a package has at least."""
 PASSAGE_CHARACTERS = 4000
@@ -285,8 +285,12 @@ class ChoiceStudy:
         }
         new = ModelChoices(num_layers=decoder.config.num_layers, bits_per_nat=bits_per_nat(data))
         choices = self.models.setdefault(name, new)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == SMOLLM2), torch.no_grad():
-            self._choose(choices, decoder, parts[CHOOSES_LAYERS])
+        # A cache would keep the cast weights of every smaller decoder: gigabytes.
+        in_bf16 = torch.autocast(
+            "cpu", dtype=torch.bfloat16, enabled=name == SMOLLM2, cache_enabled=False
+        )
+        with in_bf16, torch.no_grad():
+            self._choose(choices, decoder, in_larger_batches(parts[CHOOSES_LAYERS]))
             for layers in ((), *unmeasured(choices)):
                 if key_of(layers) not in choices.nats:
                     smaller = without_layers(decoder, layers)
@@ -381,12 +385,18 @@ def without_layers(decoder: Decoder, layers: Sequence[int]) -> Decoder:
     return decoder_of_kept_layers(decoder, left)
 
 
+def in_larger_batches(batches: Sequence[Batch]) -> list[Batch]:
+    """Return sequences of text, of which several are in each batch."""
+    ids = torch.cat([batch.input_ids for batch in batches])
+    return [Batch.of_text(part) for part in ids.split(SEQUENCES_AT_ONCE)]
+
+
 def nats_of(decoder: Decoder, batches: Sequence[Batch]) -> list[float]:
     """Return the nats per token of each sequence."""
     nats: list[float] = []
-    for first in range(0, len(batches), SEQUENCES_AT_ONCE):
-        ids = torch.cat([batch.input_ids for batch in batches[first : first + SEQUENCES_AT_ONCE]])
-        for logits, targets in zip(decoder(ids), ids, strict=True):
+    for batch in in_larger_batches(batches):
+        logits_of_batch = decoder(batch.input_ids)
+        for logits, targets in zip(logits_of_batch, batch.input_ids, strict=True):
             nats.append(functional.cross_entropy(logits[:-1].float(), targets[1:]).item())
     return nats
 
