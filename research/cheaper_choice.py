@@ -34,7 +34,7 @@ from torch.nn import functional
 from iiet import Decoder, decoder_of_kept_layers, influence_table
 from iiet.batch import Batch
 from iiet.influence import leave_out_one_at_a_time
-from iiet.pruning import LeavingRound, most_important_layers, table_of_rounds
+from iiet.pruning import LeavingRound, most_important_layers
 from orchestrator import import_model, pretrain, read_settings
 from orchestrator.cli.app import exit_code_of
 from orchestrator.data.mixture import open_data
@@ -114,11 +114,19 @@ class ModelChoices:
         return COUNTS_OF_SMOLLM2 if half == max(COUNTS_OF_SMOLLM2) else range(1, half + 1)
 
     @property
+    def finished_ways(self) -> list[str]:
+        """The ways of which each choice is measured."""
+        return [
+            way
+            for way in WAYS
+            if way in self.left_out
+            and all(key_of(layers) in self.nats for layers in self.left_out[way].values())
+        ]
+
+    @property
     def is_complete(self) -> bool:
-        """Whether each choice is measured."""
-        chosen = [layers for way in self.left_out.values() for layers in way.values()]
-        is_chosen = self.left_out.keys() == set(WAYS)
-        return is_chosen and all(key_of(layers) in self.nats for layers in chosen)
+        """Whether each choice of all ways is measured."""
+        return self.finished_ways == [*WAYS]
 
     def layers_left_out(self, way: str, count: int) -> list[int]:
         """Return which layers a way that measures each layer once leaves out, or one that has
@@ -290,15 +298,25 @@ class ChoiceStudy:
             "cpu", dtype=torch.bfloat16, enabled=name == SMOLLM2, cache_enabled=False
         )
         with in_bf16, torch.no_grad():
-            self._choose(choices, decoder, in_larger_batches(parts[CHOOSES_LAYERS]))
-            for layers in ((), *unmeasured(choices)):
-                if key_of(layers) not in choices.nats:
-                    smaller = without_layers(decoder, layers)
-                    choices.nats[key_of(layers)] = nats_of(smaller, parts[REPORTS_LAYERS])
-                    self.store()
-                    print(f"{name} without {key_of(layers) or 'none'}", flush=True)
+            choosing = in_larger_batches(parts[CHOOSES_LAYERS])
+            self._measure_once(choices, decoder, choosing)
+            self._report(name, decoder, parts[REPORTS_LAYERS])
+            self._leave_one_at_a_time(choices, decoder, choosing)
+            self._report(name, decoder, parts[REPORTS_LAYERS])
 
-    def _choose(self, choices: ModelChoices, decoder: Decoder, batches: Sequence[Batch]) -> None:
+    def _report(self, name: str, decoder: Decoder, batches: Sequence[Batch]) -> None:
+        """Measure what is lost without each set of layers that was chosen."""
+        choices = self.models[name]
+        for layers in ((), *chosen_sets(choices)):
+            if key_of(layers) not in choices.nats:
+                choices.nats[key_of(layers)] = nats_of(without_layers(decoder, layers), batches)
+                self.store()
+                print(f"{name} without {key_of(layers) or 'none'}", flush=True)
+
+    def _measure_once(
+        self, choices: ModelChoices, decoder: Decoder, batches: Sequence[Batch]
+    ) -> None:
+        """Choose layers in all ways but one at a time."""
         for metric in METRICS:
             if metric not in choices.influence:
                 measure = partial(
@@ -308,6 +326,28 @@ class ChoiceStudy:
                 choices.influence[metric] = list(table.layer_values)
                 choices.cpu_seconds[metric] = seconds
                 self.store()
+        hidden, choices.cpu_seconds[BLOCK] = timed(partial(hidden_states_of, decoder, batches))
+        num_layers = choices.num_layers
+        for count in choices.counts:
+            even = uniform_schedule(decoder.schedule, num_layers - count)
+            chosen = {
+                BLOCK: block_of(hidden, count),
+                EVEN: even.left_out_layers,
+                LAST: range(num_layers - 1 - count, num_layers - 1),
+            }
+            for way in METRICS:
+                choices.left_out.setdefault(way, {})[str(count)] = choices.layers_left_out(
+                    way, count
+                )
+            for way, layers in chosen.items():
+                from_one = [layer + 1 for layer in layers]
+                choices.left_out.setdefault(way, {})[str(count)] = from_one
+        self.store()
+
+    def _leave_one_at_a_time(
+        self, choices: ModelChoices, decoder: Decoder, batches: Sequence[Batch]
+    ) -> None:
+        """Choose layers one at a time; each round is stored."""
         rounds = [LeavingRound.from_dict(values) for values in choices.rounds]
         leaving = leave_out_one_at_a_time(
             decoder, batches, metric=LOSS, num_leaving=max(choices.counts), rounds=rounds
@@ -320,36 +360,18 @@ class ChoiceStudy:
             choices.cpu_seconds[ONE_AT_A_TIME] = spent + seconds
             self.store()
             print(f"layer {one.layer + 1} has left", flush=True)
-        table = influence_table(decoder, batches[:1], metric=COSINE)
-        in_order = table_of_rounds(table, rounds).layer_values
-        hidden, choices.cpu_seconds[BLOCK] = timed(partial(hidden_states_of, decoder, batches))
-        num_layers = choices.num_layers
-        for way in WAYS:
-            of_way: dict[str, list[int]] = {}
-            for count in choices.counts:
-                if way in METRICS:
-                    of_way[str(count)] = choices.layers_left_out(way, count)
-                    continue
-                if way == ONE_AT_A_TIME:
-                    kept = most_important_layers(in_order, num_layers - count)
-                    layers = sorted({*range(num_layers)} - {*kept})
-                elif way == BLOCK:
-                    layers = block_of(hidden, count)
-                elif way == EVEN:
-                    even = uniform_schedule(decoder.schedule, num_layers - count)
-                    layers = list(even.left_out_layers)
-                else:
-                    layers = list(range(num_layers - 1 - count, num_layers - 1))
-                of_way[str(count)] = [layer + 1 for layer in layers]
-            choices.left_out[way] = of_way
+        order = [one.layer + 1 for one in rounds]
+        choices.left_out[ONE_AT_A_TIME] = {
+            str(count): sorted(order[:count]) for count in choices.counts
+        }
         self.store()
 
 
-def unmeasured(choices: ModelChoices) -> Iterator[tuple[int, ...]]:
-    """Yield the sets of layers that are left out, those of few layers first."""
+def chosen_sets(choices: ModelChoices) -> Iterator[tuple[int, ...]]:
+    """Yield the sets of layers that were chosen, those of few layers first."""
     for count in choices.counts:
-        for way in WAYS:
-            yield tuple(choices.left_out[way][str(count)])
+        for of_way in choices.left_out.values():
+            yield tuple(of_way[str(count)])
 
 
 def hidden_states_of(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor]:
@@ -388,7 +410,7 @@ def without_layers(decoder: Decoder, layers: Sequence[int]) -> Decoder:
 def in_larger_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Return sequences of text, of which several are in each batch."""
     ids = torch.cat([batch.input_ids for batch in batches])
-    return [Batch.of_text(part) for part in ids.split(SEQUENCES_AT_ONCE)]
+    return [Batch.of_text(part) for part in torch.split(ids, SEQUENCES_AT_ONCE)]
 
 
 def nats_of(decoder: Decoder, batches: Sequence[Batch]) -> list[float]:
@@ -428,7 +450,7 @@ def choices_in(stored: Mapping[str, Any]) -> dict[str, ModelChoices]:
 
 def best_way(choices: ModelChoices) -> str:
     """Return the way of the lowest mean rise over all counts of layers."""
-    return min(WAYS, key=lambda way: fmean(choices.mean_rises(way)))
+    return min(choices.finished_ways, key=lambda way: fmean(choices.mean_rises(way)))
 
 
 def chosen_default(models: Mapping[str, ModelChoices], interval: Callable[..., Any]) -> str:

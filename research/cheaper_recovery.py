@@ -189,8 +189,9 @@ def trainings_of(piece: str, config: ModelConfig) -> Iterator[Training]:
 
     first, second = RATES
     if piece == "short":
+        yield student(STUDENTS[0], BOTH, first)
         yield control(STUDENTS[0], first)
-        for num_layers in STUDENTS:
+        for num_layers in STUDENTS[1:]:
             yield student(num_layers, BOTH, first)
         yield control(STUDENTS[0], second)
         yield student(COMPARED, BOTH, second)

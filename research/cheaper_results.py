@@ -60,8 +60,6 @@ KEPT_SHARES = (0.98, 0.95)
 """Shares of the right answers that a student may keep."""
 MOST_RATIOS = (1.02, 1.05)
 """Bits per byte of a student over those of the whole model."""
-LARGEST_RISE = 3.0
-"""Bits per byte at which the picture ends."""
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -74,37 +72,52 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 def choice_part(models: Mapping[str, ModelChoices]) -> list[str]:
     """Return the paragraphs on the choice of layers."""
-    finished = {name: choices for name, choices in models.items() if choices.is_complete}
     parts = ["### Question 1: which layers can go?"]
-    if SMOLLM2 in finished:
+    shown = measured_models(models)
+    if SMOLLM2 in shown:
         parts += [
             "SmolLM2-135M: rise of the bits per byte, by layers left out. "
-            f"The whole model needs {_whole_bits(finished[SMOLLM2]):.3f}.",
-            _rises_table(finished[SMOLLM2]),
+            f"The whole model needs {_whole_bits(shown[SMOLLM2]):.3f}.",
+            _rises_table(shown[SMOLLM2]),
         ]
-    if finished:
-        names = [name for name in (SMOLLM2, *SMALL) if name in finished]
+    if shown:
         rows = [
-            [way, *(_score_text(finished[name], way) for name in names)]
-            for way in WAYS
+            [way, *(_score_text(choices, way) for choices in shown.values())] for way in WAYS
         ]  # fmt: skip
         parts += [
-            "Scores: the mean rise over all numbers of layers, with its 95 % interval over "
-            "sequences; in brackets the difference from `loss`. **Best** in bold.",
-            markdown_table(["way", *names], rows),
+            "Scores: the mean rise over all numbers of layers; in brackets that of `loss` its 95 % "
+            "interval over sequences, of the others the difference from `loss` with its interval. "
+            "The best in bold.",
+            markdown_table(["way", *shown], rows),
             "![Rise of the bits per byte by layers left out, a line for each way, a panel for "
             "each model](images/cheaper-choice.png)",
         ]
-    missing = [name for name in (SMOLLM2, *SMALL) if name not in finished]
-    if missing:
-        parts.append(f"Not run: {', '.join(missing)}. So the rule is not applied yet.")
-    else:
-        default = chosen_default(models, mean_interval)
-        word_of = "stays" if default == DEFAULT else "becomes"
+    missing = [name for name in (SMOLLM2, *SMALL) if name not in shown]
+    unfinished = [
+        f"`{way}` of {name}"
+        for name, choices in shown.items()
+        for way in WAYS
+        if way not in choices.finished_ways
+    ]
+    if missing or unfinished:
         parts.append(
-            f"By the rule **`{default}` {word_of} the default** of `influence` for whole layers."
+            f"Not run to the end: {', '.join([*missing, *unfinished])}. So the rule is not "
+            "applied yet, and the default stays."
         )
+        return parts
+    default = chosen_default(models, mean_interval)
+    verb = "stays" if default == DEFAULT else "becomes"
+    parts.append(f"By the rule **`{default}` {verb} the default** of `influence` for whole layers.")
     return parts
+
+
+def measured_models(models: Mapping[str, ModelChoices]) -> dict[str, ModelChoices]:
+    """Return the models of which at least the default way is measured, in their order."""
+    return {
+        name: models[name]
+        for name in (SMOLLM2, *SMALL)
+        if name in models and DEFAULT in models[name].finished_ways
+    }
 
 
 def _whole_bits(choices: ModelChoices) -> float:
@@ -112,30 +125,29 @@ def _whole_bits(choices: ModelChoices) -> float:
 
 
 def _rises_table(choices: ModelChoices) -> str:
+    ways = choices.finished_ways
     rows = []
     for count in choices.counts:
-        rises = {way: fmean(choices.rises(way, count)) for way in WAYS}
+        rises = {way: fmean(choices.rises(way, count)) for way in ways}
         least = min(rises.values())
         cells = [
             f"**{rise:.3f}**" if rise == least else f"{rise:.3f}" for rise in rises.values()
         ]  # fmt: skip
         rows.append([str(count), *cells])
+    shown = [NUM_LAYERS - count for count in STUDENTS]
     rows_of_layers = [
-        [way, *(", ".join(map(str, choices.left_out[way][str(n)])) for n in _shown(choices))]
-        for way in WAYS
-    ]
-    header = ["way", *(f"{n} layers left out" for n in _shown(choices))]
-    table = markdown_table(["left out", *WAYS], rows)
-    return f"{table}\n\nWhich layers these are, the first being 1:\n\n" + markdown_table(
-        header, rows_of_layers
-    )
-
-
-def _shown(choices: ModelChoices) -> list[int]:
-    return [NUM_LAYERS - n for n in STUDENTS if NUM_LAYERS - n in choices.counts]
+        [way, *(", ".join(map(str, choices.left_out[way][str(n)])) for n in shown)]
+        for way in ways
+    ]  # fmt: skip
+    header = ["way", *(f"{n} layers" for n in shown)]
+    table = markdown_table(["left out", *ways], rows)
+    of_layers = markdown_table(header, rows_of_layers)
+    return f"{table}\n\nWhich layers these are, the first being 1:\n\n{of_layers}"
 
 
 def _score_text(choices: ModelChoices, way: str) -> str:
+    if way not in choices.finished_ways:
+        return "not finished"
     score = mean_interval(choices.mean_rises(way))
     text = f"{score.value:.3f}"
     if way == best_way(choices):
@@ -152,21 +164,18 @@ def choice_chart(models: Mapping[str, ModelChoices]) -> Spec:
     panels = []
     for name, choices in models.items():
         points = [
-            {"way": way, "count": count, "rise": max(0.01, fmean(choices.rises(way, count)))}
-            for way in WAYS
+            {"way": way, "count": count, "rise": fmean(choices.rises(way, count))}
+            for way in choices.finished_ways
             for count in choices.counts
         ]
+        rise_axis = {"type": "symlog", "constant": 0.2, "domainMin": 0}
         encoding = {
             "x": number("count", title="layers left out", axis={"tickMinStep": 1}),
-            "y": number(
-                "rise", title="rise, bits per byte",
-                scale={"type": "log", "domain": [0.01, LARGEST_RISE], "clamp": True},
-            ),
-            "color": word("way", sort=list(WAYS), title=None, legend={"orient": "bottom"}),
-            "shape": word("way", sort=list(WAYS), title=None),
-        }  # fmt: skip
+            "y": number("rise", title="rise, bits per byte", scale=rise_axis),
+            "color": word("way", sort=[*WAYS], title=None, legend={"orient": "bottom"}),
+        }
         line = marks("line", encoding, values=points, strokeWidth=1.6, point=True)
-        panels.append({**line, "title": name, "width": 300, "height": 220})
+        panels.append({**line, "title": name, "width": 330, "height": 240})
     return chart_spec({"concat": panels, "columns": 2})
 
 
@@ -296,6 +305,10 @@ def recovery_part(stored: Mapping[str, Any]) -> list[str]:
         ]
         header = ["layers", "million parameters", "KiB of cache a token", "CPU ms/token", "of 30"]
         parts.append(markdown_table(header, rows))
+        parts.append(
+            "![Bits per byte of both texts against CPU time per token, a point for each number "
+            "of layers](images/cheaper-recovery.png)"
+        )
     for piece in ("short", "long"):
         arms = [*((n, PRUNED) for n in (NUM_LAYERS, *STUDENTS))]
         arms += [(NUM_LAYERS, CONTINUED), *((n, BOTH) for n in STUDENTS)]
@@ -323,13 +336,11 @@ def recovery_part(stored: Mapping[str, Any]) -> list[str]:
             "whole model, with the 95 % interval.",
             markdown_table(header, rows),
         ]
-        students = [shown[count, BOTH] for count in STUDENTS]
-        sentences = [student.sentence for student in students if student]
-        if sentences:
-            parts += [
-                "By the rule, students trained with cross-entropy and KL:",
-                bullets(sentences),
-            ]
+        for arm, words in ((PRUNED, "untrained models"), (BOTH, "models trained with both losses")):
+            of_arm = [shown[count, arm] for count in STUDENTS]
+            sentences = [reading.sentence for reading in of_arm if reading]
+            if sentences:
+                parts += [f"By the rule, {words}:", bullets(sentences)]
     return parts
 
 
@@ -352,6 +363,42 @@ def _row(readings: Mapping[Training, Reading], reading: Reading) -> list[str]:
     return cells
 
 
+def recovery_lines(stored: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the front page's table: what a model of fewer layers loses and gains.
+
+    Columns of trained models are there once one is trained.
+    """
+    readings = readings_of(stored)
+    header = ["layers", "million parameters", "CPU ms per token"]
+    header += [*(f"{text}, untrained" for text in TEXTS), "right of 32, untrained"]
+    by_count: dict[int, list[str]] = {}
+    for count in (NUM_LAYERS, *STUDENTS):
+        times = stored["times"][str(count)]
+        by_count[count] = [
+            str(count),
+            f"{times['num_parameters'] / 1e6:.0f}",
+            f"{times['cpu_ms_per_token']:.0f}",
+            *_front_page_cells(at_better_rate(readings, "short", count, PRUNED)),
+        ]
+    trained = {
+        count: at_better_rate(readings, "short", count, BOTH if count < NUM_LAYERS else CONTINUED)
+        for count in by_count
+    }
+    if any(trained.values()):
+        header += [*(f"{text}, trained" for text in TEXTS), "right of 32, trained", "CPU minutes"]
+        for count, reading in trained.items():
+            minutes = f"{reading.measured.cpu_seconds / 60:.0f}" if reading else ""
+            by_count[count] += [*_front_page_cells(reading), minutes]
+    return markdown_table(header, [*by_count.values()]).splitlines()
+
+
+def _front_page_cells(reading: Reading | None) -> list[str]:
+    if reading is None:
+        return ["not run", *len(TEXTS) * [""]]
+    bits = [f"{reading.bits(text):.2f}" for text in TEXTS]
+    return [*bits, str(sum(reading.measured.is_right))]
+
+
 def recovery_chart(readings: Mapping[Training, Reading], times: Mapping[str, Any]) -> Spec:
     """Return the front: bits per byte of both texts against CPU time per token."""
     panels = []
@@ -371,7 +418,7 @@ def recovery_chart(readings: Mapping[Training, Reading], times: Mapping[str, Any
                     )
         encoding = {
             "x": number("ms", title="CPU ms per token", scale={"zero": False}),
-            "y": number("bits", title="bits per byte", scale={"zero": False, "type": "log"}),
+            "y": number("bits", title="bits per byte", scale={"zero": False}),
             "color": word("arm", title=None, legend={"orient": "bottom"}),
         }
         names = {**encoding, "text": word("layers")}
@@ -415,10 +462,8 @@ def main() -> None:
     choices = stored_choices()
     recovery = stored_recovery()
     write_text(PAGE, filled(PAGE.read_text("utf-8"), choices, recovery))
-    finished = {name: choices[name] for name in (SMOLLM2, *SMALL) if name in choices}
-    finished = {name: values for name, values in finished.items() if values.is_complete}
-    if finished:
-        save_chart(choice_chart(finished), IMAGES / "cheaper-choice", formats=["png"])
+    if shown := measured_models(choices):
+        save_chart(choice_chart(shown), IMAGES / "cheaper-choice", formats=["png"])
     readings = readings_of(recovery)
     if readings and recovery["times"]:
         chart = recovery_chart(readings, recovery["times"])

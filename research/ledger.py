@@ -24,6 +24,15 @@ from typing import Any
 
 import optimizer_study
 import vl_convert
+from cheaper_recovery import BOTH, PRUNED, TEXTS
+from cheaper_results import (
+    BEYOND,
+    MOST_RATIOS,
+    WITHIN,
+    at_better_rate,
+    readings_of,
+    recovery_lines,
+)
 from retrofit_pilot import Pilot
 from retrofit_results import DOES_NOT_PAY, NOT_DECIDED, PAYS, Readings, all_readings
 from retrofit_study import CONTINUED, Study, results_in
@@ -58,6 +67,8 @@ PANEL = (500, 215)
 UNKNOWN = "nobody knows"
 WORDS = {PAYS: "holds", DOES_NOT_PAY: "does not hold", NOT_DECIDED: "not decided", "": UNKNOWN}
 """Verdict of the study of retrofits, empty if it has not run -> the word for it here."""
+SHOWN_LAYERS = 27
+"""Layers of the student of SmolLM2 that the table names."""
 STARTS = ("mean", "identity")
 """Kinds of start of a retrofit."""
 Report = Mapping[str, Any]
@@ -123,6 +134,7 @@ def places_table(
     study: Report,
     pilot: Report,
     optimizers: Report,
+    cheaper: Report,
 ) -> list[str]:
     """Return the lines of what was asked, and where the answer was found, each with its commands.
 
@@ -133,6 +145,7 @@ def places_table(
         study: Stored trainings of `research/retrofit_study.py`.
         pilot: Evaluation of the pilot with SmolLM2.
         optimizers: Stored trainings of `research/optimizer_study.py`.
+        cheaper: Stored models of `research/cheaper_recovery.py`.
     """
     by_key = {claim["key"]: claim for claim in claims["claims"]}
     cheapest = text["picks"]["cheapest"]
@@ -201,6 +214,14 @@ def places_table(
             UNKNOWN,
             not_tried,
             shipped,
+        ),
+        (
+            f"with {SHOWN_LAYERS} of 30 layers, a plain model is within 5 % of its bits per byte",
+            UNKNOWN,
+            UNKNOWN,
+            _fewer_layers_cell(cheaper),
+            not_tried,
+            "`python research/cheaper_recovery.py`",
         ),
     ]
     return [
@@ -272,6 +293,21 @@ def _pilot_cell(pilot: Pilot) -> str:
     return f"**{word}**: {here} in one pilot"
 
 
+def _fewer_layers_cell(stored: Report) -> str:
+    """Return what a student loses of the text that no model was trained on, trained if it is."""
+    readings = readings_of(stored)
+    trained = at_better_rate(readings, "short", SHOWN_LAYERS, BOTH)
+    reading = trained or at_better_rate(readings, "short", SHOWN_LAYERS, PRUNED)
+    if reading is None:
+        return UNKNOWN
+    verdict = reading.text_verdict(TEXTS[1], MOST_RATIOS[1])
+    word = {WITHIN: "holds", BEYOND: "does not hold"}.get(verdict, verdict)
+    ratio = reading.ratio(TEXTS[1])
+    rise, low, high = (100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high))
+    state = f"after {reading.measured.training.num_steps} steps" if trained else "untrained"
+    return f"**{word}**: {rise:+.1f} % ({low:+.1f} to {high:+.1f}), {state}"
+
+
 def _verdicts_cell(readings: Sequence[Readings]) -> str:
     """Return how often a retrofit beats its source, trained on, as "**holds** in 1 of 12"."""
     verdicts = [
@@ -311,6 +347,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "front, bits": bits_table,
     "claims": claims_table,
     "holds": places_table,
+    "cheaper": recovery_lines,
 }
 """Name of a table -> the function that makes it of its reports."""
 

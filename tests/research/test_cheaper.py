@@ -168,7 +168,13 @@ def measured(num_layers: int, arm: str, nats: float, num_right: int, **changes: 
 def test_a_verdict_needs_the_whole_interval():
     whole = measured(NUM_LAYERS, PRUNED, 3.0, 20)
     for nats, num_right, facts, text in (
-        (3.0, 20, [KEEPS, KEEPS], [WITHIN, WITHIN]),
+        (3.0, 32, [KEEPS, KEEPS], [WITHIN, WITHIN]),
+        (
+            3.0,
+            20,
+            [NOT_DECIDED, NOT_DECIDED],
+            [WITHIN, WITHIN],
+        ),  # Few questions, of which none is lost.
         (3.1, 2, [LOSES, LOSES], [BEYOND, WITHIN]),
         (3.3, 18, [NOT_DECIDED, NOT_DECIDED], [BEYOND, BEYOND]),
     ):

@@ -28,7 +28,7 @@ def test_each_file_is_on_a_page():
     files = {f"research/fronts/{path.name}" for path in (ROOT / "research/fronts").iterdir()}
     blocks = [block for name in PAGES for block in BLOCK.finditer((ROOT / name).read_text("utf-8"))]
     named = {file for block in blocks for file in block["files"].split(", ")}
-    studies = ("retrofit_study", "retrofit_pilot", "optimizer_study")
+    studies = ("retrofit_study", "retrofit_pilot", "optimizer_study", "cheaper_recovery")
     assert named == {*files, *(f"research/{name}.json" for name in studies)}
     assert set(ledger.TABLES) == {block["table"] for block in blocks}
 
