@@ -52,7 +52,7 @@ MISTAKES = {
     "sweep toy --set evaluation.sequence_length=4096": "evaluation.sequence_length=4096",
     # Options and arguments
     "no-such-command": "no-such-command",
-    "pretrain --gpu 8": "--gpus",
+    "pretrain --gpu 8": "Invalid value for '--gpu': '8' is not one of 'A100-40GB'",
     "pretrain training.num_steps=5": "training.num_steps=5",
     "distill 1": "--schedule says how many corrections",
     "pretrain -r 1 -r 2": "--schedule was given 2 times (1 and 2)",
