@@ -175,8 +175,10 @@ class TuneProcess:
         run = JobRun(job, self.placement, cluster, Signal())
         with ThreadPoolExecutor(1) as pool:
             training = pool.submit(run.fit)
-            while not training.done():
-                wait((training,), timeout=POLL_SECONDS)
+            is_over = False
+            while not is_over:
+                is_over = bool(wait((training,), timeout=POLL_SECONDS).done)
+                # Also once it is over, however short it was.
                 for record in journal.read():
                     if record["kind"] == "metrics":
                         self.report(record["step"], record["values"])
