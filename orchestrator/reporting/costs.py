@@ -14,7 +14,6 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.cluster.work import sweep_place
-from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, random_decoders, time_per_token
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepTrials, Trial, teacher_or_costliest
@@ -46,6 +45,8 @@ def with_costs(
     again: bool = False,
 ) -> list[Trial]:
     """Add what each model costs: exact counts, and milliseconds; `again` replaces stored ones."""
+    from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS  # Imports PyTorch.
+
     full = full_trial(plan).model
     counted = [trial.with_numbers("cost", exact_cost(trial.model, full)) for trial in trials]
     shape_of = {trial.key: content_key(trial.model.to_dict()) for trial in counted}
@@ -69,6 +70,8 @@ def with_costs(
 def _time(
     models: Mapping[str, ModelConfig], device: str, progress: Progress
 ) -> dict[str, dict[str, float]]:
+    from orchestrator.evaluation.decode_timing import random_decoders, time_per_token
+
     return time_per_token(random_decoders(models, device), progress)
 
 

@@ -202,7 +202,7 @@ def test_tooltips_say_how_certain_a_place_is(sample_results, sample_evaluations)
     tips: list[dict[str, str]] = [row["tip"] for row in front_chart(front)["data"]["values"]]
     tip = next(tip for tip in tips if tip["title"].startswith("0,1,1,1,1,1"))
     assert [*tip][:2] == ["title", "NFE per token"], "the most important number comes first"
-    assert tip["Accuracy"] == "44.4 ± 1.2%"
+    assert tip["Accuracy"] == "44.4 ± 1.1%"
     assert 0 < float(tip["Confidence: on the front"].lstrip("<>")) < 1
 
 

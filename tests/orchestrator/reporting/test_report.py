@@ -148,7 +148,7 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_right", [29, 30])
+@pytest.mark.parametrize("num_right", [29, 30, 700])
 def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep, num_right):
     evaluations = {}
     for result in sweep.results:
@@ -161,10 +161,12 @@ def test_a_teacher_with_few_right_answers_is_judged_by_its_bits(workspace, sweep
     judged = changed(sweep, results=with_items(workspace, sweep.results, evaluations))
     written = write_sweep_report(workspace, judged)
     assert written.folder == judged.folder(workspace)
-    in_bits = num_right < 30
+    # 700 items on which all agree tell less than a point, which is 1% of 700 right ones only.
+    in_bits = num_right < 700
     quality = "bits_per_byte" if in_bits else "accuracy"
     assert written.front.axes.quality == f"quality/{quality}"
-    assert (f"answers {num_right} of 700 items right" in written.sentences[1]) == in_bits
+    has_few = num_right < 30
+    assert (f"answers {num_right} of 700 items right" in written.sentences[1]) == has_few
     # Either quality can be asked for; the one that is no default has its own folder.
     for option, is_default in (("accuracy", not in_bits), ("bits", in_bits)):
         chosen_report = report(workspace=workspace, sweeps=[judged.name], quality=option)
@@ -267,12 +269,13 @@ def num_points(workspace: Workspace) -> int:
 def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     tracking = open_tracking(workspace, warn=pytest.fail)
-    written = write_sweep_report(workspace, sweep, tracking=lambda: tracking)
+    axes = FrontAxes()  # Accuracy, of which each item is known.
+    written = write_sweep_report(workspace, sweep, axes=axes, tracking=lambda: tracking)
     points = num_points(workspace)
     # What MLflow shows already is not shown again, so the store is not opened.
-    write_sweep_report(workspace, "toy", tracking=pytest.fail)
+    write_sweep_report(workspace, "toy", axes=axes, tracking=pytest.fail)
     (written.folder / "front.csv").write_text("changed", encoding="utf-8")
-    write_sweep_report(workspace, "toy", tracking=lambda: tracking)
+    write_sweep_report(workspace, "toy", axes=axes, tracking=lambda: tracking)
     assert num_points(workspace) == points > 300
     client = MlflowClient(tracking_uri=workspace.tracking_uri)
     experiment = str(tracking.open_experiment())
@@ -285,7 +288,7 @@ def test_mlflow_holds_the_sweep_once(workspace, sweep, sample_evaluations):
     assert knee.data.params["r_02"] == "1"
     assert knee.data.metrics["cost/evaluations"] == 11
     assert knee.data.metrics["quality/accuracy"] == pytest.approx(0.4437)
-    assert 0 < knee.data.metrics["paired/confidence_keeps_99"] < 1
+    assert 0 <= knee.data.metrics["paired/confidence_keeps_99"] < 1, "corrected, it may be 0"
     # Differences to others are rows of a table.
     paired_metrics = [n for n in knee.data.metrics if n.startswith("paired/")]
     assert sorted(paired_metrics) == sorted(SUMMARY_METRICS)
