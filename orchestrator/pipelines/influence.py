@@ -69,6 +69,7 @@ from orchestrator.workspace.provenance import content_key
 if TYPE_CHECKING:
     from iiet.batch import Batch
     from iiet.decoder import Decoder
+    from iiet.schedule import IterationSchedule
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
@@ -108,12 +109,12 @@ class InfluencePlan(Result):
     one_at_a_time: bool = Field(exclude=True)
     """Whether whole layers are measured again after each one that goes."""
     num_passes: int
-    """Forward passes of each token: under the full schedule, and as the metric says without each
-    correction or layer."""
+    """Forward passes of each token that are left: under the full schedule, and as the metric says
+    without each correction or layer. 0 if the table is stored."""
     flops: float
-    """FLOPs of all passes."""
+    """FLOPs of these passes."""
     num_evaluations: int = Field(exclude=True)
-    """Field evaluations whose operations the host starts, over all batches and passes."""
+    """Field evaluations whose operations the host starts, over all batches and these passes."""
     cluster: ClusterSettings = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -304,15 +305,18 @@ def plan_influence(
         table = None  # Corrections alone were measured before.
     whole_layers = True if leaves_out_layers else None
 
-    # Schedule -> forward passes under it, or of one of its layers less.
-    full = config.corrections
-    passes = {full: num_passes(metric, full, whole_layers=bool(whole_layers))}
-    if one_at_a_time:
-        for num_gone in range(config.num_layers - 1):  # One layer stays.
-            # Which layers are gone is not known; the first ones stand for them.
-            schedule = full.leaving_out(range(num_gone))
-            num_of_round = num_passes_one_at_a_time(metric, config.num_layers - num_gone, 1)
-            passes[schedule] = passes.get(schedule, 0) + num_of_round
+    # Schedule -> forward passes under it, or of one of its layers less; none if all is stored:
+    # counting costs loads PyTorch, which a command that reads results does without.
+    passes: dict[IterationSchedule, int] = {}
+    if table is None:
+        full = config.corrections
+        passes[full] = num_passes(metric, full, whole_layers=bool(whole_layers))
+        if one_at_a_time:
+            for num_gone in range(config.num_layers - 1):  # One layer stays.
+                # Which layers are gone is not known; the first ones stand for them.
+                schedule = full.leaving_out(range(num_gone))
+                num_of_round = num_passes_one_at_a_time(metric, config.num_layers - num_gone, 1)
+                passes[schedule] = passes.get(schedule, 0) + num_of_round
     costs = {
         schedule: inference_cost(config, schedule, context_length=sequence_length)
         for schedule in passes
