@@ -17,6 +17,7 @@ from retrofit_results import with_part
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult
+from orchestrator.records.metrics import CONFIDENCE_ON_FRONT
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, Trial
 from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL, find_claims
@@ -26,7 +27,6 @@ from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.reporting.statistics import Floats, Interval, ItemValues, Scores
 from orchestrator.settings import TrainingSettings
-from orchestrator.terminal.metrics import CONFIDENCE_ON_FRONT
 from orchestrator.workspace.files import write_text
 
 PAGE = Path(__file__).with_name("coverage.md")

@@ -47,6 +47,7 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.price import price_of
+from orchestrator.records.metrics import metric_of
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
@@ -55,7 +56,6 @@ from orchestrator.reporting.statistics import INTERVAL_LEVEL
 from orchestrator.reporting.tables import difference_text
 from orchestrator.sweeping.students import student_estimate, without_elastic
 from orchestrator.sweeping.sweep import raise_failures
-from orchestrator.terminal.metrics import metric_of
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text

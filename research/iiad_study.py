@@ -43,6 +43,7 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.models.labels import seed_label, trained_label
+from orchestrator.records.metrics import stderr_name
 from orchestrator.reporting.result import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
@@ -57,7 +58,6 @@ from orchestrator.sweeping.models import (
     swept_variants,
 )
 from orchestrator.sweeping.sweep import raise_failures
-from orchestrator.terminal.metrics import stderr_name
 from orchestrator.terminal.render import format_with_error, print_line
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step

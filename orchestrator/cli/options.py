@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.models import OptionInfo
 
+from orchestrator.records.metrics import CostName, QualityName
 from orchestrator.settings import Settings
-from orchestrator.terminal.metrics import CostName, QualityName
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.layout import check_name_option
 

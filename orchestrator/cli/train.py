@@ -25,9 +25,8 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.session import Call
 from orchestrator.settings.cluster import GpuModel
-from orchestrator.settings.sweep import Selection
+from orchestrator.settings.sweep import BudgetUnit, Selection
 from orchestrator.settings.training import Control, Precision
-from orchestrator.terminal.metrics import BudgetUnit
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import check_name_option, locate_workspace
 

@@ -30,7 +30,7 @@ from iiet.static_steps import Capture, StaticSteps
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.models.open import OpenedModel
-from orchestrator.terminal.metrics import timed_name
+from orchestrator.records.metrics import timed_name
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 

@@ -43,8 +43,8 @@ from orchestrator.evaluation.tasks import FEWSHOT_SEED, suppress_output
 from orchestrator.models.hub import offline
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, standard_error
+from orchestrator.records.metrics import STDERR_SUFFIX
 from orchestrator.settings.evaluation import Prompts
-from orchestrator.terminal.metrics import STDERR_SUFFIX
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import end_if_stop_requested
 from orchestrator.workspace.errors import UserError, first_line, out_of_memory_text

@@ -31,8 +31,8 @@ from orchestrator.records.evaluation import (
     metric_label,
     plain_value,
 )
+from orchestrator.records.metrics import STDERR_SUFFIX
 from orchestrator.records.record import Record
-from orchestrator.terminal.metrics import STDERR_SUFFIX
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import (
     damage_named,

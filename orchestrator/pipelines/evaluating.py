@@ -32,13 +32,13 @@ from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import EvaluationResult, Suite
+from orchestrator.records.metrics import STDERR_SUFFIX, quality_name, stderr_name
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.terminal.metrics import STDERR_SUFFIX, quality_name, stderr_name
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.tracked_runs import tracked_model

@@ -36,6 +36,7 @@ from orchestrator.models.labels import model_name, name_with_owner
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.metrics import DECODE_MS
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import TrainingJob, model_family
 from orchestrator.records.trial import Trial
@@ -45,7 +46,6 @@ from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.result import Result
 from orchestrator.reporting.retention import Loss, loss_text
 from orchestrator.settings import Settings
-from orchestrator.terminal.metrics import DECODE_MS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.workspace.errors import RunFailed, UserError

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from orchestrator.records.metrics import ACCURACY, BITS_PER_BYTE, DECODE_MS, NFE
 from orchestrator.records.tracked_run import SWEEP_TAG
 from orchestrator.reporting.results import newest_sweep
-from orchestrator.terminal.metrics import ACCURACY, BITS_PER_BYTE, DECODE_MS, NFE
 from orchestrator.terminal.server import HOST, check_port, local_server
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
 from orchestrator.tracking.chart_view import ChartView

@@ -22,10 +22,10 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
-from orchestrator.terminal.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.workspace.provenance import content_key
 
 ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")

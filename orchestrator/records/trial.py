@@ -19,10 +19,10 @@ from pydantic import (
 
 from iiet.facts import facts_of
 from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys, Suite
+from orchestrator.records.metrics import PERPLEXITY, VALIDATION_LOSS
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
 from orchestrator.settings import SweepSettings
-from orchestrator.terminal.metrics import PERPLEXITY, VALIDATION_LOSS
 
 Role = Literal["trial", "teacher", "baseline", "source", "source_continued"]
 T = TypeVar("T")

@@ -20,23 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.records.trial import BESIDE_ROLES
-from orchestrator.reporting.claims import PAPER_OVERHEAD_SHARE, PAPER_SHARE_OF_FULL
-from orchestrator.reporting.colors import (
-    BLUE,
-    FRAME,
-    GRAY,
-    GRID,
-    INK,
-    ORANGE,
-    PAPER,
-    RED,
-    SERIES_COLORS,
-)
-from orchestrator.reporting.front import Front, Row, known
-from orchestrator.reporting.results import Curve, vanilla_of
-from orchestrator.reporting.tables import confidence_text, model_rows
-from orchestrator.terminal.metrics import (
+from orchestrator.records.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
     CONFIDENCE_KEEPS_99,
@@ -54,6 +38,22 @@ from orchestrator.terminal.metrics import (
     metric_of,
     stderr_name,
 )
+from orchestrator.records.trial import BESIDE_ROLES
+from orchestrator.reporting.claims import PAPER_OVERHEAD_SHARE, PAPER_SHARE_OF_FULL
+from orchestrator.reporting.colors import (
+    BLUE,
+    FRAME,
+    GRAY,
+    GRID,
+    INK,
+    ORANGE,
+    PAPER,
+    RED,
+    SERIES_COLORS,
+)
+from orchestrator.reporting.front import Front, Row, known
+from orchestrator.reporting.results import Curve, vanilla_of
+from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.terminal.render import format_with_error
 from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import content_key, installed_version

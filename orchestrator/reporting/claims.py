@@ -28,6 +28,16 @@ from typing import Literal
 
 import numpy as np
 
+from orchestrator.records.metrics import (
+    ACCURACY,
+    DECODE_MS,
+    METRICS,
+    NFE,
+    OVERHEAD_NFE,
+    OVERHEADS,
+    claim_name,
+    interval_end_names,
+)
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, Trial
 from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
 from orchestrator.reporting.results import shape_of, teachers_of
@@ -40,16 +50,6 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.tables import confidence_text
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, PCFORMER
-from orchestrator.terminal.metrics import (
-    ACCURACY,
-    DECODE_MS,
-    METRICS,
-    NFE,
-    OVERHEAD_NFE,
-    OVERHEADS,
-    claim_name,
-    interval_end_names,
-)
 from orchestrator.terminal.render import format_count
 
 PAPER_OVERHEAD_SHARE = 0.45

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from iiet.cost import num_parameters
 from iiet.pruning import FamilyMember, InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.reporting.comparison import AVERAGE, Difference
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval
-from orchestrator.terminal.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.records.evaluation import BITS_METRIC, EvaluationResult
+from orchestrator.records.metrics import quality_name
 from orchestrator.reporting.statistics import Interval, Scores, pair_scores
-from orchestrator.terminal.metrics import quality_name
 
 AVERAGE = "average"
 """Stands for a task where a score is the mean over the tasks."""

@@ -15,10 +15,10 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.cluster.work import sweep_place
 from orchestrator.planning.machine import installed_gpus
+from orchestrator.records.metrics import COST, METRICS
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepTrials, Trial, teacher_or_costliest
 from orchestrator.settings import Settings
-from orchestrator.terminal.metrics import COST, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key, timing_environment
 

@@ -13,6 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.records.metrics import (
+    CONFIDENCE_ON_FRONT,
+    DECODE_MS,
+    QUALITIES,
+)
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
 from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
 from orchestrator.reporting.statistics import (
@@ -24,11 +29,6 @@ from orchestrator.reporting.statistics import (
     corrected,
 )
 from orchestrator.reporting.tables import BUSY_MARK, confidence_text, cost_text, quality_text
-from orchestrator.terminal.metrics import (
-    CONFIDENCE_ON_FRONT,
-    DECODE_MS,
-    QUALITIES,
-)
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
 

@@ -21,6 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.metrics import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    CONFIDENCE_ON_FRONT,
+    COSTS,
+    DECODE_MS,
+    DECODE_MS_SPREAD,
+    NFE,
+    OVERHEAD_NFE,
+    PAIRED,
+    PAIRED_SHARE_OF_FULL,
+    QUALITIES,
+    TRAINING_TOKENS,
+    Metric,
+    confidence_keeps_name,
+    difference_names,
+    interval_end_names,
+    metric_of,
+    stderr_name,
+)
 from orchestrator.records.trial import BESIDE_ROLES, SOURCE, Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
     StoredSweep,
@@ -40,26 +60,6 @@ from orchestrator.reporting.statistics import (
     Scores,
     corrected,
     pair_scores,
-)
-from orchestrator.terminal.metrics import (
-    ACCURACY,
-    BITS_PER_BYTE,
-    CONFIDENCE_ON_FRONT,
-    COSTS,
-    DECODE_MS,
-    DECODE_MS_SPREAD,
-    NFE,
-    OVERHEAD_NFE,
-    PAIRED,
-    PAIRED_SHARE_OF_FULL,
-    QUALITIES,
-    TRAINING_TOKENS,
-    Metric,
-    confidence_keeps_name,
-    difference_names,
-    interval_end_names,
-    metric_of,
-    stderr_name,
 )
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace

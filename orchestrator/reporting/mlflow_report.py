@@ -14,6 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.mixture import describe_data
+from orchestrator.records.metrics import (
+    BITS_PER_BYTE,
+    CONFIDENCE_KEEPS_99,
+    CONFIDENCE_ON_FRONT,
+    DECODE_MS,
+    KV_BYTES,
+    OVERHEAD_METRICS,
+    RELATIVE_FLOPS,
+    RELATIVE_NFE,
+    STDERR_SUFFIX,
+    pick_name,
+    stderr_name,
+)
 from orchestrator.records.tracked_run import (
     NOTE_TAG,
     REPORT_TAG,
@@ -46,19 +59,6 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.reporting.tables import interval_rows, models_table
-from orchestrator.terminal.metrics import (
-    BITS_PER_BYTE,
-    CONFIDENCE_KEEPS_99,
-    CONFIDENCE_ON_FRONT,
-    DECODE_MS,
-    KV_BYTES,
-    OVERHEAD_METRICS,
-    RELATIVE_FLOPS,
-    RELATIVE_NFE,
-    STDERR_SUFFIX,
-    pick_name,
-    stderr_name,
-)
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.training.tracked_runs import trial_model
 from orchestrator.workspace.errors import UserError

@@ -18,9 +18,9 @@ from iiet.pruning import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.sections import bullets, markdown_table
-from orchestrator.terminal.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.terminal.render import format_parameters, join_names
 
 OMITTED_PROVENANCE = (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from orchestrator.records.metrics import DECODE_MS, NUM_PARAMETERS, TRAINING_TOKENS
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.claims import find_claims
 from orchestrator.reporting.front import (
@@ -34,7 +35,6 @@ from orchestrator.reporting.results import (
     suite_notes,
 )
 from orchestrator.reporting.sweep_report import ReportResult, sentences_of, sweeps_text
-from orchestrator.terminal.metrics import DECODE_MS, NUM_PARAMETERS, TRAINING_TOKENS
 from orchestrator.terminal.render import format_parameters
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import Workspace

@@ -18,12 +18,7 @@ from pydantic import Field
 
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.record import Influence, Record
-from orchestrator.records.status import unfinished_trials
-from orchestrator.records.trial import SOURCE_CONTINUED, SweepTrials, Trial
-from orchestrator.reporting.statistics import sum_of_means
-from orchestrator.settings import BASELINE_METHOD
-from orchestrator.terminal.metrics import (
+from orchestrator.records.metrics import (
     NFE,
     OVERHEAD_METRICS,
     OVERHEADS,
@@ -31,6 +26,11 @@ from orchestrator.terminal.metrics import (
     STDERR_SUFFIX,
     stderr_name,
 )
+from orchestrator.records.record import Influence, Record
+from orchestrator.records.status import unfinished_trials
+from orchestrator.records.trial import SOURCE_CONTINUED, SweepTrials, Trial
+from orchestrator.reporting.statistics import sum_of_means
+from orchestrator.settings import BASELINE_METHOD
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,

@@ -57,7 +57,7 @@ from orchestrator.records.evaluation import (
     TaskResult,
     accuracy_among,
 )
-from orchestrator.terminal.metrics import (
+from orchestrator.records.metrics import (
     CONFIDENCE_KEEPS_99,
     CONFIDENCE_ON_FRONT,
     PAIRED_SHARE_OF_FULL,

@@ -8,6 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.records.metrics import (
+    BITS_PER_BYTE,
+    CONFIDENCE_ON_FRONT,
+    DECODE_MS,
+    DECODE_MS_SPREAD,
+    KV_BYTES,
+    NFE,
+    NUM_PARAMETERS,
+    OVERHEAD_MS,
+    OVERHEAD_NFE,
+    OVERHEAD_NFE_SHARE,
+    PAIRED,
+    RELATIVE_FLOPS,
+    metric_of,
+)
 from orchestrator.records.trial import SOURCE, Trial
 from orchestrator.reporting.front import (
     MAX_TIME_SPREAD,
@@ -24,21 +39,6 @@ from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
     INTERVAL_LEVEL,
     Interval,
-)
-from orchestrator.terminal.metrics import (
-    BITS_PER_BYTE,
-    CONFIDENCE_ON_FRONT,
-    DECODE_MS,
-    DECODE_MS_SPREAD,
-    KV_BYTES,
-    NFE,
-    NUM_PARAMETERS,
-    OVERHEAD_MS,
-    OVERHEAD_NFE,
-    OVERHEAD_NFE_SHARE,
-    PAIRED,
-    RELATIVE_FLOPS,
-    metric_of,
 )
 from orchestrator.terminal.render import format_with_error, scale_and_digits
 from orchestrator.workspace.layout import portable_path, workspace_root

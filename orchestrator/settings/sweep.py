@@ -25,9 +25,10 @@ from orchestrator.settings.training import (
     MAX_STEPS,
     METHOD,
 )
-from orchestrator.terminal.metrics import BudgetUnit
 from orchestrator.workspace.errors import quoted
 
+BudgetUnit = Literal["nfe", "evaluations", "flops", "kv", "parameters"]
+"""The costs that follow from a model's shape and schedule."""
 T = TypeVar("T")
 _MODEL_WITH_COUNT = re.compile(
     r"((?P<method>.+), )?(r = (?P<count>[0-9.,*]+)|level (?P<level>[0-9]))"

@@ -26,6 +26,7 @@ from orchestrator.models.labels import model_name, seed_label, trained_label
 from orchestrator.models.open import open_model
 from orchestrator.planning.machine import Resources, check_available, check_run_resources
 from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.records.metrics import BUDGET_METRICS, METRICS
 from orchestrator.settings import (
     BASELINE_METHOD,
     ModelSettings,
@@ -41,7 +42,6 @@ from orchestrator.sweeping.student_schedules import (
     most_left_out,
     named_schedules,
 )
-from orchestrator.terminal.metrics import BUDGET_METRICS, METRICS
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.distilling import STUDENTS_SECTION, student_schedule

@@ -21,10 +21,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from iiet.schedule import LEFT_OUT, IterationSchedule
+from orchestrator.records.metrics import QUALITY, quality_name
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
-from orchestrator.terminal.metrics import QUALITY, quality_name
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_named, damaged
 

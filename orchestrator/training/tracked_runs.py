@@ -14,6 +14,7 @@ from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
 from orchestrator.models.folder import JOB_KEY, load_provenance, weights_key
 from orchestrator.models.labels import model_name
+from orchestrator.records.metrics import PERPLEXITY, QUALITY, VALIDATION_LOSS
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
     Status,
@@ -29,7 +30,6 @@ from orchestrator.records.training import (
 )
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SETTINGS_NAME
-from orchestrator.terminal.metrics import PERPLEXITY, QUALITY, VALIDATION_LOSS
 from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (

@@ -14,8 +14,8 @@ from small_size import SMALL
 
 from orchestrator import cli
 from orchestrator.cli.command import SettingOption
+from orchestrator.records.metrics import BUDGET_METRICS, METRICS, NFE, QUALITIES
 from orchestrator.settings import SearchSettings, Section, Settings, SweepSettings, find_field
-from orchestrator.terminal.metrics import BUDGET_METRICS, METRICS, NFE, QUALITIES
 from orchestrator.workspace.errors import UserError
 
 COMMANDS = all_commands()

@@ -10,6 +10,10 @@ import pytest
 from refusals import assert_names, refused
 from sample_trials import sample_front
 
+from orchestrator.records.metrics import (
+    CONFIDENCE_KEEPS_99,
+    DECODE_MS,
+)
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import (
     PickRule,
@@ -22,10 +26,6 @@ from orchestrator.reporting.findings import (
 )
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
 from orchestrator.reporting.tables import models_table
-from orchestrator.terminal.metrics import (
-    CONFIDENCE_KEEPS_99,
-    DECODE_MS,
-)
 from orchestrator.workspace.errors import UserError
 
 

@@ -15,12 +15,7 @@ from refusals import assert_names
 from sample_trials import sample_front
 
 from iiet.pruning import InfluenceTable
-from orchestrator.reporting.findings import findings
-from orchestrator.reporting.front import Front, FrontAxes, with_confidence
-from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sections import chart_scripts, render_page, sort_value
-from orchestrator.reporting.sweep_report import ReportResult, names_explained
-from orchestrator.terminal.metrics import (
+from orchestrator.records.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
     CONFIDENCE_KEEPS_99,
@@ -28,6 +23,11 @@ from orchestrator.terminal.metrics import (
     DECODE_MS,
     NFE,
 )
+from orchestrator.reporting.findings import findings
+from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.results import StoredSweep
+from orchestrator.reporting.sections import chart_scripts, render_page, sort_value
+from orchestrator.reporting.sweep_report import ReportResult, names_explained
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from iiet.cost import InferenceCost
-from orchestrator.terminal.metrics import (
+from orchestrator.records.metrics import (
     ACCURACY,
     BITS_PER_BYTE,
     COSTS,

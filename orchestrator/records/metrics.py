@@ -19,8 +19,6 @@ CostName = Literal["nfe", "flops", "ms", "kv", "evaluations"]
 """Values of the option `--cost`; a test compares them with the table."""
 QualityName = Literal["accuracy", "bits", "perplexity", "loss"]
 """Values of the option `--quality`."""
-BudgetUnit = Literal["nfe", "evaluations", "flops", "kv", "parameters"]
-"""The costs that follow from a model's shape and schedule."""
 
 COST = "cost/"
 QUALITY = "quality/"
