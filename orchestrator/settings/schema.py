@@ -3,14 +3,12 @@
 The rules of the tree hold for every command, and pydantic checks them once all fields are right.
 Those of a sweep hold for sweeps only: other commands read the same file without its sections
 `sweep` and `search`. Rules that need a model, the data or the workspace belong to the plans.
-
-A broken rule is a text `setting, setting: what to do`; the values are added when it is shown.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Self, get_args
 
@@ -31,14 +29,15 @@ from orchestrator.settings.training import (
 )
 from orchestrator.workspace.errors import quoted
 
-_READ_BY_KINDS = {
+_KINDS_THAT_READ = {
     "asha": ("iterations",),
-    "teachers, elastic": ("threshold",),
+    "teachers": ("threshold",),
+    "elastic": ("threshold",),
     "seeds": ("threshold", "iterations"),
     "baselines": ("threshold", "search"),
     "baseline_runs": ("threshold", "search", "iterations"),
 }
-"""Settings of a sweep -> the kinds of sweeps that read them."""
+"""Setting of a sweep -> the kinds of sweeps that read it."""
 
 
 class Settings(Section):
@@ -109,8 +108,23 @@ def find_field(key: str) -> FieldInfo:
     return fields_of(sections)[name]
 
 
+@dataclass(frozen=True)
+class BrokenRule:
+    """Settings that do not go together."""
+
+    names: tuple[str, ...]
+    """Such as `training.num_steps`; a message shows them with their values."""
+    advice: str
+    """What is wrong with them, and what to do."""
+
+    def message(self, settings: Settings) -> str:
+        """Return the names with the values that break the rule, and the advice."""
+        values = (f"{name}={quoted(attrgetter(name)(settings))}" for name in self.names)
+        return f"{', '.join(values)}: {self.advice}"
+
+
 def broken_rules(settings: Settings, *, of_sweep: bool = False) -> list[str]:
-    """Return which rules are broken, with the values that break them.
+    """Return the messages of all broken rules.
 
     Args:
         of_sweep: Apply the rules of a sweep, too, which other commands do not run.
@@ -118,161 +132,206 @@ def broken_rules(settings: Settings, *, of_sweep: bool = False) -> list[str]:
     rules = [*_of_data_and_devices(settings), *_of_trainings(settings)]
     if of_sweep:
         rules += [*_of_sweep(settings), *_of_elastic_sweep(settings)]
-
-    def with_value(match: re.Match[str]) -> str:
-        return f"{match[0]}={quoted(attrgetter(match[0])(settings))}"
-
-    split = (rule.partition(": ") for rule in rules)
-    return [re.sub(r"[\w.]+", with_value, names) + f": {advice}" for names, _, advice in split]
+    return [rule.message(settings) for rule in rules]
 
 
-def _of_data_and_devices(settings: Settings) -> Iterator[str]:
+def _of_data_and_devices(settings: Settings) -> Iterator[BrokenRule]:
     data = settings.data
     cluster = settings.cluster
     sweep = settings.sweep
     is_mixture = data.source == "mixture"
-    read = data.shares if is_mixture else {data.source}
+    sources = data.shares if is_mixture else {data.source}
     if is_mixture != bool(data.shares):
-        yield (
-            "data.source, data.shares: a mixture, and nothing else, has shares, such as "
-            "--set 'data.shares={python: 0.8, phop_6: 0.2}'"
+        yield BrokenRule(
+            ("data.source", "data.shares"),
+            "a mixture, and nothing else, has shares, such as "
+            "--set 'data.shares={python: 0.8, phop_6: 0.2}'",
         )
-    if data.files and "files" not in read:
-        yield "data.source, data.files: only source files, or a mixture with their share, reads it"
+    if data.files and "files" not in sources:
+        yield BrokenRule(
+            ("data.source", "data.files"),
+            "only source files, or a mixture with their share, reads it",
+        )
     if data.depth.tasks and data.source != "depth":
-        yield "data.source, data.depth.tasks: only source depth reads it; a mixture has shares"
+        yield BrokenRule(
+            ("data.source", "data.depth.tasks"), "only source depth reads it; a mixture has shares"
+        )
     if (cluster.min_gpus or 0) > cluster.num_gpus:
-        yield "cluster.min_gpus, cluster.num_gpus: the first must not be above the second"
+        yield BrokenRule(
+            ("cluster.min_gpus", "cluster.num_gpus"), "the first must not be above the second"
+        )
     if cluster.min_gpus and cluster.parallel == "fsdp":
-        yield "cluster.min_gpus, cluster.parallel: fsdp needs a fixed number of workers; take ddp"
+        yield BrokenRule(
+            ("cluster.min_gpus", "cluster.parallel"),
+            "fsdp needs a fixed number of workers; take ddp",
+        )
     if cluster.num_gpus and cluster.num_workers not in (1, cluster.num_gpus):
-        yield "cluster.num_workers, cluster.num_gpus: each worker has one GPU; leave the first out"
+        yield BrokenRule(
+            ("cluster.num_workers", "cluster.num_gpus"),
+            "each worker has one GPU; leave the first out",
+        )
     num_workers = cluster.num_gpus or cluster.num_workers
     if cluster.num_shards and cluster.parallel == "ddp":
-        yield "cluster.num_shards, cluster.parallel: shards need cluster.parallel=fsdp"
+        yield BrokenRule(
+            ("cluster.num_shards", "cluster.parallel"), "shards need cluster.parallel=fsdp"
+        )
     elif cluster.num_shards and num_workers % cluster.num_shards:
-        yield f"cluster.num_shards: it must divide the {num_workers} workers of a training job"
+        yield BrokenRule(
+            ("cluster.num_shards",), f"it must divide the {num_workers} workers of a training job"
+        )
     if sweep.thresholds and sweep.budgets:
-        yield "sweep.thresholds, sweep.budgets: they exclude each other; leave one out"
+        yield BrokenRule(
+            ("sweep.thresholds", "sweep.budgets"), "they exclude each other; leave one out"
+        )
 
 
-def _of_trainings(settings: Settings) -> Iterator[str]:
+def _of_trainings(settings: Settings) -> Iterator[BrokenRule]:
     if settings.source_training is not None:
         yield from _of_source_training(settings, settings.source_training)
-    recipes = ["training", "distillation.training"]
-    recipes += ["source_training"] if settings.source_training else []
-    for name in recipes:
-        training = attrgetter(name)(settings)
-        if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
-            names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
-            yield f"{names}: the ramp must end within the training, so both sum to 1 at most"
-        if training.optimizer == "muon" and settings.cluster.parallel == "fsdp":
-            yield (
-                f"{name}.optimizer, cluster.parallel: Muon needs whole matrices, and workers "
-                "of fsdp hold rows of them; take ddp, or adamw"
+    sections = ["training", "distillation.training"]
+    sections += ["source_training"] if settings.source_training else []
+    for section in sections:
+        recipe = attrgetter(section)(settings)
+        if recipe.iterate_from_fraction + recipe.iterate_ramp_fraction > 1.0 + 1e-9:
+            yield BrokenRule(
+                (f"{section}.iterate_from_fraction", f"{section}.iterate_ramp_fraction"),
+                "the ramp must end within the training, so both sum to 1 at most",
             )
-    distillation = settings.distillation
-    if distillation.training.source is not None:
-        yield "distillation.training.source: a student starts from its teacher; leave it out"
-    if distillation.training.source_kl_weight:
-        yield "distillation.training.source_kl_weight: a student has distillation.kl_weight"
-    if distillation.training.trained_layers != "all":
-        yield "distillation.training.trained_layers: all weights of a student are trained"
-    first = distillation.teacher_from_step
-    until = distillation.teacher_until_step
-    if until is not None and until <= first:
-        yield (
-            "distillation.teacher_from_step, distillation.teacher_until_step: the teacher takes "
-            "part in no step; set the second above the first"
-        )
-    if distillation.control != "distill":  # The rest is about a teacher.
-        return
-    if first >= distillation.training.num_steps:
-        yield (
-            "distillation.teacher_from_step, distillation.training.num_steps: the teacher begins "
-            "after the last step of the training; set the first below the second, or "
-            "distillation.control=cross_entropy"
-        )
-    for name in ("kl_weight", "temperature"):
-        elastic = distillation.training.elastic
-        usual = ElasticSettings()
-        if elastic and getattr(elastic, name) != getattr(usual, name):
-            yield (
-                f"distillation.training.elastic.{name}: in a distillation, members learn from the "
-                f"teacher and not from the full schedule; set distillation.{name}"
+        if recipe.optimizer == "muon" and settings.cluster.parallel == "fsdp":
+            yield BrokenRule(
+                (f"{section}.optimizer", "cluster.parallel"),
+                "Muon needs whole matrices, and workers of fsdp hold rows of them; take ddp, or "
+                "adamw",
             )
+    yield from _of_distillation(settings.distillation)
 
 
-def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterator[str]:
+def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterator[BrokenRule]:
     if settings.training.source is not None:
-        yield (
-            "training.source: the source exists, or is trained first as the section "
-            "source_training says; leave one out"
+        yield BrokenRule(
+            ("training.source",),
+            "the source exists, or is trained first as the section source_training says; leave "
+            "one out",
         )
     for name in (*FIELDS_OF_A_SOURCE, "elastic"):
         if getattr(recipe, name) != TrainingSettings.model_fields[name].default:
-            yield (
-                f"source_training.{name}: the source is a plain model from random weights; leave "
-                "it out"
+            yield BrokenRule(
+                (f"source_training.{name}",),
+                "the source is a plain model from random weights; leave it out",
             )
 
 
-def _of_sweep(settings: Settings) -> Iterator[str]:
+def _of_distillation(distillation: DistillationSettings) -> Iterator[BrokenRule]:
+    recipe = distillation.training
+    if recipe.source is not None:
+        yield BrokenRule(
+            ("distillation.training.source",), "a student starts from its teacher; leave it out"
+        )
+    if recipe.source_kl_weight:
+        yield BrokenRule(
+            ("distillation.training.source_kl_weight",), "a student has distillation.kl_weight"
+        )
+    if recipe.trained_layers != "all":
+        yield BrokenRule(
+            ("distillation.training.trained_layers",), "all weights of a student are trained"
+        )
+    first = distillation.teacher_from_step
+    until = distillation.teacher_until_step
+    if until is not None and until <= first:
+        yield BrokenRule(
+            ("distillation.teacher_from_step", "distillation.teacher_until_step"),
+            "the teacher takes part in no step; set the second above the first",
+        )
+    if distillation.control != "distill":  # The rest is about a teacher.
+        return
+    if first >= recipe.num_steps:
+        yield BrokenRule(
+            ("distillation.teacher_from_step", "distillation.training.num_steps"),
+            "the teacher begins after the last step of the training; set the first below the "
+            "second, or distillation.control=cross_entropy",
+        )
+    for name in ("kl_weight", "temperature"):
+        usual_value = ElasticSettings.model_fields[name].default
+        if recipe.elastic and getattr(recipe.elastic, name) != usual_value:
+            yield BrokenRule(
+                (f"distillation.training.elastic.{name}",),
+                "in a distillation, members learn from the teacher and not from the full "
+                f"schedule; set distillation.{name}",
+            )
+
+
+def _of_sweep(settings: Settings) -> Iterator[BrokenRule]:
     sweep = settings.sweep
     kind = sweep.kind
     if settings.has_source:
-        name = "training.source" if settings.training.source is not None else "source_training"
+        source = "training.source" if settings.training.source is not None else "source_training"
         if kind == "iterations":
-            yield (
-                "sweep.kind: a sweep of kind iterations trains its models from random weights; "
-                f"leave {name} out, or set the kind to threshold or search"
+            yield BrokenRule(
+                ("sweep.kind",),
+                "a sweep of kind iterations trains its models from random weights; leave "
+                f"{source} out, or set the kind to threshold or search",
             )
         if sweep.teachers:
-            yield f"sweep.teachers: {name} gives one teacher its weights; leave one of both out"
+            yield BrokenRule(
+                ("sweep.teachers",),
+                f"{source} gives one teacher its weights; leave one of both out",
+            )
     if settings.evaluation.retention and kind not in ("threshold", "search"):
-        yield (
-            f"evaluation.retention, sweep.kind: a sweep of kind {kind} has no teacher whose source "
-            "models could be compared with; leave the first out"
+        yield BrokenRule(
+            ("evaluation.retention", "sweep.kind"),
+            f"a sweep of kind {kind} has no teacher whose source models could be compared with; "
+            "leave the first out",
         )
-    for names, kinds in _READ_BY_KINDS.items():
-        if kind in kinds:
-            continue
-        advice = f"only a sweep of kind {' or '.join(kinds)} reads the first; leave it out"
-        for name in names.split(", "):
-            if getattr(sweep, name):
-                yield f"sweep.{name}, sweep.kind: {advice}"
+    for name, kinds in _KINDS_THAT_READ.items():
+        if kind not in kinds and getattr(sweep, name):
+            yield BrokenRule(
+                (f"sweep.{name}", "sweep.kind"),
+                f"only a sweep of kind {' or '.join(kinds)} reads the first; leave it out",
+            )
     num_gpus = settings.cluster.num_gpus
     gpus_per_trial = sweep.gpus_per_trial
     workers_per_trial = sweep.workers_per_trial
     if num_gpus and gpus_per_trial == 0:
-        yield (
-            "sweep.gpus_per_trial, cluster.num_gpus: the first trains trials on CPUs, and the "
-            "second names GPUs; leave the first out, or set the second to 0 to train everything "
-            "on CPUs"
+        yield BrokenRule(
+            ("sweep.gpus_per_trial", "cluster.num_gpus"),
+            "the first trains trials on CPUs, and the second names GPUs; leave the first out, or "
+            "set the second to 0 to train everything on CPUs",
         )
     if num_gpus and (gpus_per_trial or workers_per_trial) > num_gpus:
         name = "workers_per_trial" if gpus_per_trial is None else "gpus_per_trial"
-        yield f"sweep.{name}, cluster.num_gpus: a trial asks for more GPUs than the run has"
+        yield BrokenRule(
+            (f"sweep.{name}", "cluster.num_gpus"), "a trial asks for more GPUs than the run has"
+        )
     if gpus_per_trial and workers_per_trial not in (1, gpus_per_trial):
-        yield (
-            "sweep.workers_per_trial, sweep.gpus_per_trial: each worker has one GPU; leave the "
-            "first out"
+        yield BrokenRule(
+            ("sweep.workers_per_trial", "sweep.gpus_per_trial"),
+            "each worker has one GPU; leave the first out",
         )
     if sweep.asha and sweep.seeds:
-        yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
+        yield BrokenRule(
+            ("sweep.asha", "sweep.seeds"),
+            "it compares learning rates under one seed; leave seeds out",
+        )
 
 
-def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
+def _of_elastic_sweep(settings: Settings) -> Iterator[BrokenRule]:
     sweep = settings.sweep
     elastic = settings.distillation.training.elastic
     if not sweep.elastic:
         if elastic and sweep.kind != "iterations":
-            names = "sweep.elastic, distillation.training.elastic"
-            yield f"{names}: a student has one schedule; leave the second out, or set the first"
+            yield BrokenRule(
+                ("sweep.elastic", "distillation.training.elastic"),
+                "a student has one schedule; leave the second out, or set the first",
+            )
         return
     if settings.distillation.control != "distill":
-        yield "sweep.elastic, distillation.control: a control is about students of one schedule"
+        yield BrokenRule(
+            ("sweep.elastic", "distillation.control"),
+            "a control is about students of one schedule",
+        )
     if elastic and (elastic.schedules or not elastic.weight):
-        setting = "schedules" if elastic.schedules else "weight"
-        names = f"sweep.elastic, distillation.training.elastic.{setting}"
-        yield f"{names}: influence chooses the schedules, which have a weight; leave the second out"
+        name = "schedules" if elastic.schedules else "weight"
+        yield BrokenRule(
+            ("sweep.elastic", f"distillation.training.elastic.{name}"),
+            "influence chooses the schedules, which have a weight; leave the second out",
+        )
