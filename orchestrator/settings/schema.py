@@ -144,36 +144,38 @@ def _of_data_and_devices(settings: Settings) -> Iterator[BrokenRule]:
     if is_mixture != bool(data.shares):
         yield BrokenRule(
             ("data.source", "data.shares"),
-            "a mixture, and nothing else, has shares, such as "
+            "a mixture, and only a mixture, needs shares, such as "
             "--set 'data.shares={python: 0.8, phop_6: 0.2}'",
         )
     if data.files and "files" not in sources:
         yield BrokenRule(
             ("data.source", "data.files"),
-            "only source files, or a mixture with their share, reads it",
+            "only data.source=files, or a mixture with a share of files, reads data.files",
         )
     if data.depth.tasks and data.source != "depth":
         yield BrokenRule(
-            ("data.source", "data.depth.tasks"), "only source depth reads it; a mixture has shares"
+            ("data.source", "data.depth.tasks"),
+            "only data.source=depth reads the tasks; name those of a mixture in data.shares",
         )
     if (cluster.min_gpus or 0) > cluster.num_gpus:
         yield BrokenRule(
-            ("cluster.min_gpus", "cluster.num_gpus"), "the first must not be above the second"
+            ("cluster.min_gpus", "cluster.num_gpus"), "min_gpus must not be above num_gpus"
         )
     if cluster.min_gpus and cluster.parallel == "fsdp":
         yield BrokenRule(
             ("cluster.min_gpus", "cluster.parallel"),
-            "fsdp needs a fixed number of workers; take ddp",
+            "fsdp needs a fixed number of workers; leave min_gpus out, or take ddp",
         )
     if cluster.num_gpus and cluster.num_workers not in (1, cluster.num_gpus):
         yield BrokenRule(
             ("cluster.num_workers", "cluster.num_gpus"),
-            "each worker has one GPU; leave the first out",
+            "each worker has one GPU; leave num_workers out",
         )
     num_workers = cluster.num_gpus or cluster.num_workers
     if cluster.num_shards and cluster.parallel == "ddp":
         yield BrokenRule(
-            ("cluster.num_shards", "cluster.parallel"), "shards need cluster.parallel=fsdp"
+            ("cluster.num_shards", "cluster.parallel"),
+            "only fsdp has shards; set cluster.parallel=fsdp, or leave num_shards out",
         )
     elif cluster.num_shards and num_workers % cluster.num_shards:
         yield BrokenRule(
@@ -181,7 +183,8 @@ def _of_data_and_devices(settings: Settings) -> Iterator[BrokenRule]:
         )
     if sweep.thresholds and sweep.budgets:
         yield BrokenRule(
-            ("sweep.thresholds", "sweep.budgets"), "they exclude each other; leave one out"
+            ("sweep.thresholds", "sweep.budgets"),
+            "each of them chooses the schedules; leave one out",
         )
 
 
@@ -195,12 +198,12 @@ def _of_trainings(settings: Settings) -> Iterator[BrokenRule]:
         if recipe.iterate_from_fraction + recipe.iterate_ramp_fraction > 1.0 + 1e-9:
             yield BrokenRule(
                 (f"{section}.iterate_from_fraction", f"{section}.iterate_ramp_fraction"),
-                "the ramp must end within the training, so both sum to 1 at most",
+                "the ramp must end within the training; lower one, so that their sum is at most 1",
             )
         if recipe.optimizer == "muon" and settings.cluster.parallel == "fsdp":
             yield BrokenRule(
                 (f"{section}.optimizer", "cluster.parallel"),
-                "Muon needs whole matrices, and workers of fsdp hold rows of them; take ddp, or "
+                "Muon needs whole matrices, and a worker of fsdp holds rows of them; take ddp, or "
                 "adamw",
             )
     yield from _of_distillation(settings.distillation)
@@ -210,8 +213,8 @@ def _of_source_training(settings: Settings, recipe: TrainingSettings) -> Iterato
     if settings.training.source is not None:
         yield BrokenRule(
             ("training.source",),
-            "the source exists, or is trained first as the section source_training says; leave "
-            "one out",
+            "training.source names a source that exists, and section source_training trains one; "
+            "leave one of them out",
         )
     for name in (*FIELDS_OF_A_SOURCE, "elastic"):
         if getattr(recipe, name) != TrainingSettings.model_fields[name].default:
@@ -229,34 +232,36 @@ def _of_distillation(distillation: DistillationSettings) -> Iterator[BrokenRule]
         )
     if recipe.source_kl_weight:
         yield BrokenRule(
-            ("distillation.training.source_kl_weight",), "a student has distillation.kl_weight"
+            ("distillation.training.source_kl_weight",),
+            "a student has distillation.kl_weight instead; leave it out",
         )
     if recipe.trained_layers != "all":
         yield BrokenRule(
-            ("distillation.training.trained_layers",), "all weights of a student are trained"
+            ("distillation.training.trained_layers",),
+            "a student trains all of its weights; leave it out",
         )
     first = distillation.teacher_from_step
     until = distillation.teacher_until_step
     if until is not None and until <= first:
         yield BrokenRule(
             ("distillation.teacher_from_step", "distillation.teacher_until_step"),
-            "the teacher takes part in no step; set the second above the first",
+            "the teacher takes part in no step; set teacher_until_step above teacher_from_step",
         )
     if distillation.control != "distill":  # The rest is about a teacher.
         return
     if first >= recipe.num_steps:
         yield BrokenRule(
             ("distillation.teacher_from_step", "distillation.training.num_steps"),
-            "the teacher begins after the last step of the training; set the first below the "
-            "second, or distillation.control=cross_entropy",
+            "the teacher begins after the last step; set teacher_from_step below num_steps, or "
+            "distillation.control=cross_entropy to train without a teacher",
         )
     for name in ("kl_weight", "temperature"):
         usual_value = ElasticSettings.model_fields[name].default
         if recipe.elastic and getattr(recipe.elastic, name) != usual_value:
             yield BrokenRule(
                 (f"distillation.training.elastic.{name}",),
-                "in a distillation, members learn from the teacher and not from the full "
-                f"schedule; set distillation.{name}",
+                "in a distillation, the cheaper schedules learn from the teacher, not from the "
+                f"full schedule; set distillation.{name} instead",
             )
 
 
@@ -269,24 +274,23 @@ def _of_sweep(settings: Settings) -> Iterator[BrokenRule]:
             yield BrokenRule(
                 ("sweep.kind",),
                 "a sweep of kind iterations trains its models from random weights; leave "
-                f"{source} out, or set the kind to threshold or search",
+                f"{source} out, or set sweep.kind to threshold or search",
             )
         if sweep.teachers:
             yield BrokenRule(
                 ("sweep.teachers",),
-                f"{source} gives one teacher its weights; leave one of both out",
+                f"{source} is for one teacher alone; leave one of both out",
             )
     if settings.evaluation.retention and kind not in ("threshold", "search"):
         yield BrokenRule(
             ("evaluation.retention", "sweep.kind"),
-            f"a sweep of kind {kind} has no teacher whose source models could be compared with; "
-            "leave the first out",
+            f"a sweep of kind {kind} has no teacher to compare with; leave retention out",
         )
     for name, kinds in _KINDS_THAT_READ.items():
         if kind not in kinds and getattr(sweep, name):
             yield BrokenRule(
                 (f"sweep.{name}", "sweep.kind"),
-                f"only a sweep of kind {' or '.join(kinds)} reads the first; leave it out",
+                f"only a sweep of kind {' or '.join(kinds)} reads {name}; leave it out",
             )
     num_gpus = settings.cluster.num_gpus
     gpus_per_trial = sweep.gpus_per_trial
@@ -294,23 +298,24 @@ def _of_sweep(settings: Settings) -> Iterator[BrokenRule]:
     if num_gpus and gpus_per_trial == 0:
         yield BrokenRule(
             ("sweep.gpus_per_trial", "cluster.num_gpus"),
-            "the first trains trials on CPUs, and the second names GPUs; leave the first out, or "
-            "set the second to 0 to train everything on CPUs",
+            "gpus_per_trial=0 trains trials on CPUs although there are GPUs; leave it out, or set "
+            "cluster.num_gpus=0 to train everything on CPUs",
         )
     if num_gpus and (gpus_per_trial or workers_per_trial) > num_gpus:
         name = "workers_per_trial" if gpus_per_trial is None else "gpus_per_trial"
         yield BrokenRule(
-            (f"sweep.{name}", "cluster.num_gpus"), "a trial asks for more GPUs than the run has"
+            (f"sweep.{name}", "cluster.num_gpus"),
+            f"a trial asks for more GPUs than there are; lower {name}, or raise num_gpus",
         )
     if gpus_per_trial and workers_per_trial not in (1, gpus_per_trial):
         yield BrokenRule(
             ("sweep.workers_per_trial", "sweep.gpus_per_trial"),
-            "each worker has one GPU; leave the first out",
+            "each worker has one GPU; leave workers_per_trial out",
         )
     if sweep.asha and sweep.seeds:
         yield BrokenRule(
             ("sweep.asha", "sweep.seeds"),
-            "it compares learning rates under one seed; leave seeds out",
+            "asha compares learning rates under one seed; leave seeds out",
         )
 
 
@@ -321,17 +326,17 @@ def _of_elastic_sweep(settings: Settings) -> Iterator[BrokenRule]:
         if elastic and sweep.kind != "iterations":
             yield BrokenRule(
                 ("sweep.elastic", "distillation.training.elastic"),
-                "a student has one schedule; leave the second out, or set the first",
+                "without sweep.elastic, a student has one schedule; set it, or leave the other out",
             )
         return
     if settings.distillation.control != "distill":
         yield BrokenRule(
             ("sweep.elastic", "distillation.control"),
-            "a control is about students of one schedule",
+            "a control needs students of one schedule each; leave one of both out",
         )
     if elastic and (elastic.schedules or not elastic.weight):
         name = "schedules" if elastic.schedules else "weight"
         yield BrokenRule(
             ("sweep.elastic", f"distillation.training.elastic.{name}"),
-            "influence chooses the schedules, which have a weight; leave the second out",
+            f"the sweep chooses the schedules by influence, and trains them; leave {name} out",
         )
