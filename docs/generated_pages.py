@@ -32,7 +32,7 @@ from orchestrator.pipelines import (
     training,
     upkeep,
 )
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Output, Plan, Result
 from orchestrator.reporting.sweep_report import ReportResult
 from orchestrator.settings import Settings
 from orchestrator.sweeping import plan, sweep
@@ -48,8 +48,8 @@ TYPES = {
     "array": "list",
     "object": "mapping",
 }
-SWEEPS: dict[str, type[Result]] = {"": sweep.SweepResult, "--dry-run": plan.SweepPlan}
-RESULTS: dict[str, dict[str, type[Result]]] = {
+SWEEPS: dict[str, type[Output]] = {"": sweep.SweepResult, "--dry-run": plan.SweepPlan}
+RESULTS: dict[str, dict[str, type[Output]]] = {
     **dict.fromkeys(("quickstart", "sweep", "sweep-threshold", "sweep-iterations"), SWEEPS),
     "doctor": {"": doctor.Findings},
     "pretrain": {"": training.PretrainResult, "--dry-run": training.TrainingPlan},
@@ -162,10 +162,10 @@ def json_keys(name: str) -> dict[str, dict[str, str]]:
     return {"": KEYS[name]} if name in KEYS else {}
 
 
-def _keys_of(result: type[Result]) -> dict[str, str]:
+def _keys_of(result: type[Output]) -> dict[str, str]:
     found: dict[str, str] = {}
     for kind in reversed(result.__mro__):
-        if not issubclass(kind, Result) or kind is Result:
+        if not issubclass(kind, Output) or kind in (Output, Plan, Result):
             continue
         if "to_json" in vars(kind):
             found = _keys_in(vars(kind)["to_json"].__doc__)
@@ -181,7 +181,7 @@ def _keys_of(result: type[Result]) -> dict[str, str]:
                 parts = get_args(next(iter(get_args(field.annotation)), None))
                 found |= _keys_in(texts[name]) or dict.fromkeys(parts, text)
                 continue
-            if inner and issubclass(inner[0], Result):
+            if inner and issubclass(inner[0], Output):
                 of_each = ", ".join(f"`{key}`" for key in _keys_of(inner[0]))
                 text = f"{text} Each has {of_each}."
             found[field.serialization_alias or name] = text

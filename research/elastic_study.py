@@ -49,7 +49,7 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.price import price_of
 from orchestrator.records.metrics import metric_of
 from orchestrator.reporting.front import Front
-from orchestrator.reporting.result import show
+from orchestrator.reporting.output import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.reporting.statistics import INTERVAL_LEVEL

@@ -44,7 +44,7 @@ from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.records.metrics import stderr_name
-from orchestrator.reporting.result import show
+from orchestrator.reporting.output import show
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.reporting.statistics import sum_of_means

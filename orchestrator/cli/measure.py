@@ -25,7 +25,7 @@ from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError, quoted
 
 if TYPE_CHECKING:
-    from orchestrator.reporting.result import Result
+    from orchestrator.reporting.output import Output
 
 app = typer.Typer()
 
@@ -51,7 +51,7 @@ def inspect(
         ),
     ] = None,
     metric: Annotated[str | None, setting("influence.metric")] = None,
-) -> "Result":
+) -> "Output":
     """Say what a model is: type, sizes, FLOPs, cache, how much each layer matters, and what
     `pretrain --from` would take here. The model does not run.
 
@@ -70,7 +70,7 @@ def influence(
     metric: Annotated[str | None, setting("influence.metric")] = None,
     device: Annotated[str | None, setting("cluster.device")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
-) -> "Result":
+) -> "Output":
     """Measure how much each correction of each layer matters, and each whole layer.
 
     Example: iiet-orch influence my-run --metric loss
@@ -115,7 +115,7 @@ def evaluate(
     batch_size: Annotated[int | None, setting("evaluation.batch_size")] = None,
     device: Annotated[str | None, setting("cluster.device")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
-) -> "Result":
+) -> "Output":
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
     Beside each model after the first stands its difference to the first, over the same items, with
@@ -179,7 +179,7 @@ def benchmark(
     trust_remote_code: TrustOption = False,
     device: Annotated[str | None, setting("cluster.device")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
-) -> "Result":
+) -> "Output":
     """Measure latency, throughput and memory, and compare them with the cost model.
 
     Example: iiet-orch benchmark my-run --batch-sizes 1,8
@@ -241,7 +241,7 @@ def report(
             "measurement on a busy machine.",
         ),
     ] = False,
-) -> "Result":
+) -> "Output":
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
     Example: iiet-orch report --cost flops

@@ -22,7 +22,7 @@ from orchestrator.cli.session import Call, Warnings
 from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
-    from orchestrator.reporting.result import Result
+    from orchestrator.reporting.output import Output
 
 app = typer.Typer()
 
@@ -102,7 +102,7 @@ def generate(
         ),
     ] = None,
     device: Annotated[str | None, setting("cluster.device")] = None,
-) -> "Result | None":
+) -> "Output | None":
     """Continue a text and print it while it is generated.
 
     The prompt is not changed; --chat puts it into the chat template of an imported model. With
@@ -179,7 +179,7 @@ def import_folder(
         typer.Option(metavar="PATH", help="A tokenizer.json, or hub:NAME, if the model has none."),
     ] = None,
     name: NameOption = None,
-) -> "Result":
+) -> "Output":
     """Import a published, Llama, GGUF or exported model, or a checkpoint of another workspace.
 
     Example: iiet-orch import hub:HuggingFaceTB/SmolLM2-135M --name smollm2
@@ -234,7 +234,7 @@ def export(
         typer.Option(help="Token of the hub (default: HF_TOKEN, or that of `hf auth login`)."),
     ] = None,
     device: Annotated[str | None, setting("cluster.device")] = None,
-) -> "Result":
+) -> "Output":
     """Export a folder that transformers and lm-eval load without this package.
 
     Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
@@ -308,7 +308,7 @@ def pick(
     ] = False,
     to: FolderToWriteOption = None,
     force: ReplaceModelOption = False,
-) -> "Result":
+) -> "Output":
     """Choose a model from a sweep's front; export it and register it in MLflow.
 
     Example: iiet-orch pick --keep 0.99 --to my-model

@@ -15,7 +15,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
 
 if TYPE_CHECKING:
-    from orchestrator.reporting.result import Result
+    from orchestrator.reporting.output import Output
 
 app = typer.Typer()
 config_app = typer.Typer(
@@ -42,7 +42,7 @@ def ui(
             help="With --sync: delete the workspace's own store, and make it anew.",
         ),
     ] = False,
-) -> "Result | None":
+) -> "Output | None":
     """Print the page of the newest sweep, start MLflow on 127.0.0.1, and print links to its pages.
 
     Example: iiet-orch ui --port 5001
@@ -73,7 +73,7 @@ def list_workspace(
             "running, what runs now with its progress, speed and time left.",
         ),
     ] = None,
-) -> "Result":
+) -> "Output":
     """List runs, trials, sweeps and the models in exports/, the newest first, or what runs now.
 
     Example: iiet-orch list running
@@ -98,7 +98,7 @@ def clean(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
-) -> "Result | None":
+) -> "Output | None":
     """Delete what is no longer needed: shows it with sizes and reasons, then asks.
 
     Finished weights, evaluations, and what a running process holds are never touched.
@@ -124,7 +124,7 @@ def clean(
 
 @app.command("doctor", rich_help_panel="Start")
 @shared_options(workspace="named")
-def doctor(call: Call) -> "Result":
+def doctor(call: Call) -> "Output":
     """Check this machine and the workspace; name a remedy for what is broken.
 
     Then say which shipped sweeps fit this machine, and the hours that they take from their start,
@@ -157,7 +157,7 @@ def show_settings(
     changed: Annotated[
         bool, typer.Option("--changed", help="Only what differs from the defaults.")
     ] = False,
-) -> "Result | None":
+) -> "Output | None":
     """Print the resolved settings as YAML; what differs from its default is marked.
 
     Example: iiet-orch config show demo --changed
@@ -186,7 +186,7 @@ def show_schema(_call: Call) -> None:
 
 @config_app.command("list")
 @shared_options(workspace=None)
-def list_sweeps(call: Call) -> "Result":
+def list_sweeps(call: Call) -> "Output":
     """List the shipped sweeps.
 
     Example: iiet-orch config list
@@ -227,7 +227,7 @@ def init(
     tokenizer: Annotated[str | None, setting("data.tokenizer")] = None,
     steps: Annotated[int | None, setting("training.num_steps")] = None,
     gpus: Annotated[int | None, setting("cluster.num_gpus")] = None,
-) -> "Result":
+) -> "Output":
     """Write a commented settings file for your own data and size; asks for what is missing.
 
     With --from, copy a shipped sweep instead, to change it.

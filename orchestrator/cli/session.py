@@ -32,7 +32,7 @@ from orchestrator.workspace.errors import (
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
-    from orchestrator.reporting.result import Result
+    from orchestrator.reporting.output import Output, Result
 
 WorkspaceUse = Literal["made", "read", "kept", "existing", "named"]
 """What a command needs of the workspace; `open_session` says what each means."""
@@ -214,7 +214,7 @@ class Call:
 
         return Context(**self.common)
 
-    def finish(self, plan: Any, run: Callable[[Any, Context], Result]) -> Result:
+    def finish(self, plan: Any, run: Callable[[Any, Context], Output]) -> Output:
         """Return a plan for a dry run, else what it gives."""
         return plan if self.dry_run else run(plan, self.context)
 
@@ -227,29 +227,33 @@ class Call:
 
         return imported_model(model, also_folders=also_folders, **self.common)
 
-    def print(self, result: Result | None) -> None:
-        """Print a result as it was asked for; None if the command has printed something itself.
+    def print(self, output: Output | None) -> None:
+        """Print a plan or a result as it was asked for; None if the command has printed something
+        itself.
 
         Raises:
             RunFailed: If a part of it failed.
         """
-        if result is None:
+        from orchestrator.reporting.output import Result
+
+        if output is None:
             return
         if self.as_json:
-            print(result.to_text(), file=self.session.output)
+            print(output.to_text(), file=self.session.output)
         else:
-            self.show(result)
-        result.raise_failures()
+            self.show(output)
+        if isinstance(output, Result):
+            output.raise_failures()
 
-    def show(self, result: Result) -> None:
-        """Print what a terminal shows of a result."""
-        from orchestrator.reporting.result import show
+    def show(self, output: Output) -> None:
+        """Print what a terminal shows of a plan or a result."""
+        from orchestrator.reporting.output import show
 
-        show(result, self.session.console)
+        show(output, self.session.console)
 
     def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
         """Return a result of a few values and lines."""
-        from orchestrator.reporting.result import Answer
+        from orchestrator.reporting.output import Answer
 
         return Answer(values=values, lines=lines)
 

@@ -31,7 +31,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import check_name_option, locate_workspace
 
 if TYPE_CHECKING:
-    from orchestrator.reporting.result import Result
+    from orchestrator.reporting.output import Output
 
 app = typer.Typer()
 
@@ -56,7 +56,7 @@ def quickstart(
     call: Call,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
-) -> "Result":
+) -> "Output":
     """Run all steps on a CPU, from a generated task to the front, in minutes.
 
     With --config, run the sweep of that file, or of that name, instead of `demo`: `toy` reads text.
@@ -81,7 +81,7 @@ def prepare(
         ),
     ] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
-) -> "Result":
+) -> "Output":
     """Read a corpus, train or load its tokenizer, and write token shards.
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
@@ -164,7 +164,7 @@ def pretrain(
     gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
-) -> "Result":
+) -> "Output":
     """Pretrain one model on GPUs or CPUs; an interrupted run resumes.
 
     Example: iiet-orch pretrain --preset tiny -r 2,2,1,1,1,1 --steps 500 --seed 1
@@ -240,7 +240,7 @@ def distill(
     gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
-) -> "Result":
+) -> "Output":
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
@@ -271,7 +271,7 @@ def sweep_file(
     gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
-) -> "Result":
+) -> "Output":
     """Run a whole sweep from its file, pretraining included.
 
     Example: iiet-orch sweep toy --set training.num_steps=300
@@ -314,7 +314,7 @@ def sweep_threshold(
     gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
-) -> "Result":
+) -> "Output":
     """Prune by influence, distill and evaluate each schedule, and show the front.
 
     With --search, Optuna then suggests schedules outside the threshold's family.
@@ -368,7 +368,7 @@ def sweep_iterations(
     gpu: Annotated[GpuModel | None, setting("cluster.gpu")] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
-) -> "Result":
+) -> "Output":
     """Pretrain methods and iteration counts on the same tokens and show them on one front.
 
     Example: iiet-orch sweep-iterations --methods vanilla,iiet -r 0 -r 1 -r 3..0 --seeds 0,1
@@ -403,7 +403,7 @@ def _refuse_unread_by_kind(call: Call) -> None:
     call.refuse_unread(READ_BY_KIND[kind], reader=f"a sweep of kind {kind}")
 
 
-def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> "Result":
+def _sweep(call: Call, teacher: Path | None = None, name: str | None = None) -> "Output":
     from orchestrator.sweeping.stages import plan_sweep
     from orchestrator.sweeping.sweep import run_sweep
 

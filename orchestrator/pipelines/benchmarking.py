@@ -26,7 +26,7 @@ from orchestrator.models.open import OpenedModel, by_label, open_models
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting import command_tables
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Plan, Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
@@ -44,7 +44,7 @@ SHORT_CONTEXT = 32
 """Tokens of the shorter default prompt; the longer one is half the model's context."""
 
 
-class BenchmarkPlan(Result):
+class BenchmarkPlan(Plan):
     """Models, each under its schedule, and the conditions that they are measured under."""
 
     opened: dict[str, OpenedModel] = Field(exclude=True)

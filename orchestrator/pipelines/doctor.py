@@ -21,7 +21,7 @@ from pydantic import Field
 from rich.text import Text
 
 from orchestrator.pipelines.upkeep import list_workspace, show_status
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL

@@ -36,7 +36,7 @@ from orchestrator.records.metrics import STDERR_SUFFIX, quality_name, stderr_nam
 from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, TrackedRun
 from orchestrator.reporting import command_tables
 from orchestrator.reporting.comparison import Difference, differences_from_first
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Plan, Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -139,7 +139,7 @@ class ModelEvaluations(Result):
         yield from (f"  {sentence}" for sentence in notes)
 
 
-class EvaluatePlan(Result):
+class EvaluatePlan(Plan):
     """Models that are open, each under its schedule, and how they are evaluated."""
 
     row_key = "tasks"

@@ -54,7 +54,7 @@ from orchestrator.records.influence import (
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_tables, schedules_table
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Plan, Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.settings.evaluation import usual_metric
@@ -83,7 +83,7 @@ NUM_PROPOSED = 7
 """Schedules of the threshold's family that are shown with the influence, as many as a sweep has."""
 
 
-class InfluencePlan(Result):
+class InfluencePlan(Plan):
     """The influence of a checkpoint's corrections: stored, or to be measured."""
 
     checkpoint: Path

@@ -31,7 +31,7 @@ from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.planning.price import Price
 from orchestrator.reporting.command_tables import price_rows
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress

@@ -43,7 +43,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting import findings, results
 from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.reporting.retention import Loss, loss_text
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress

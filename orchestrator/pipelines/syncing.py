@@ -15,7 +15,7 @@ from orchestrator.pipelines.context import open_context
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training_state import is_in_use
 from orchestrator.records.trial import SweepTrials
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError

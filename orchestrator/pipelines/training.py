@@ -42,7 +42,7 @@ from orchestrator.planning.price import Price, price_of
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
 from orchestrator.reporting.command_tables import price_rows, training_rows
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Plan, Result
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.settings.cluster import LOCAL
@@ -98,7 +98,7 @@ def prepare(
         )
 
 
-class TrainingPlan(Result):
+class TrainingPlan(Plan):
     """Trainings that run side by side, and what they take."""
 
     kind: Literal["pretrain", "distill"]

@@ -38,7 +38,7 @@ from orchestrator.records.status import (
 )
 from orchestrator.records.training_state import Training, TrainingState, is_in_use, run_locks
 from orchestrator.records.trial import SweepTrials, Trial
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal import render

@@ -41,13 +41,13 @@ from orchestrator.records.metrics import (
 from orchestrator.records.trial import BESIDE_ROLES
 from orchestrator.reporting.claims import PAPER_OVERHEAD_SHARE, PAPER_SHARE_OF_FULL
 from orchestrator.reporting.colors import (
+    BACKGROUND,
     BLUE,
     FRAME,
     GRAY,
     GRID,
     INK,
     ORANGE,
-    PAPER,
     RED,
     SERIES_COLORS,
 )
@@ -283,7 +283,7 @@ def front_chart(
     layers = [
         marks("point", {"x": {**x, "axis": x_axis}, "y": {**y, "axis": y_axis}}, opacity=0),
         # Below the line of the front, which it would cut; it covers the grid alone.
-        *([paper_mark(PAPER, 8)] if mark_paper else []),
+        *([paper_mark(BACKGROUND, 8)] if mark_paper else []),
         # The best quality at each cost; flat after the last member.
         marks("line", step, where=[members], interpolate="step-after", strokeWidth=2),
         marks(
@@ -308,7 +308,7 @@ def front_chart(
     if mark_paper:
         layers.append(paper_mark(INK, 2.4))
     # Names, each above a halo of its letters, so that lines do not cross it.
-    halo: Spec = {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}
+    halo: Spec = {"stroke": BACKGROUND, "strokeWidth": 4, "strokeJoin": "round"}
     text = {"x": x, "y": y, "text": word("name")}
     is_named = [{"filter": "datum.place >= 0"}]
     layers.append(marks("text", text, where=is_named, **name_look, **halo))
@@ -322,7 +322,7 @@ def front_chart(
         "is_full": f"datum.group == '{TEACHER}'",
         "is_baseline": f"datum.group == '{BASELINE}'",
         "is_bold": "datum.is_member || datum.is_full || datum.is_baseline",
-        "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : '{PAPER}'",
+        "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : '{BACKGROUND}'",
         "size": "datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
         "name": "datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
         "place": place,

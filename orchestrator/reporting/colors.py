@@ -18,7 +18,7 @@ INK = "#1c1c1c"
 GRAY = "#757575"
 FRAME = "#bbbbbb"
 GRID = "#e6e6e6"
-PAPER = "#ffffff"
+BACKGROUND = "#ffffff"
 """What a chart stands on, which shows inside of hollow marks and around names."""
 DARK_COLORS = {
     BLUE: "#4aa3df",
@@ -26,7 +26,7 @@ DARK_COLORS = {
     GRAY: "#a3a3a3",
     FRAME: "#5c6066",
     GRID: "#33373d",
-    PAPER: "#16181c",
+    BACKGROUND: "#16181c",
 }
 """Color -> what a page replaces it by in dark mode, in a chart's JSON."""
 SERIES_COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)

@@ -31,7 +31,7 @@ from orchestrator.reporting.claims import (
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import Front
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.reporting.results import Curve, StoredSweep
 from orchestrator.reporting.sections import Section, render_json, render_page, render_terminal
 from orchestrator.reporting.tables import (

@@ -28,7 +28,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import AshaRule, SweepTrials
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.costs import exact_cost, full_trial
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Plan
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.reporting.statistics import (
     EXPECTED_SHARE_DIFFERING,
@@ -56,7 +56,7 @@ else:
     ScheduleSearch = Any  # Its module imports Optuna, which few sweeps need.
 
 
-class SweepPlan(Result):
+class SweepPlan(Plan):
     """What a sweep does, and what that takes."""
 
     # What it was asked for.

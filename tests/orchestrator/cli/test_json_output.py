@@ -18,7 +18,7 @@ from sample_trials import sample_trial
 
 from orchestrator import cli
 from orchestrator.pipelines.reports import report
-from orchestrator.reporting.result import Result
+from orchestrator.reporting.output import Result
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.sweeping.sweep import SweepResult
 from orchestrator.workspace.layout import Workspace, open_workspace

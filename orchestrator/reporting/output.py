@@ -26,15 +26,15 @@ NOTEBOOK_WIDTH = 130
 """Letters of a line in a notebook."""
 
 
-class Result(BaseModel):
-    """A plan or a result: its fields are its JSON, but for those with `Field(exclude=True)`."""
+class Output(BaseModel):
+    """What a command prints: its fields are its JSON, but for those with `Field(exclude=True)`."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
 
     merged: ClassVar[tuple[str, ...]] = ()
     """Fields whose parts stand beside the other fields in JSON."""
     row_key: ClassVar[str] = ""
-    """The key in JSON of the list that `rows` returns, if the result is a table."""
+    """The key in JSON of the list that `rows` returns, if the output is a table."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints: names and plain values."""
@@ -48,7 +48,7 @@ class Result(BaseModel):
         return json.dumps(_finite(self.to_json()), indent=2, default=str)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the result as a table, if it is one: a row of plain values for each item."""
+        """Return the output as a table, if it is one: a row of plain values for each item."""
         if not self.row_key:
             raise NotImplementedError(f"{type(self).__name__} is not a table; use its fields")
         return list(self.to_json()[self.row_key])
@@ -78,6 +78,10 @@ class Result(BaseModel):
         text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
         return text.replace("<pre>", '<pre style="line-height: 1.3; white-space: pre-wrap">', 1)
 
+
+class Plan(Output):
+    """What a command would do, found out by reading only."""
+
     @property
     def problems(self) -> dict[str, str | None]:
         """Place -> why a plan does not fit there; None if it does. First this machine."""
@@ -91,6 +95,10 @@ class Result(BaseModel):
         """
         if problem := next(iter(self.problems.values()), None):
             raise UserError(problem)
+
+
+class Result(Output):
+    """What a command has done or found."""
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if a part failed; called when the result is printed."""
@@ -109,9 +117,9 @@ class Answer(Result):
         return self.lines
 
 
-def show(result: Any, console: Console) -> None:
+def show(output: Output, console: Console) -> None:
     """Print what a terminal shows of a plan or a result."""
-    for part in result.shown():
+    for part in output.shown():
         if isinstance(part, str | Text):
             print_line(console, part)
         else:
