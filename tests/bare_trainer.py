@@ -69,7 +69,7 @@ class BareTrainer(Trainer):
         batch = batch.counted_as(batch.num_targets, batch.num_positions)
         return {name: float(value) for name, value in self.compute_gradients(batch, 0).items()}
 
-    def wishes(self, step: int) -> dict[str, float]:
+    def requests(self, step: int) -> dict[str, float]:
         return {"stop": 0.0, "save": 0.0}
 
     def validate(self) -> dict[str, float]:

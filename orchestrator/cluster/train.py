@@ -301,8 +301,8 @@ class JobRun:
         most = self.placement.workers
         storage = self.job.folder / RAY_FOLDER
         shutil.rmtree(storage, ignore_errors=True)
-        meeting = storage / "meeting"
-        meeting.mkdir(parents=True, mode=0o700)
+        rendezvous_folder = storage / "rendezvous"
+        rendezvous_folder.mkdir(parents=True, mode=0o700)
         return train.torch.TorchTrainer(
             train_worker,
             train_loop_config={
@@ -310,7 +310,7 @@ class JobRun:
                 "stop": self.stop,
                 "placement": self.placement,
                 "cluster": self.cluster,
-                "meeting": meeting,
+                "rendezvous_folder": rendezvous_folder,
             },
             scaling_config=train.ScalingConfig(
                 num_workers=(fewest, most) if fewest else most,
@@ -372,7 +372,7 @@ def train_worker(config: dict[str, Any]) -> None:
         shards=config["cluster"].num_shards,
     )
     if world.size > 1:
-        _meet(world, config, is_one_machine=context.get_local_world_size() == world.size)
+        _rendezvous(world, config, is_one_machine=context.get_local_world_size() == world.size)
     noticed = threading.Event()
 
     def wait_for_notice() -> None:
@@ -402,7 +402,7 @@ def train_worker(config: dict[str, Any]) -> None:
         )
 
 
-def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None:
+def _rendezvous(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None:
     """Connect the workers of a job; those of one machine talk over loopback.
 
     Workers of one machine find each other through a file that only this user can read; the driver
@@ -411,7 +411,7 @@ def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None
     import ray.util
     from ray.train.collective import broadcast_from_rank_zero
 
-    address = f"file://{config['meeting'] / uuid.uuid4().hex}"
+    address = f"file://{config['rendezvous_folder'] / uuid.uuid4().hex}"
     if not is_one_machine:
         with socket.socket() as free:
             free.bind(("", 0))

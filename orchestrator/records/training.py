@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from iiet.config import ATTENTION_OPTIONS, PRESETS, DistillationConfig, ModelConfig
 from iiet.facts import facts_of
@@ -122,8 +122,9 @@ class StoredJob(Record):
     recipe_version: int
     """Version of the program's recipe that began the run."""
     key: str
-    """The job's key: the hash of `essence`."""
-    essence: dict[str, Any]
+    """The job's key: the hash of `key_fields`."""
+    # Runs that were begun before this name have `essence`.
+    key_fields: dict[str, Any] = Field(validation_alias=AliasChoices("key_fields", "essence"))
     """Everything that determines the result."""
     job: TrainingJob
 

@@ -328,7 +328,7 @@ def retrofit_of(
         return None, f"{checkpoint} is not the end of its training, so it has no controls"
     try:
         source = find_source(workspace, stored.job.initial_folder)
-        is_unchanged = weights_key(source.folder) == stored.essence.get("initial")
+        is_unchanged = weights_key(source.folder) == stored.key_fields.get("initial")
     except UserError as error:
         return None, f"the teacher has no controls, because its source cannot be used: {error}"
     if not is_unchanged:

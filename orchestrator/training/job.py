@@ -319,7 +319,7 @@ def check_folder(job: TrainingJob) -> None:
             "cannot resume; choose another name or another workspace"
         )
     fields = key_fields(job)
-    if stored.essence.get("initial") != fields["initial"] and job.objective == "pretrain":
+    if stored.key_fields.get("initial") != fields["initial"] and job.objective == "pretrain":
         raise UserError(
             f"{job.folder} holds a run whose source had other weights than training.source="
             f"{job.initial_folder} has now; restore that source, or choose another name"
@@ -327,7 +327,7 @@ def check_folder(job: TrainingJob) -> None:
     if stored.key != content_key(fields):
         raise UserError(
             f"{job.folder} holds a run with other settings "
-            f"({describe_difference(stored.essence, fields)}); "
+            f"({describe_difference(stored.key_fields, fields)}); "
             "choose another name, or delete the folder"
         )
 
@@ -343,7 +343,7 @@ def write_job_file(job: TrainingJob) -> None:
     if not path.exists():
         fields = key_fields(job)
         StoredJob(
-            recipe_version=RECIPE_VERSION, key=content_key(fields), essence=fields, job=job
+            recipe_version=RECIPE_VERSION, key=content_key(fields), key_fields=fields, job=job
         ).write(path)
 
 

@@ -342,7 +342,7 @@ class Trainer:
         record_every = max(1, min(RECORD_EVERY_STEPS, recipe.num_steps // NUM_RECORDED_POINTS))
         recorded_at = time.monotonic()
         batch = self.batch(position.step)
-        agreed = mean_over_workers({**_counts(batch), **self.wishes(position.step)}, world)
+        agreed = mean_over_workers({**_counts(batch), **self.requests(position.step)}, world)
         with _rare_garbage_collections() as collect_garbage:
             while True:
                 if agreed["stop"] or agreed["save"]:
@@ -366,7 +366,7 @@ class Trainer:
                     batch = self.batch(step)
                     to_agree |= _counts(batch)
                 if not validates:
-                    to_agree |= self.wishes(step)
+                    to_agree |= self.requests(step)
                 # All workers record the same steps, as each tells the others about its GPU then.
                 is_late = time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
                 to_agree["late"] = float(is_late)
@@ -407,7 +407,7 @@ class Trainer:
                 if is_last:
                     return True
                 if validates:  # Asked only now: its result may be a reason to stop.
-                    agreed |= mean_over_workers(self.wishes(step), world)
+                    agreed |= mean_over_workers(self.requests(step), world)
                 if step % STEPS_BETWEEN_COLLECTIONS == 0:
                     collect_garbage()
 
@@ -574,7 +574,7 @@ class Trainer:
         )
         return batch.pinned() if world.is_gpu else batch  # Read by a GPU without blocking.
 
-    def wishes(self, step: int) -> dict[str, float]:
+    def requests(self, step: int) -> dict[str, float]:
         """Return whether the first worker wants to stop or to save after a step; asked once for
         each."""
         stops = False

@@ -264,7 +264,7 @@ def test_the_card_of_a_descendant_names_source_license_and_data_sets(
             recipe=TrainingSettings(),
             initial_folder=str(parent),
         )
-        stored = StoredJob(recipe_version=RECIPE_VERSION, key=name, essence={}, job=job)
+        stored = StoredJob(recipe_version=RECIPE_VERSION, key=name, key_fields={}, job=job)
         stored.write(checkpoint.parent / JOB_NAME)
         parent = checkpoint
     assert run(space.root, "export", "student", "--no-measure", "--to", str(tmp_path / "out")) == 0

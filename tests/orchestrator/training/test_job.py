@@ -68,6 +68,9 @@ def test_a_folder_holds_one_job_of_one_version(make):
     stored = StoredJob.read(job.folder / "job.json")
     assert stored is not None
     assert stored.recipe_version == RECIPE_VERSION
+    fields = stored.model_dump(mode="json")
+    fields["essence"] = fields.pop("key_fields")
+    assert StoredJob.model_validate(fields) == stored, "the field's name in earlier runs"
     earlier = stored.model_copy(update={"recipe_version": RECIPE_VERSION - 1})
     earlier.write(job.folder / "job.json")
     with refused(UserError, "version"):
