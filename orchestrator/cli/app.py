@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from orchestrator.cli import measure, models, places, train
+from orchestrator.cli import measure, models, train, workspace
 from orchestrator.terminal.render import print_line
 from orchestrator.terminal.stop import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import (
@@ -56,8 +56,8 @@ commands = typer.Typer(
 commands.add_typer(train.app)
 commands.add_typer(measure.app)
 commands.add_typer(models.app)
-commands.add_typer(places.app)
-commands.add_typer(places.config_app, name="config", rich_help_panel="Start")
+commands.add_typer(workspace.app)
+commands.add_typer(workspace.config_app, name="config", rich_help_panel="Start")
 
 
 def _print_version(is_given: bool) -> None:

@@ -1,4 +1,4 @@
-"""The only imports of Ray: start or join it, place workers, run Ray Train and Ray Tune.
+"""The only imports of Ray: start or join it, find slots for workers, run Ray Train and Ray Tune.
 
 `task.py` chooses between Ray and this process. Ray reads its environment when it is imported, and
 importing it takes two seconds. So all modules but `tune.py` import it within functions.
@@ -7,7 +7,7 @@ importing it takes two seconds. So all modules but `tune.py` import it within fu
 import os
 
 PRETENDED_GPUS = "IIET_PRETENDED_GPUS"
-"""Variable that lets work that reserved a GPU run on the CPU; see `places.py`."""
+"""Variable that lets work that reserved a GPU run on the CPU; see `placement.py`."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Names of the options of PyTorch's allocator; all versions read the first, newer ones both."""
 
@@ -20,7 +20,7 @@ _ENVIRONMENT = {
     # Variables of a Ray job and those of `cluster.env` may be the same; they have the same values.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a worker's end is noticed
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for places that were free a moment before
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for slots that were free a moment before
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # Ray asks NCCL which collective operation does not move, and then ends the workers.
     "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.places import nodes_with_devices
+from orchestrator.cluster.placement import nodes_with_devices
 from orchestrator.terminal.stop import POLL_SECONDS
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.locks import lock_descriptor
@@ -92,7 +92,7 @@ def locked_file(folder: Path) -> Iterator[Path]:
         raise UserError(
             f"the file system of {folder} does not lock files ({error.strerror}), and two runs "
             "could write to one folder; mount it with locks (Lustre: -o flock), or choose another "
-            "place with --workspace"
+            "folder with --workspace"
         ) from None
     finally:
         path.unlink(missing_ok=True)

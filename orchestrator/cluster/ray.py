@@ -32,7 +32,7 @@ import psutil
 
 from orchestrator.cluster import PRETENDED_GPUS
 from orchestrator.cluster.nodes import check_nodes
-from orchestrator.cluster.places import alive_nodes
+from orchestrator.cluster.placement import alive_nodes
 from orchestrator.planning.machine import THIS_MACHINE, Resources, local_resources
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import ADDRESS_VARIABLE, AUTO, LOCAL

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.cluster.places import alive_nodes
+from orchestrator.cluster.placement import alive_nodes
 from orchestrator.cluster.ray import ray_cluster, ray_environment
 from orchestrator.data.text_shards import OpenRunner, Report, ShardRunner
 from orchestrator.planning.machine import Resources, local_resources

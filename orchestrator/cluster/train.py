@@ -1,9 +1,10 @@
 """Training jobs under Ray Train.
 
 A job resumes from its own folder, so Ray's own records, which a crash can damage, are deleted. Ray
-would start workers again also after a mistake that trying again cannot help, and it would wait for
-a place without an end. So Ray makes one attempt at a time, and `JobRun` decides about the next. A
-worker that fails raises its error, which ends the others: they may wait for it for ever.
+would start workers again even after errors that a retry cannot help, and would wait for a slot
+without a limit. So Ray makes one attempt at a time, and `JobRun` decides about the next one. A
+worker that fails raises its error, which ends the others: otherwise they might wait for it for
+ever.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import Any
 import psutil
 import torch
 
-from orchestrator.cluster.places import (
+from orchestrator.cluster.placement import (
     PLACEMENT_SECONDS,
     Placement,
     Signal,
-    asked_places,
     job_placement,
+    reserved_slots,
     worker_device,
 )
 from orchestrator.cluster.ray import WATCHER_SWITCH, ray_cluster
@@ -51,12 +52,12 @@ from orchestrator.workspace.layout import RAY_FOLDER, find_checkpoints
 GROW_SECONDS = 300.0
 """How often a job of variable size looks for nodes that have joined."""
 FIRST_START_SECONDS = 300.0
-"""Longest wait for the first place: somebody sits at the terminal. Later, a node may be lost at
-night, and `cluster.node_wait_minutes` says how long its replacement is waited for."""
+"""Longest wait for the first slot: somebody sits at the terminal. Later, a node may be lost at
+night, and `cluster.node_wait_minutes` says how long to wait for its replacement."""
 NOTICE_SECONDS = 2.0
 """How often workers ask whether one of their nodes will be taken away."""
 MAX_FAILED_STARTS = 3
-"""Starts in a row that fail although there was a place, such as on a node that has just died."""
+"""Consecutive starts that may fail although a slot was free, such as on a node that just died."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables for the network interface of PyTorch's backends; a user's own value stays."""
 HANG_FOLDER = "hang_detector"
@@ -139,10 +140,10 @@ def _run_together(
         note_saving(begun, note)
         return bool(begun)
 
-    free_places = threading.Semaphore(runs[0].placement.jobs_at_once)
+    free_slots = threading.Semaphore(runs[0].placement.jobs_at_once)
 
     def fit_in_turn(run: JobRun) -> None:
-        with free_places:
+        with free_slots:
             run.fit()
 
     def report_failure(name: str, error: Exception) -> None:
@@ -173,7 +174,7 @@ class JobRun:
         self.cluster = cluster
         self.stop = stop
         self.waits_for = ""
-        """A sentence on the place that the job waits for; empty while it runs."""
+        """A sentence on the slot that the job waits for; empty while it runs."""
         self._num_bytes = self._journal_bytes()
 
     def _journal_bytes(self) -> int:
@@ -205,7 +206,7 @@ class JobRun:
         newest = find_checkpoints(folder)[-1:]
         num_failures = 0
         num_failed_starts = 0
-        while self._find_place():
+        while self._find_slots():
             size = self._journal_bytes()
             if self.placement.use_gpu:
                 watch_for_hangs(self.cluster.collective_timeout_seconds)
@@ -243,8 +244,8 @@ class JobRun:
                 keep_stacks(folder)
                 shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 
-    def _find_place(self) -> bool:
-        """Wait until as many workers as the job needs find a place; return False after a stop.
+    def _find_slots(self) -> bool:
+        """Wait until the job's workers have slots; return False after a request to stop.
 
         Raises:
             RunFailed: If it has waited for too long.
@@ -262,19 +263,21 @@ class JobRun:
         resource = "GPU" if placement.use_gpu else "CPU"
         num_needed = num_workers * (placement.gpus if placement.use_gpu else placement.cpus)
         begun = time.monotonic()
-        with asked_places([placement.worker_resources] * num_workers, placement.strategy) as group:
+        with reserved_slots(
+            [placement.worker_resources] * num_workers, placement.strategy
+        ) as group:
             while not self.stop.is_sent() and not group.wait(PLACEMENT_SECONDS):
                 resources = ray.available_resources()  # type: ignore[no-untyped-call]
                 # In the sum over the nodes all may be free, and no node have room for a worker.
                 num_free = min(resources.get(resource, 0.0), num_needed)
                 shortage = f"{num_free:g} of {num_needed:g} {resource}s are free"
-                self.waits_for = f"{self.job.folder.name} waits for a place: {shortage}"
+                self.waits_for = f"{self.job.folder.name} waits for a slot: {shortage}"
                 if time.monotonic() - begun >= seconds:
                     raise RunFailed(
-                        f"training in {self.job.folder} failed: there was no place for "
+                        f"training in {self.job.folder} failed: there was no slot for "
                         f"{format_duration(seconds)} ({shortage}); add nodes or wait until others "
                         "have finished, and run the same command again; cluster.node_wait_minutes "
-                        "says how long a node that replaces a lost one is waited for"
+                        "says how long to wait for the replacement of a lost node"
                     )
         self.waits_for = ""
         return not self.stop.is_sent()

@@ -1,8 +1,8 @@
 """Trials under Ray Tune: it asks for them one by one, starts them where there is room, and tries
 those that fail again.
 
-A queue decides which trial is next, and hears how each one ended. It holds as many as find a place
-on the nodes that are there now, so nodes that join later get trials, too. A trial with one worker
+A queue decides which trial is next, and hears how each one ended. Tune gets as many trials as
+the nodes have slots now, so nodes that join later get trials, too. A trial with one worker
 runs directly in a Tune function; one with several is a Ray Train job, which takes five times the
 start-up and three times the memory. A trial resumes from its own folder, so Tune's snapshots, which
 miss their last seconds, are deleted.
@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
-from orchestrator.cluster.places import (
+from orchestrator.cluster.placement import (
     Placement,
     Signal,
     StopRequests,
@@ -38,7 +38,7 @@ from orchestrator.cluster.places import (
 )
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
-from orchestrator.cluster.work import WorkPlace
+from orchestrator.cluster.work import Executor
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
@@ -141,10 +141,10 @@ class TuneProcess:
         self.num_workers = placement.workers
         self.device = worker_device(use_gpu=placement.use_gpu and placement.workers == 1)
         """Device of the trial's own process."""
-        self.measured_at = WorkPlace(device=self.device)
+        self.executor = Executor(device=self.device)
         if placement.use_gpu and placement.workers > 1:
             # The trial's own process has no GPU: its workers had them, and have ended.
-            self.measured_at = WorkPlace(needs_gpu=True, num_cpus=placement.cpus)
+            self.executor = Executor(needs_gpu=True, num_cpus=placement.cpus)
         self._key = trial.key
         self._cluster = cluster
         self._stops = stops
@@ -354,7 +354,7 @@ class Suggester(search.Searcher):  # type: ignore[misc]
     def suggest(self, *_: Any, **__: Any) -> Any:
         if self.is_short_of_memory or stop_requested() or self._queue.is_over:
             return search.Searcher.FINISHED
-        if self._queue.num_taken >= min(self._most, self._placement.num_places()):
+        if self._queue.num_taken >= min(self._most, self._placement.num_slots()):
             return None
         trial = self._queue.take()
         if trial is None:

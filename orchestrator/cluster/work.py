@@ -1,8 +1,7 @@
-"""Where work that needs one device is done, and the call that does it there.
+"""Run work that needs one device, such as a measurement: here, or as a Ray task on a GPU.
 
-Work of a command, such as a measurement, is done in this process, on the CPU or a GPU, or it is a
-Ray task, on whatever node has a GPU free: then the process that asks for it opens no CUDA context.
-Commands, sweeps and trials each have a `WorkPlace`, which follows from the settings.
+A task runs on any node that has a free GPU; the process that starts it opens no CUDA context.
+Commands, sweeps and trials each have an `Executor`, which follows from the settings.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.cluster.places import worker_device
+from orchestrator.cluster.placement import worker_device
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.planning.machine import check_available, check_device
 from orchestrator.settings import ClusterSettings, Settings
@@ -47,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkPlace:
-    """Where work that needs one device is done."""
+class Executor:
+    """Runs work that needs one device, in this process or as a Ray task."""
 
     device: str | None = None
     """Device of work in this process; None: a GPU if there is one, else the CPU."""
@@ -57,13 +56,13 @@ class WorkPlace:
     num_cpus: int = 1
     """CPUs of that task."""
     cluster: ClusterSettings | None = None
-    """The Ray that is started or joined, and whose GPUs are used if it has any; None for work in
-    this process, and for that of a trial, whose process is part of a Ray."""
+    """The Ray to start or join, whose GPUs are used if it has any. None for work in this process,
+    and within a trial, whose process belongs to a running Ray."""
     folder: Path | None = None
     """The workspace, or a folder in it, which all nodes of that Ray must see."""
 
     def run(self, work: Work[T], progress: Progress) -> T:
-        """Do work here, and return what it returns.
+        """Run work, and return what it returns.
 
         Raises:
             UserError: If a GPU is needed and there is none.
@@ -89,16 +88,15 @@ class WorkPlace:
         return work(device, progress)
 
 
-CPU = WorkPlace(device="cpu")
+CPU = Executor(device="cpu")
 """This process, on the CPU."""
 
 
-def command_place(cluster: ClusterSettings, folder: Path) -> WorkPlace:
-    """Return where the work of a command is done that starts no jobs.
+def command_executor(cluster: ClusterSettings, folder: Path) -> Executor:
+    """Return the executor of a command that starts no jobs.
 
-    The settings may name GPUs, or a cluster that has some: then it is a Ray task with a GPU. Else
-    it is done in this process, on a GPU if this machine has one. `cluster.device` may name the CPU
-    or a GPU instead.
+    If the settings name GPUs, or a cluster that has some, work is a Ray task with a GPU. Otherwise
+    it runs in this process, on a GPU if this machine has one. `cluster.device` overrides both.
 
     Raises:
         UserError: If this machine does not have that device.
@@ -106,31 +104,31 @@ def command_place(cluster: ClusterSettings, folder: Path) -> WorkPlace:
     is_elsewhere = cluster.ray_address != LOCAL
     needs_gpu = cluster.num_gpus > 0
     if cluster.device == "cuda" and (needs_gpu or is_elsewhere):
-        return WorkPlace(needs_gpu=True, cluster=cluster, folder=folder)
+        return Executor(needs_gpu=True, cluster=cluster, folder=folder)
     if cluster.device is not None:
         check_device(cluster.device)
-        return WorkPlace(device=cluster.device)
+        return Executor(device=cluster.device)
     if needs_gpu or is_elsewhere:
-        return WorkPlace(needs_gpu=needs_gpu, cluster=cluster, folder=folder)
-    return WorkPlace()
+        return Executor(needs_gpu=needs_gpu, cluster=cluster, folder=folder)
+    return Executor()
 
 
-def sweep_place(settings: Settings, folder: Path) -> WorkPlace:
-    """Return where a sweep measures beside its trials: on a GPU if they have some.
+def sweep_executor(settings: Settings, folder: Path) -> Executor:
+    """Return the executor of a sweep's measurements: on a GPU if its trials have GPUs.
 
     Args:
         folder: The workspace, or a folder in it; the GPU may be on another node.
     """
     if not settings.trials_use_gpus:
         return CPU
-    return WorkPlace(needs_gpu=True, cluster=settings.cluster, folder=folder)
+    return Executor(needs_gpu=True, cluster=settings.cluster, folder=folder)
 
 
 def run_gpu_task(work: Work[T], progress: Progress, num_cpus: int) -> T:
-    """Do work as a task on one GPU of the Ray that runs.
+    """Run work as a task on one GPU of the running Ray.
 
-    Its progress and log lines come back while it runs: the task is a generator. After Ctrl-C the
-    task's process is killed, so work stores what it has made in whole steps.
+    The task is a generator, so its progress and log lines arrive while it runs. Ctrl-C kills the
+    task's process, so work must store each finished part at once.
 
     Raises:
         RunFailed: If the task's process died too often.
@@ -140,7 +138,7 @@ def run_gpu_task(work: Work[T], progress: Progress, num_cpus: int) -> T:
     import ray
     import ray.exceptions
 
-    # Ray's own retry would expect the same events again, and a task that resumes sends fewer.
+    # Ray's own retry expects the same events again, but a resumed task sends fewer.
     options: dict[str, Any] = {"num_returns": "streaming", "max_retries": 0}
     # By default, the task of a trial would wait for a GPU among those that the trial has reserved.
     options["scheduling_strategy"] = "DEFAULT"
@@ -164,7 +162,7 @@ def run_gpu_task(work: Work[T], progress: Progress, num_cpus: int) -> T:
                         logging.getLogger(event.name).handle(event)
                     elif isinstance(event, str):
                         logger.info("%s.%s %s", function.__module__, function.__name__, event)
-                        progress.advance(0)  # It waits no longer.
+                        progress.advance(0)  # The wait is over.
                     elif event:
                         event(progress)
         except ray.exceptions.RayTaskError as error:
@@ -179,10 +177,10 @@ def run_gpu_task(work: Work[T], progress: Progress, num_cpus: int) -> T:
 
 
 def _stream(work: Work[Any]) -> Iterator[Any]:
-    """Run a function in a thread of a task; yield all that the caller has to know.
+    """Run a function in a thread of a task, and yield what the caller needs.
 
-    That is where it runs, as a text; its log records; its calls of `Progress`, as functions of the
-    caller's display; and its result, as a tuple.
+    These are a text that says where it runs; log records; calls of `Progress`, as functions of the
+    caller's display; and the result, as a tuple.
     """
     import ray
 
@@ -200,7 +198,7 @@ def _stream(work: Work[Any]) -> Iterator[Any]:
 
 
 class _SendingProgress(Progress):
-    """Sends each call to the process that started the task; of frequent `advance`, a few."""
+    """Sends each call to the process that started the task; of many `advance` calls, only some."""
 
     def __init__(self, send: Callable[[Callable[[Progress], None]], None]) -> None:
         self._send = send

@@ -124,7 +124,7 @@ def _lm_eval_names(settings: EvaluationSettings) -> list[str]:
     return [name for name in named_tasks(settings) if name != HELDOUT and not is_heldout_task(name)]
 
 
-def tasks_beside(settings: EvaluationSettings) -> tuple[str, ...]:
+def unaveraged_tasks(settings: EvaluationSettings) -> tuple[str, ...]:
     """Return the tasks of `evaluation.retention` that are not among those of the suite.
 
     Raises:
@@ -150,7 +150,7 @@ def tasks_beside(settings: EvaluationSettings) -> tuple[str, ...]:
 
 
 def _retention_tasks_of_lm_eval(settings: EvaluationSettings) -> list[str]:
-    return [name for name in tasks_beside(settings) if name != PYTHON_BITS]
+    return [name for name in unaveraged_tasks(settings) if name != PYTHON_BITS]
 
 
 def needs_heldout(settings: EvaluationSettings) -> bool:

@@ -18,7 +18,7 @@ from rich.console import RenderableType
 
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.work import command_place
+from orchestrator.cluster.work import command_executor
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.lookup import load_influence_table
@@ -147,12 +147,12 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
 
     Those with the same weights share them.
     """
-    place = command_place(plan.cluster, context.workspace.root)
+    executor = command_executor(plan.cluster, context.workspace.root)
     started_ms = now_ms()
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
     measure = partial(_measure, plan)
-    costs, device, dtype = place.run(measure, context.progress)
+    costs, device, dtype = executor.run(measure, context.progress)
     keys = [list(model.key) for model in plan.opened.values()]
     machine = timing_environment()
     key = content_key("benchmark", keys, asdict(conditions), device, machine)
@@ -210,7 +210,7 @@ def benchmark(
             schedules from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
             prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
-        cluster: Where they are measured; see `command_place`.
+        cluster: Where they are measured; see `command_executor`.
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:

@@ -221,10 +221,10 @@ def _ray(_: Workspace) -> Answers:
 
 def _workspace(workspace: Workspace) -> Answers:
     root = find_workspace(workspace.root).root
-    place = next(path for path in (root, *root.parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK, effective_ids=True)):
-        raise UserError(f"{place} cannot be written; choose another place with --workspace")
-    if place != root:
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK, effective_ids=True)):
+        raise UserError(f"{existing} cannot be written; choose another folder with --workspace")
+    if existing != root:
         yield True, f"{root} does not exist yet; the first command makes it", ""
         return
     damage: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from orchestrator.cluster.work import CPU, command_place
+from orchestrator.cluster.work import CPU, command_executor
 from orchestrator.data.preparation import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import MeasuredSuite, ModelMeasurer
@@ -182,11 +182,11 @@ class EvaluatePlan(Plan):
                 loaded = load_suite(suite)
         except NoTaskAvailable:
             return states | dict.fromkeys(suite.tasks, NEEDS_HUB)
-        place = command_place(self.settings.cluster, self.workspace.root)
-        if suite.precision is None and place.needs_gpu:
+        executor = command_executor(self.settings.cluster, self.workspace.root)
+        if suite.precision is None and executor.needs_gpu:
             suite = suite.model_copy(update={"precision": "bf16"})
         store = EvaluationStore(self.workspace.evaluations)
-        measurer = ModelMeasurer(model, store, suite, device=place.device or best_device())
+        measurer = ModelMeasurer(model, store, suite, device=executor.device or best_device())
         for name, num_answers in measurer.stored_answers(loaded).items():
             items = format_count(loaded.num_items(name), "item")
             if num_answers is None:
@@ -329,10 +329,10 @@ def _evaluate_model(
     measure = partial(_measure, model, suite, plan.trust_remote_code, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
-    place = CPU
+    executor = CPU
     if not suite.precision or not ModelMeasurer(model, store, suite).has_stored(loaded):
-        place = command_place(plan.settings.cluster, workspace.root)
-    measured = place.run(measure, progress)
+        executor = command_executor(plan.settings.cluster, workspace.root)
+    measured = executor.run(measure, progress)
     evaluation = measured.evaluation
     config = model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))

@@ -30,7 +30,7 @@ from iiet.pruning import (
     spread_over_cost,
     table_of_rounds,
 )
-from orchestrator.cluster.work import WorkPlace, command_place
+from orchestrator.cluster.work import Executor, command_executor
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import (
@@ -348,20 +348,20 @@ def plan_influence(
 
 
 def run_influence(
-    plan: InfluencePlan, context: Context, *, place: WorkPlace | None = None
+    plan: InfluencePlan, context: Context, *, executor: Executor | None = None
 ) -> InfluenceResult:
     """Measure how much each correction of each layer matters; a stored table is read again.
 
     Args:
-        place: Where it is measured; as the settings say when unset.
+        executor: Where it is measured; as the settings say when unset.
     """
     progress = context.progress
     started_ms = now_ms()
     table = plan.table
-    place = place or command_place(plan.cluster, context.workspace.root)
+    executor = executor or command_executor(plan.cluster, context.workspace.root)
     progress.start(f"influence ({plan.metric})")
     if table is None:
-        table = place.run(partial(_measure, plan), progress)
+        table = executor.run(partial(_measure, plan), progress)
         from orchestrator.reporting.charts import influence_chart, save_chart  # Imports vl-convert.
 
         title = "Influence of each correction"

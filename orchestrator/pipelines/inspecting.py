@@ -100,7 +100,7 @@ class InspectedModel(Result):
     retrofit_steps: int | None
     """Steps of that training."""
     retrofit_problems: dict[str, str | None]
-    """Place -> why that training does not fit there, or what must be changed first."""
+    """Machine or cluster -> why that training does not fit there, or what to change first."""
     context_length: int = Field(exclude=True)
     """Most tokens that are read at once."""
 

@@ -190,7 +190,7 @@ class TrainingPlan(Plan):
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
-        """Place -> why the trainings do not fit there; None if they do."""
+        """Machine or cluster -> why the trainings do not fit there; None if they do."""
         return self._problems_of(self.trainings_left, self.price)
 
     def _problems_of(self, trainings: Sequence[Estimate], price: Price) -> dict[str, str | None]:
@@ -204,7 +204,7 @@ class TrainingPlan(Plan):
 
     @cached_property
     def lack(self) -> str | None:
-        """Why there is no place for the workers; a cluster is asked once for all trainings."""
+        """Why there are no slots for the workers; a cluster is asked once for all trainings."""
         check = partial(check_run_resources, self.cluster, local=self.local)
         if self.local:
             return lack_of_resources(ClusterSettings(address=LOCAL), check)
@@ -235,7 +235,7 @@ class TrainingPlan(Plan):
             source_defaults: (optional) setting to its default with this source, where it differs
             state: whether it is finished, or where it begins
             price: what is left to train, as of a sweep
-            problems: place to why the training does not fit there, or `null`
+            problems: machine or cluster to why the training does not fit there, or `null`
         """
         students = [self._training_to_json(label) for label in self.jobs]
         return {"students": students} if self.kind == "distill" else students[0]

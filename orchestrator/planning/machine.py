@@ -88,10 +88,10 @@ def num_sharing(gpus: float) -> int:
     return max(1, _GPU_UNITS // round(gpus * _GPU_UNITS))
 
 
-def num_places(
+def num_slots(
     nodes: Sequence[Node], num_workers: int, cpus: int, gpus: float, *, on_one_node: bool = False
 ) -> int:
-    """Return how many jobs find places for all of their workers, each with its CPUs and GPUs.
+    """Return how many jobs find slots for all of their workers, each with its CPUs and GPUs.
 
     A worker lies on one node, so the sum over a cluster says nothing: two nodes of 3 CPUs hold two
     workers of 2 CPUs, not three. With `on_one_node`, all workers of a job lie on the same node.
@@ -109,10 +109,10 @@ def cpus_of_gpu_worker(nodes: Sequence[Node], gpus: float) -> int:
 
 
 def cpus_of_cpu_worker(nodes: Sequence[Node], num_workers: int, num_jobs: int) -> int:
-    """Return the most CPUs of each worker with which all jobs find places at the same time."""
+    """Return the most CPUs of each worker with which all jobs find slots at the same time."""
     most = max(node.cpus for node in nodes)
     for cpus in range(most, 1, -1):
-        if num_places(nodes, num_workers, cpus, 0) >= num_jobs:
+        if num_slots(nodes, num_workers, cpus, 0) >= num_jobs:
             return cpus
     return 1
 
@@ -173,7 +173,7 @@ def check_available(
     min_gpus: int | None = None,
     per_trial: bool = False,
 ) -> None:
-    """Check that one training's workers find places.
+    """Check that one training's workers find slots.
 
     Args:
         num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
@@ -191,8 +191,8 @@ def check_available(
     resources = resources or local_resources(count_gpus=num_gpus > 0)
     num_gpus = min_gpus or num_gpus
     num_workers = math.ceil(num_gpus) or num_workers
-    places = num_places(resources.nodes, 1, 1, num_gpus / num_workers)
-    if num_workers <= places:
+    slots = num_slots(resources.nodes, 1, 1, num_gpus / num_workers)
+    if num_workers <= slots:
         return
     if per_trial:
         setting = "sweep.gpus_per_trial" if num_gpus else "sweep.workers_per_trial"
@@ -203,7 +203,7 @@ def check_available(
     is_here = resources.place == THIS_MACHINE
     hardware = describe_nodes(resources.nodes)
     needs = "a CPU and a GPU" if num_gpus else "a CPU"
-    changes = [f"type --set {setting}={places}"] if places else []
+    changes = [f"type --set {setting}={slots}"] if slots else []
     if num_gpus and not resources.gpus:
         hardware += " and no GPU"
         if is_here:

@@ -26,7 +26,7 @@ from orchestrator.settings import SweepSettings
 
 Role = Literal["trial", "teacher", "baseline", "source", "source_continued"]
 T = TypeVar("T")
-BESIDE_ROLES: tuple[Role, ...] = ("baseline", "source", "source_continued")
+BASELINE_ROLES: tuple[Role, ...] = ("baseline", "source", "source_continued")
 """Roles of models that stand beside a front and do not compete for it."""
 SOURCE = "source"
 """Role and name of the model whose weights the teacher started from, as it was."""
@@ -34,7 +34,7 @@ SOURCE_CONTINUED = "source_continued"
 """Role and name of that model, trained on as it is with as many FLOPs as the teacher."""
 
 
-def role_beside(label: str) -> Role:
+def baseline_role(label: str) -> Role:
     """Return the role of a model that stands beside the front, by its label."""
     role_by_label: dict[str, Role] = {SOURCE: "source", SOURCE_CONTINUED: "source_continued"}
     return role_by_label.get(label, "baseline")

@@ -38,7 +38,7 @@ from orchestrator.records.metrics import (
     metric_of,
     stderr_name,
 )
-from orchestrator.records.trial import BESIDE_ROLES
+from orchestrator.records.trial import BASELINE_ROLES
 from orchestrator.reporting.claims import PAPER_OVERHEAD_SHARE, PAPER_SHARE_OF_FULL
 from orchestrator.reporting.colors import (
     BACKGROUND,
@@ -470,7 +470,7 @@ def _front_data(
             places = place_names(placed, names, (width, height), paper[pair])
             for key, marks_of_model in marks.items():
                 marks_of_model["places"].append(places.get(key, -1))
-    groups = {"teacher": TEACHER, **dict.fromkeys(BESIDE_ROLES, BASELINE)}
+    groups = {"teacher": TEACHER, **dict.fromkeys(BASELINE_ROLES, BASELINE)}
     drawn_rows = []
     for row in rows:
         key = row["key"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from orchestrator.cluster.work import sweep_place
+from orchestrator.cluster.work import sweep_executor
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.metrics import COST, METRICS
 from orchestrator.records.record import Record
@@ -61,7 +61,7 @@ def with_costs(
     if again or costs is None or costs.state != state:
         models = {shape_of[trial.key]: trial.model for trial in counted}
         progress.start("time per token")  # A GPU may have to be waited for.
-        by_shape = sweep_place(settings, folder).run(partial(_time, models), progress)
+        by_shape = sweep_executor(settings, folder).run(partial(_time, models), progress)
         costs = StoredCosts(state=state, by_name=by_shape)
         costs.write(path)
     return [trial.with_numbers("cost", costs.by_name[shape_of[trial.key]]) for trial in counted]

@@ -18,7 +18,7 @@ from orchestrator.records.metrics import (
     DECODE_MS,
     QUALITIES,
 )
-from orchestrator.records.trial import BESIDE_ROLES, SOURCE, SOURCE_CONTINUED
+from orchestrator.records.trial import BASELINE_ROLES, SOURCE, SOURCE_CONTINUED
 from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
@@ -67,7 +67,7 @@ def findings(front: Front) -> list[str]:
             sentences.append(f"The {name} is {description}.")
     choice = cheaper or full
     for row in front.rows:
-        if row["role"] not in BESIDE_ROLES or row is choice:
+        if row["role"] not in BASELINE_ROLES or row is choice:
             continue
         if choice is full and (row in controls or row in unbeaten):
             continue  # The teacher is compared with them above.
@@ -397,7 +397,7 @@ def better_baselines(front: Front, picked: Row) -> list[str]:
     """Return a clause on each baseline that is better than a model and costs no more."""
     clauses = []
     for row in front.rows:
-        if row["role"] not in BESIDE_ROLES or row["cost"] > picked["cost"]:
+        if row["role"] not in BASELINE_ROLES or row["cost"] > picked["cost"]:
             continue
         interval = _difference(front, picked, row)  # As the front holds it.
         is_better = (interval.value < 0) == front.axes.higher_is_better

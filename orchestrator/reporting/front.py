@@ -41,7 +41,7 @@ from orchestrator.records.metrics import (
     metric_of,
     stderr_name,
 )
-from orchestrator.records.trial import BESIDE_ROLES, SOURCE, Trial, teacher_or_costliest
+from orchestrator.records.trial import BASELINE_ROLES, SOURCE, Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
     StoredSweep,
     item_notes,
@@ -176,7 +176,7 @@ def reason_against_accuracy(
 
     # The interval of what cheaper models lose: of the median, as some may answer all items alike.
     cheaper = [
-        trial for trial in trials if trial.role not in BESIDE_ROLES and _nfe(trial) < _nfe(full)
+        trial for trial in trials if trial.role not in BASELINE_ROLES and _nfe(trial) < _nfe(full)
     ]
     items = load_item_values(workspace, [full, *cheaper])
     paired = pair_scores({key: [evaluation] for key, evaluation in items.items()})
@@ -481,7 +481,7 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     table = table.assign(**numbers)
     has_teacher = (table["role"] == "teacher").any()
     is_placed = table["cost"].notna() & table["quality"].notna()
-    is_candidate = is_placed & (~table["role"].isin(BESIDE_ROLES) | (not has_teacher))
+    is_candidate = is_placed & (~table["role"].isin(BASELINE_ROLES) | (not has_teacher))
     table = table.assign(
         goodness=table["quality"] if axes.higher_is_better else -table["quality"],
         is_placed=is_placed,
@@ -548,7 +548,7 @@ def with_confidence(
     scores = paired.quality(axes.quality)
     number_of = paired.number_of
     # Label -> number of the models that all are compared with, the full model first.
-    beside_full = [row for row in rows if row["role"] in BESIDE_ROLES and row is not full]
+    beside_full = [row for row in rows if row["role"] in BASELINE_ROLES and row is not full]
     compared_with: dict[str, int] = {}
     for row in (full, *beside_full):
         if row["key"] in number_of:

@@ -216,7 +216,7 @@ class SweepPlan(Plan):
 
     @cached_property
     def problems(self) -> dict[str, str | None]:
-        """Place -> why the trainings do not fit there; None if they do."""
+        """Machine or cluster -> why the trainings do not fit there; None if they do."""
         lack = None
         if self.trainings_left:
             check = partial(check_devices, self.placed, pretrains=bool(self.pretraining_left))
@@ -367,7 +367,7 @@ class SweepPlan(Plan):
                 `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
             source_controls: (optional) of a teacher with a source, name of a control to what of its
                 trainings is left, as `price`
-            problems: place to why the trainings do not fit there, or `null`
+            problems: machine or cluster to why the trainings do not fit there, or `null`
         """
         controls = {
             name: price.model_dump(mode="json") for name, price in self.control_prices.items()

@@ -17,7 +17,7 @@ def price_shipped_sweeps(workspace: Workspace) -> list[ShippedSweep]:
     Args:
         workspace: Results would be written to its disk.
     """
-    # A place on the same disk without results, whatever the workspace holds or lacks.
+    # An empty workspace on the same disk: results of this one must not count.
     unmade = Workspace(workspace.root / "not-made")
     num_installed_gpus = len(installed_gpus())
     sweeps = []

@@ -38,7 +38,7 @@ Status = Literal[
     "failed",
     "interrupted",
 ]
-"""The first two are waiting. For a `taken` trial Tune looks for a place. An `interrupted` one has
+"""The first two are waiting. For a `taken` trial Tune looks for a slot. An `interrupted` one has
 ended unfinished after a request to stop, and has saved its state."""
 WAITING: tuple[Status, ...] = ("to train", "to measure")
 TAKEN: tuple[Status, ...] = ("taken", "running")
@@ -327,10 +327,10 @@ class RunningSweep:
 
 
 def _urgency(trial: Trial) -> tuple[bool, float]:
-    """Return the place of a trial in the order in which trials start.
+    """Return the sort key by which trials start.
 
-    The teacher comes first, because fronts are drawn beside it. Then come the costly ones, so that
-    none of them runs alone at the end.
+    The teacher comes first, because fronts need it. Then come the costly trials, so that none of
+    them runs alone at the end.
     """
     # A training is about as much work as three evaluations.
     work = inference_cost(trial.model).evaluations_per_token * (3.0 if trial.job else 1.0)

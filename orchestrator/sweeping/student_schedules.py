@@ -276,7 +276,7 @@ def _evenly_spaced(layers: Sequence[int], number: int) -> list[int]:
     """Choose layers from the first to the last one; of one, the first."""
     steps = max(1, number - 1)
     return [
-        layers[(2 * place * (len(layers) - 1) + steps) // (2 * steps)] for place in range(number)
+        layers[(2 * index * (len(layers) - 1) + steps) // (2 * steps)] for index in range(number)
     ]
 
 

@@ -22,7 +22,7 @@ from orchestrator.models.labels import seed_label
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Role, Trial, role_beside
+from orchestrator.records.trial import Role, Trial, baseline_role
 from orchestrator.settings import (
     DistillationSettings,
     ElasticSettings,
@@ -264,7 +264,7 @@ class Students:
         if not self.full.corrections.num_corrections:
             trials += self._teachers_continued(trials[1:])
         for label, checkpoint in self.baselines.items():
-            trials.append(self._checkpoint_trial(role_beside(label), label, checkpoint))
+            trials.append(self._checkpoint_trial(baseline_role(label), label, checkpoint))
         return trials
 
     def _teachers_continued(self, students: Sequence[Trial]) -> list[Trial]:

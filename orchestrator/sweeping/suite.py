@@ -14,7 +14,7 @@ from orchestrator.evaluation.tasks import (
     HELDOUT,
     lm_eval_task_fingerprints,
     make_suite,
-    tasks_beside,
+    unaveraged_tasks,
 )
 from orchestrator.models.folder import text_files_key
 from orchestrator.records.evaluation import Suite
@@ -70,7 +70,7 @@ def plan_suite(
     }
     if settings.suite == HELDOUT and not settings.include_path:
         changes["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
-    beside = tasks_beside(settings)
+    beside = unaveraged_tasks(settings)
     if beside:
         changes["beside"] = beside
     if PYTHON_BITS in beside:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from iiet.pruning import InfluenceTable
 from orchestrator.cluster.task import joined_cluster, shard_runner
-from orchestrator.cluster.work import sweep_place
+from orchestrator.cluster.work import sweep_executor
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
@@ -272,9 +272,9 @@ def measure_influence(
         Label -> table.
     """
     measurements = plan.influence or plan_measurements(plan, teachers)
-    place = sweep_place(plan.settings, plan.workspace.root)
+    executor = sweep_executor(plan.settings, plan.workspace.root)
     return {
-        label: run_influence(measurement, context, place=place).table
+        label: run_influence(measurement, context, executor=executor).table
         for label, measurement in measurements.items()
     }
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.cluster.work import CPU, WorkPlace
+from orchestrator.cluster.work import CPU, Executor
 from orchestrator.evaluation.measuring import ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import load_suite
@@ -50,7 +50,7 @@ class TrialProcess(Protocol):
         """Device of this process."""
 
     @property
-    def measured_at(self) -> WorkPlace:
+    def executor(self) -> Executor:
         """Where the trial is measured: on one of its devices."""
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -68,7 +68,7 @@ class ThisProcess:
 
     num_workers = 1
     device = "cpu"
-    measured_at = CPU
+    executor = CPU
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell nobody."""
@@ -127,7 +127,7 @@ def run_trial(trial: Trial, process: TrialProcess | None = None) -> Trial | None
         # Measure it on the same device.
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
         try:
-            measured = process.measured_at.run(partial(measure_trial, trained), Progress())
+            measured = process.executor.run(partial(measure_trial, trained), Progress())
         except Interrupted:
             return None
         measured.write(trial.result_path)

@@ -23,7 +23,7 @@ from orchestrator.records.trial import (
     Role,
     SweepTrials,
     Trial,
-    role_beside,
+    baseline_role,
 )
 from orchestrator.settings import SearchSettings, Settings
 from orchestrator.sweeping.models import (
@@ -112,7 +112,7 @@ def unmeasured_trials(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
 
 def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:
     """Return the trial that trains a model from scratch; one without corrections is a baseline."""
-    role: Role = "trial" if has_counts(job.model.method) else role_beside(label)
+    role: Role = "trial" if has_counts(job.model.method) else baseline_role(label)
     return make_trial(
         role, label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
     )

@@ -135,7 +135,7 @@ def save_checkpoint(
     folder = run_folder / checkpoint_name(step)
     with new_folder(folder) as temporary:
         write_folder(temporary, config, weights)
-        write_beside_weights(
+        write_other_files(
             temporary,
             step,
             config,
@@ -147,7 +147,7 @@ def save_checkpoint(
     return folder
 
 
-def write_beside_weights(
+def write_other_files(
     folder: Path,
     step: int,
     config: ModelConfig,
@@ -421,7 +421,7 @@ class CheckpointWriter:
         Training has waited from `started` until `copied_at`.
         """
         write_config(unfinished.path, config_to_json(self._job.model))
-        write_beside_weights(
+        write_other_files(
             unfinished.path,
             step,
             self._job.model,

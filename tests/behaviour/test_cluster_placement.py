@@ -28,7 +28,7 @@ cluster.add_node(
 )
 os.environ["RAY_ADDRESS"] = cluster.address
 
-from orchestrator.cluster.places import alive_nodes, job_placement
+from orchestrator.cluster.placement import alive_nodes, job_placement
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.planning.machine import Resources
 

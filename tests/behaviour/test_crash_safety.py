@@ -35,7 +35,7 @@ from orchestrator.training.checkpoint import (
     load_training_state,
     prune_checkpoints,
     save_checkpoint,
-    write_beside_weights,
+    write_other_files,
 )
 from orchestrator.training.shards import ShardSaver
 from orchestrator.training.world import World
@@ -199,7 +199,7 @@ def a_checkpoint(step: int, value: float) -> Callable[[Path], Path]:
 def shards_of_one_worker(step: int, value: float) -> Callable[[Path], None]:
     def complete(unfinished: UnfinishedFolder, checksums: Mapping[str, str], _: float) -> None:
         write_config(unfinished.path, config_to_json(CONFIG))
-        write_beside_weights(
+        write_other_files(
             unfinished.path,
             step,
             CONFIG,

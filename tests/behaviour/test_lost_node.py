@@ -1,4 +1,4 @@
-"""A job or trial whose Ray node is lost waits for a place, and resumes on another node that joins
+"""A job or trial whose Ray node is lost waits for a slot, and resumes on another node that joins
 later; a job with `cluster.min_gpus` goes on with fewer workers, and grows back, but
 does not wait for ever.
 
@@ -111,7 +111,7 @@ try:
             # A loss that was announced is no failure.
             settings = ClusterSettings(max_failures=0)
             train.run_train_jobs([job], settings, watch=watch, note=notes.append)
-            assert notes == ["disturbed waits for a place: 0 of 1 CPUs are free"], notes
+            assert notes == ["disturbed waits for a slot: 0 of 1 CPUs are free"], notes
 finally:
     nodes.shutdown()
 assert "node joins" in events

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from refusals import refused
 
-from orchestrator.cluster.places import Placement, job_placement
+from orchestrator.cluster.placement import Placement, job_placement
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import SweepSettings
 from orchestrator.workspace.errors import UserError

@@ -17,7 +17,7 @@ from refusals import refused
 
 from orchestrator import cli
 from orchestrator.cluster import prepare_environment, ray
-from orchestrator.cluster.places import Signal
+from orchestrator.cluster.placement import Signal
 from orchestrator.cluster.ray import (
     LONGEST_TEMPORARY_FOLDER,
     address_variables,

@@ -24,7 +24,7 @@ from refusals import assert_names, refused
 from same_run import curve, events, state_of, steps_of, workers
 
 from orchestrator.cluster import train
-from orchestrator.cluster.places import Placement
+from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.task import run_local_jobs
 from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.records.training import TrainingJob

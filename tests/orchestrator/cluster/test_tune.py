@@ -22,7 +22,7 @@ from pretended_ray import idle_ray, train_here
 from same_run import events
 
 from orchestrator.cluster import tune as module
-from orchestrator.cluster.places import Placement
+from orchestrator.cluster.placement import Placement
 from orchestrator.cluster.ray import address_variables
 from orchestrator.cluster.tune import (
     RESTART_PAUSES_SECONDS,

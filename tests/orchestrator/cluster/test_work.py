@@ -14,7 +14,7 @@ from pretended_cluster import pretended_cluster
 from pretended_ray import idle_ray, run_tasks_here
 from refusals import refused
 
-from orchestrator.cluster.work import WorkPlace, command_place, sweep_place
+from orchestrator.cluster.work import Executor, command_executor, sweep_executor
 from orchestrator.planning.machine import Node
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
@@ -25,7 +25,7 @@ import json, logging, os, signal, sys, time
 from functools import partial
 from pathlib import Path
 from orchestrator.cluster.ray import ray_cluster
-from orchestrator.cluster.work import WAITING, WorkPlace, command_place, sweep_place
+from orchestrator.cluster.work import WAITING, Executor, command_executor, sweep_executor
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import Interrupted, UserError
@@ -71,7 +71,7 @@ class Lines(logging.Handler):
         lines.append(f"{record.name} {record.levelname} {self.format(record)}")
 logging.getLogger().addHandler(Lines())
 
-on_gpu = sweep_place(resolve_settings({}, ["cluster.num_gpus=2"]), Path()).run
+on_gpu = sweep_executor(resolve_settings({}, ["cluster.num_gpus=2"]), Path()).run
 with ray_cluster():
     progress = Recorded()
     device, num_gpus, node_id, number = on_gpu(partial(measure, 7), progress)
@@ -80,7 +80,7 @@ with ray_cluster():
     report["calls"] = progress.calls
     report["lines"] = lines
     try:
-        command_place(ClusterSettings(), Path()).run(mistake, Progress())
+        command_executor(ClusterSettings(), Path()).run(mistake, Progress())
     except UserError as error:
         report["error"] = [str(error), "in mistake" in str(error.__cause__)]
     report["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())
@@ -93,7 +93,7 @@ with ray_cluster():
 
     @ray.remote(num_cpus=1, scheduling_strategy=in_group)
     def trial():
-        return WorkPlace(needs_gpu=True, num_cpus=1).run(partial(measure, 8), Progress())
+        return Executor(needs_gpu=True, num_cpus=1).run(partial(measure, 8), Progress())
 
     report["of a trial"] = ray.get(trial.remote(), timeout=120)
     remove_placement_group(trial_group)
@@ -148,9 +148,9 @@ def test_a_task_runs_on_a_node_with_a_gpu_and_all_that_it_says_comes_back(tmp_pa
 
 
 def test_a_sweep_measures_on_a_gpu_if_its_trials_have_some_else_in_this_process():
-    place = sweep_place(resolve_settings({}, []), Path())
-    assert place.run(lambda device, _: device, Progress()) == "cpu"
-    assert sweep_place(resolve_settings({}, ["cluster.num_gpus=2"]), Path()).needs_gpu
+    executor = sweep_executor(resolve_settings({}, []), Path())
+    assert executor.run(lambda device, _: device, Progress()) == "cpu"
+    assert sweep_executor(resolve_settings({}, ["cluster.num_gpus=2"]), Path()).needs_gpu
 
 
 @pytest.fixture
@@ -164,8 +164,8 @@ def two_gpus(monkeypatch) -> list[str]:
 
 
 def _device_of(folder: Path, **cluster: object) -> str:
-    place = command_place(ClusterSettings(**cluster), folder)  # type: ignore[arg-type]
-    return place.run(lambda device, _: device, Progress())
+    executor = command_executor(ClusterSettings(**cluster), folder)  # type: ignore[arg-type]
+    return executor.run(lambda device, _: device, Progress())
 
 
 def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monkeypatch):
@@ -180,8 +180,8 @@ def test_work_runs_on_the_device_that_the_settings_name(two_gpus, tmp_path, monk
 
     for elsewhere in ({"num_gpus": 1}, {"address": "10.0.0.1:6379"}):
         cluster = ClusterSettings(device="cuda", **elsewhere)
-        place = WorkPlace(needs_gpu=True, cluster=cluster, folder=tmp_path)
-        assert command_place(cluster, tmp_path) == place
+        executor = Executor(needs_gpu=True, cluster=cluster, folder=tmp_path)
+        assert command_executor(cluster, tmp_path) == executor
 
     for gpus, device, words in (
         (0, "cuda", "no GPU that PyTorch"),
@@ -196,13 +196,13 @@ def test_work_that_needs_a_gpu_of_ray_is_a_task_with_one(tmp_path, monkeypatch):
     idle_ray(monkeypatch, Node(1, gpus=1))
     attempts = run_tasks_here(monkeypatch)
     settings = resolve_settings({}, ["cluster.num_gpus=1"])
-    for place in (
-        command_place(ClusterSettings(device="cuda", num_gpus=1), tmp_path),
-        sweep_place(settings, tmp_path),
-        WorkPlace(needs_gpu=True),  # Within a trial, whose process is part of a Ray.
+    for executor in (
+        command_executor(ClusterSettings(device="cuda", num_gpus=1), tmp_path),
+        sweep_executor(settings, tmp_path),
+        Executor(needs_gpu=True),  # Within a trial, whose process is part of a Ray.
     ):
         attempts.clear()
-        assert place.run(lambda _, __: "done", Progress()) == "done"
+        assert executor.run(lambda _, __: "done", Progress()) == "done"
         assert [options["num_gpus"] for options in attempts] == [1]
 
 
@@ -216,8 +216,8 @@ def test_a_task_whose_process_dies_is_started_again_twice(num_deaths, is_done, m
         return "done"
 
     if is_done:
-        assert WorkPlace(needs_gpu=True).run(work, Progress()) == "done"
+        assert Executor(needs_gpu=True).run(work, Progress()) == "done"
     else:
         with refused(RunFailed, "3 times", "WorkerCrashedError"):
-            WorkPlace(needs_gpu=True).run(work, Progress())
+            Executor(needs_gpu=True).run(work, Progress())
     assert len(attempts) == 3

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 
 from orchestrator.evaluation.lm_eval_model import run_task
 from orchestrator.evaluation.short_answers import ITEMS_PER_KIND, KINDS, short_questions
-from orchestrator.evaluation.tasks import check_task_names, load_suite, tasks_beside
+from orchestrator.evaluation.tasks import check_task_names, load_suite, unaveraged_tasks
 from orchestrator.records.evaluation import Suite, TaskResult
 from orchestrator.settings import EvaluationSettings
 from orchestrator.settings.evaluation import SHORT_ANSWERS, Prompts
@@ -89,4 +89,4 @@ def test_right_answers_are_marked_right_up_to_spaces_case_and_punctuation():
 def test_retention_may_name_it_beside_the_suite(suite, beside):
     settings = EvaluationSettings(suite=suite, retention={SHORT_ANSWERS: 5.0})
     check_task_names(settings)
-    assert tasks_beside(settings) == beside
+    assert unaveraged_tasks(settings) == beside

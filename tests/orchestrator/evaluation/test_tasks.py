@@ -17,7 +17,7 @@ from orchestrator.evaluation.tasks import (
     LoadedSuite,
     lm_eval_task_fingerprints,
     load_suite,
-    tasks_beside,
+    unaveraged_tasks,
 )
 from orchestrator.records.evaluation import Suite
 from orchestrator.settings import EvaluationSettings
@@ -173,7 +173,7 @@ def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, hub_look_ups)
         settings = EvaluationSettings(
             suite=suite, include_path=str(folder), retention=retention, num_items=1
         )
-        return sorted(lm_eval_task_fingerprints(settings)), tasks_beside(settings)
+        return sorted(lm_eval_task_fingerprints(settings)), unaveraged_tasks(settings)
 
     assert names("words", {"choices": 1.0}) == (["choices", "words"], ("choices",))
     assert names("words,choices", {"choices": 1.0}) == (["choices", "words"], ())

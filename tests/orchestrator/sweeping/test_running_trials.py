@@ -17,7 +17,7 @@ from lm_eval_tasks import write_choices
 from refusals import refused
 
 from orchestrator.cluster.tune import AshaByModel
-from orchestrator.cluster.work import WorkPlace
+from orchestrator.cluster.work import Executor
 from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.load import load_model
@@ -84,12 +84,12 @@ def test_a_trial_that_another_process_runs_is_waited_for_and_not_made_again(tria
 
 
 def test_a_trial_whose_measurement_is_stopped_is_measured_later(trials):
-    class Stopped(WorkPlace):
+    class Stopped(Executor):
         def run(self, *_: Any) -> Any:
             raise Interrupted("what was stored is kept")
 
     process = ThisProcess()
-    process.measured_at = Stopped()
+    process.executor = Stopped()
     assert run_trial(trials[0], process) is None
     assert trials[0].result() is None
     assert run_trial(trials[0]) is not None

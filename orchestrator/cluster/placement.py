@@ -1,4 +1,4 @@
-"""The nodes of the Ray that runs, the places of jobs on them, and requests to stop.
+"""The nodes of the running Ray, the slots of jobs on them, and requests to stop.
 
 A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
 many jobs run at the same time as the nodes hold with all of their workers. Jobs on CPUs share all
@@ -25,12 +25,12 @@ from orchestrator.planning.machine import (
     check_available,
     cpus_of_cpu_worker,
     cpus_of_gpu_worker,
-    num_places,
+    num_slots,
 )
 from orchestrator.workspace.errors import DeviceError
 
 PLACEMENT_SECONDS = 2.0
-"""Ray finds a place on nodes that are free within this time."""
+"""Where nodes are free, Ray finds a slot within this time."""
 TRIAL_PROCESS_BYTES = 512 * 2**20
 """Memory of a process that imports PyTorch and waits for its workers."""
 NAMESPACE = "iiet-orch"
@@ -54,7 +54,7 @@ def alive_nodes() -> tuple[Node, ...]:
     return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources)
 
 
-# Places of jobs
+# Slots of jobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,11 @@ class Placement:
         """
         return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
 
-    def num_places(self) -> int:
-        """Return how many jobs, of their fewest workers, the nodes hold now."""
+    def num_slots(self) -> int:
+        """Return how many jobs the nodes hold now, each with its fewest workers."""
         workers = self.min_workers or self.workers
         alive = alive_nodes()
-        return num_places(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
+        return num_slots(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
 
 
 def job_placement(
@@ -125,18 +125,18 @@ def job_placement(
     Raises:
         UserError: If there is too little for one job.
     """
-    # A cluster elsewhere may have less than is asked for; nothing else could know before.
+    # Only now it is known what a joined cluster has.
     check_available(num_workers, num_gpus, resources, min_gpus=min_gpus, per_trial=per_trial)
     nodes = resources.nodes
     workers = math.ceil(num_gpus) or num_workers
     gpus = num_gpus / workers
     cpus = cpus_of_gpu_worker(nodes, gpus) if gpus else 1
-    # GPUs of one node are connected best, so a job waits for a node rather than lie on two.
-    # One whose number of workers varies takes what there is.
+    # GPUs of one node are connected best, so a job waits for a free node instead of
+    # taking two. A job of variable size takes what is free.
     can_wait = gpus > 0 and min_gpus is None
-    on_one_node = can_wait and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
-    places = num_places(nodes, workers, cpus, gpus, on_one_node=on_one_node)
-    at_once = max(1, min(most_at_once or places, places, num_jobs))
+    on_one_node = can_wait and num_slots(nodes, workers, cpus, gpus, on_one_node=True) > 0
+    slots = num_slots(nodes, workers, cpus, gpus, on_one_node=on_one_node)
+    at_once = max(1, min(most_at_once or slots, slots, num_jobs))
     return Placement(
         jobs_at_once=at_once,
         workers=workers,
@@ -171,10 +171,10 @@ def worker_device(*, use_gpu: bool) -> str:
 
 
 @contextmanager
-def asked_places(bundles: Sequence[dict[str, float]], strategy: str = "PACK") -> Iterator[Any]:
-    """Ask Ray for places in a block; yield the placement group, whose `wait(seconds)` finds them.
+def reserved_slots(bundles: Sequence[dict[str, float]], strategy: str = "PACK") -> Iterator[Any]:
+    """Reserve slots until the block ends; yields the placement group.
 
-    Ray's autoscaler starts nodes for them.
+    Its `wait(seconds)` returns whether Ray has found them. Ray's autoscaler starts nodes for them.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
