@@ -210,9 +210,11 @@ def _sweep_entry(workspace: Workspace, name: str, plan: SweepTrials | None) -> _
         begun = None if has_plan else begun_without_trials(folder)
         state = "damaged" if has_plan else "without a plan"
         if begun is not None:
-            is_running = is_locked(workspace.logs / str(begun["lock"]))
-            state = "running" if is_running else "interrupted"
-            command = None if is_running else _command_of(workspace, folder, begun)
+            state = "interrupted"
+            command = _command_of(workspace, folder, begun)
+        if not has_plan and is_locked(folder / layout.SWEEP_LOCK_NAME):
+            state = "running"
+            command = None
     elif any(is_in_use(Path(trial.folder)) for trial in unfinished):
         state = "running"
     elif unfinished:

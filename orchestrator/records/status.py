@@ -22,9 +22,8 @@ from orchestrator.workspace.journal import read_tail
 from orchestrator.workspace.layout import Workspace
 
 STARTED_EVENT = "started"
-"""Event in the journal of a sweep: it began. Before its trials are known, the event has `lock`, the
-name of the lock in `logs` that the sweep holds while it runs; `teacher`, if one was given, or an
-empty text; and `options` of `sweep-threshold` for a given teacher."""
+"""Event in the journal of a sweep: it began. Before its trials are known, the event has `teacher`,
+an empty text if none was given, and `options` of `sweep-threshold` for a given teacher."""
 FAILED_EVENT = "failed"
 """Event in the journal of a sweep: trials failed in every attempt; their labels are `trials`."""
 Note = Callable[[str], None]
@@ -66,7 +65,7 @@ def begun_without_trials(sweep_folder: Path) -> dict[str, Any] | None:
     """Return the last event of a sweep that began and whose trials are not known yet; None of any
     other."""
     records = [record for record in read_tail(sweep_folder) if record["kind"] == "event"]
-    is_begun = records and "lock" in records[-1]
+    is_begun = records and "options" in records[-1]
     return records[-1] if is_begun else None
 
 

@@ -8,8 +8,8 @@ writes the report.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Set
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,13 +117,10 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
     plan = _with_imported_source(plan, progress)
     settings = plan.settings
     pretrains = bool(plan.pretraining)
-    # The sweep's folder has its name only when the influence is measured. The same call a second
-    # time is refused at once.
-    call_key = content_key(to_yaml(settings), str(plan.teacher), plan.name)
-    call_lock = workspace.logs / f".sweep-{call_key}.lock"  # A call that is a mistake deletes it.
+    first_folder = _first_folder(plan)
     check = partial(check_devices, settings, pretrains=pretrains)
     with (
-        refuse_second(call_lock, "this sweep"),
+        _locked_folder(first_folder),
         joined_cluster(settings.cluster, workspace.root, check, progress),
     ):
         # The data, and the tasks before any training: the text may be too poor for them.
@@ -134,10 +131,9 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
         hashes = load_tasks(settings.evaluation, tokens, first.model, progress)
         has_all_trials = plan.is_complete and first.suite.fingerprints == (hashes or None)
 
-        # From here on `list` knows the sweep. Its folder gets its name once its trials are known.
-        first_folder = workspace.sweeps / (plan.name or f"{settings.sweep.kind}-{call_key[:8]}")
+        # From here on `list` says how the sweep is continued if it is interrupted.
         if not plan.is_complete and not (first_folder / PLAN_FILE).exists():
-            _record_start(plan, first_folder, call_lock)
+            _record_start(plan, first_folder)
 
         start_ray = partial(
             ray_cluster, settings.cluster, folder=workspace.root, say=progress.start
@@ -151,7 +147,7 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                 plan.check()
 
             folder = workspace.sweeps / plan.trials.name
-            with refuse_second(folder / SWEEP_LOCK_NAME, f"the sweep {plan.trials.name}"):
+            with nullcontext() if folder == first_folder else _locked_folder(folder):
                 check_sweep_folder(plan.trials, workspace)
                 if first_folder != folder and not (first_folder / PLAN_FILE).exists():
                     shutil.rmtree(first_folder, ignore_errors=True)
@@ -166,6 +162,38 @@ def run_sweep(plan: SweepPlan, context: Context) -> SweepResult:
                 )
                 sweep_results = _results_of(plan, run, teachers, tables)
                 return _report_of(plan, sweep_results, context, failed_controls | run.failures)
+
+
+def _first_folder(plan: SweepPlan) -> Path:
+    """Return the folder of a sweep before it runs.
+
+    Its name may follow from its trials. While they are not known, it follows from the call.
+    """
+    if plan.is_complete:
+        name = plan.trials.name
+    else:
+        call_key = content_key(to_yaml(plan.settings), str(plan.teacher))
+        name = plan.name or f"{plan.settings.sweep.kind}-{call_key[:8]}"
+    return plan.workspace.sweeps / name
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's folder, which is deleted if nothing was written into it.
+
+    Raises:
+        UserError: If another command runs this sweep.
+    """
+    lock = folder / SWEEP_LOCK_NAME
+    with refuse_second(lock, f"the sweep {folder.name}"):
+        try:
+            yield
+        finally:
+            if folder.is_dir() and [*folder.iterdir()] == [lock]:  # The call was a mistake.
+                lock.unlink()
+                folder.rmdir()
+                with suppress(OSError):  # It holds other sweeps.
+                    folder.parent.rmdir()
 
 
 def _with_imported_source(plan: SweepPlan, progress: Progress) -> SweepPlan:
@@ -195,7 +223,7 @@ def _with_data(plan: SweepPlan, progress: Progress) -> SweepPlan:
     return plan
 
 
-def _record_start(plan: SweepPlan, folder: Path, lock: Path) -> None:
+def _record_start(plan: SweepPlan, folder: Path) -> None:
     """Write how a sweep was called into the folder that it has until its trials are known."""
     settings = plan.settings
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
@@ -203,7 +231,7 @@ def _record_start(plan: SweepPlan, folder: Path, lock: Path) -> None:
     if settings.sweep.kind == "search":
         options["--search"] = str(settings.search.num_trials)
     teacher = str(plan.teacher or "")
-    record_event(folder, STARTED_EVENT, lock=lock.name, teacher=teacher, options=options)
+    record_event(folder, STARTED_EVENT, teacher=teacher, options=options)
 
 
 def train_models(

@@ -14,6 +14,7 @@ from lm_eval_tasks import write_choices
 from refusals import refused
 
 from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.upkeep import list_workspace
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import stages
 from orchestrator.sweeping.stages import plan_sweep
@@ -31,9 +32,15 @@ def workspace(workspace, tiny_tokens, trained_run) -> Workspace:
     return workspace
 
 
-def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(workspace):
-    plan = plan_sweep(resolve_settings({}), workspace=workspace, teacher="teacher")
+@pytest.mark.parametrize(
+    ("name", "changes"), [(None, []), ("mine", []), ("mine", ["sweep.num_schedules=3"])]
+)
+def test_a_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(workspace, name, changes):
+    plan_of = partial(plan_sweep, workspace=workspace, teacher="teacher", name=name)
+    plan = plan_of(resolve_settings({}))
+    second_plan = plan_of(resolve_settings({}, changes))
     refusals: list[str] = []
+    states: list[str] = []
 
     class Refused(Progress):
         def start(self, *_: object, **__: object) -> None:
@@ -42,16 +49,19 @@ def test_the_same_sweep_is_refused_while_it_runs_and_not_once_it_has_ended(works
     class CallsAgain(Progress):
         def start(self, *_: object, **__: object) -> None:
             with pytest.raises(UserError) as caught:
-                run_sweep(plan, Context(workspace, Refused()))
+                run_sweep(second_plan, Context(workspace, Refused()))
             refusals.append(str(caught.value))
+            states.extend(e["state"] for e in list_workspace(workspace, "sweeps").entries["sweeps"])
             raise Interrupted("the first call has ended")
 
     for _ in range(2):
         with pytest.raises(Interrupted):
             run_sweep(plan, Context(workspace, CallsAgain()))
+    assert states == ["running", "running"]
     assert len(refusals) == 2
     for refusal in refusals:
         assert f"process {os.getpid()} on {socket.gethostname()}" in refusal
+    assert not workspace.sweeps.exists(), "nothing was written that a later call could continue"
 
 
 @pytest.mark.slow
