@@ -262,7 +262,7 @@ def seconds_now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# Costs beside the cost model's prediction
+# Measured costs, with the cost model's prediction
 
 
 def cost_of(decoder: Timed) -> Callable[..., InferenceCost]:

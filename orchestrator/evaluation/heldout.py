@@ -1,9 +1,9 @@
 """Held-out tasks: tasks of lm-eval made from prepared data, of what training never sees.
 
 Text offers the last words of passages, as LAMBADA, and bits per byte; depth data one task for each
-of their depth tasks; a mixture those of all its parts. `heldout-<key>/suite.json` beside the data
-holds the items of each task. One more task is there for all data: the bits per byte of English text
-that comes with every Python, by which a sweep sees what a model has lost beside its task.
+of their depth tasks; a mixture those of all its parts. `heldout-<key>/suite.json` next to the
+data holds the items of each task. One more task exists for all data: the bits per byte of English
+text that comes with every Python. By it, a sweep sees what a model has forgotten.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def count_flops(model: Any) -> tuple[float, float]:
     """Return the FLOPs of a token's matrix products, and of attention to one token that it sees.
 
     They follow from those of whole texts of three lengths, in which each token is compared with
-    all: a text of n tokens takes `n a + n^2 b`, beside what does not depend on its length.
+    all: a text of n tokens takes `n a + n^2 b`, plus what does not depend on its length.
     """
     counts = []
     for length in (2, 4, 6):

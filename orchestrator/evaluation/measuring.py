@@ -139,15 +139,15 @@ class ModelMeasurer:
                     f"{model.num_cut} prompts lost their beginning: they are longer than the "
                     f"{self.sequence_length} tokens that the model reads at once"
                 )
-        beside = tuple(name for name in self._suite.beside or () if name in loaded.tasks)
+        unaveraged = tuple(name for name in self._suite.unaveraged or () if name in loaded.tasks)
         evaluation_keys = EvaluationKeys(
-            tasks=keys, groups=loaded.groups, skipped=loaded.skipped, beside=beside
+            tasks=keys, groups=loaded.groups, skipped=loaded.skipped, unaveraged=unaveraged
         )
         evaluation = EvaluationResult(
             results={name: results[name] for name in loaded.tasks},
             groups=loaded.groups,
             skipped=loaded.skipped,
-            beside=beside,
+            unaveraged=unaveraged,
         )
         return MeasuredSuite(evaluation, evaluation_keys, len(missing.tasks), self.precision)
 
@@ -249,7 +249,7 @@ class ModelMeasurer:
         )
 
     def _run_description(self) -> dict[str, object]:
-        """Return what lm-eval's results say of a run beside its numbers."""
+        """Return the fields of lm-eval's results that describe a run."""
         model = self._model
         prompts = self._suite.prompts or Prompts()
         model_args: dict[str, object] = {"dtype": self.precision}

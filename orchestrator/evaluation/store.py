@@ -2,9 +2,9 @@
 
 A folder holds lm-eval's files of one task, `results_DATE.json` and `samples_TASK_DATE.jsonl`, under
 the hash of all that determines it: weights and precision, configuration with its schedule,
-tokenizer, the task's items and metrics, limit. Beside them, `items.json` has hashes and values of
-the items, so that a report parses no samples. The loss over held-out tokens is an entry like a
-task. While a task runs, its answers are stored beside, so that an interrupted evaluation resumes.
+tokenizer, the task's items and metrics, limit. `items.json` has hashes and values of the items, so
+that a report parses no samples. The loss over held-out tokens is an entry like a task. The answers
+of a running task are stored next to it, so that an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class EvaluationStore:
         if len(stored) < len(results):
             return None
         return EvaluationResult(
-            results=stored, groups=keys.groups, skipped=keys.skipped, beside=keys.beside
+            results=stored, groups=keys.groups, skipped=keys.skipped, unaveraged=keys.unaveraged
         )
 
     def journal(self, key: str, name: str) -> AnswerJournal:

@@ -131,7 +131,7 @@ def unaveraged_tasks(settings: EvaluationSettings) -> tuple[str, ...]:
         UserError: If one is a task of the data that the suite does not name, or if it names none.
     """
     in_suite = _with_paper_tasks(named_tasks(settings))
-    beside = []
+    unaveraged = []
     for name in settings.retention or {}:
         task = retention_task(name)
         if not in_suite and task != PYTHON_BITS:
@@ -145,8 +145,8 @@ def unaveraged_tasks(settings: EvaluationSettings) -> tuple[str, ...]:
                 f"evaluation.suite={settings.suite} does not measure; add it there, or leave it out"
             )
         if not is_heldout_task(task) and task not in in_suite:
-            beside.append(task)
-    return tuple(beside)
+            unaveraged.append(task)
+    return tuple(unaveraged)
 
 
 def _retention_tasks_of_lm_eval(settings: EvaluationSettings) -> list[str]:
@@ -250,15 +250,15 @@ def lm_eval_task_fingerprints(
     """
     include_folder = user_task_folder(settings)
     names = named_tasks(settings)
-    beside = tuple(_retention_tasks_of_lm_eval(settings))
+    unaveraged = tuple(_retention_tasks_of_lm_eval(settings))
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
         loaded = load_suite(
             Suite(
                 # Without a name in the suite, those of the user's folder.
-                tasks=(*_lm_eval_names(settings), *beside),
-                beside=beside or None,
+                tasks=(*_lm_eval_names(settings), *unaveraged),
+                unaveraged=unaveraged or None,
                 include_folder=include_folder,
                 num_fewshot=settings.num_fewshot,
                 prompts=settings.prompts,
@@ -266,7 +266,7 @@ def lm_eval_task_fingerprints(
         )
         for name, reason in loaded.skipped.items():
             (progress or Progress()).note(f"skipped {name}: {reason}")
-        averaged = loaded.only([name for name in loaded.tasks if name not in beside])
+        averaged = loaded.only([name for name in loaded.tasks if name not in unaveraged])
         metrics = {metric for task in averaged.tasks.values() for metric in task.aggregation()}
         is_accuracy_known |= bool(metrics & set(ACCURACY_METRICS))
         if context_length is not None:
@@ -370,7 +370,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
     # The other fields of the suite say how tasks are run, not which there are.
     loaded_part = Suite(
         tasks=suite.tasks,
-        beside=suite.beside,
+        unaveraged=suite.unaveraged,
         tokens_folder=suite.tokens_folder if suite.python_text else "",
         include_folder=suite.include_folder,
         suite_folder=suite.suite_folder,
@@ -426,10 +426,10 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
     manager = manager_of(*suite.task_folders)
     _check_files(manager, suite.task_folders)
     configs = heldout_configs(suite.heldout) if suite.heldout else {}
-    beside = suite.beside or ()
+    unaveraged = suite.unaveraged or ()
     names_of_folders = sorted({*manager.all_subtasks, *configs})
-    names = _with_paper_tasks([*(suite.tasks or names_of_folders), *beside])
-    if PYTHON_BITS in beside:
+    names = _with_paper_tasks([*(suite.tasks or names_of_folders), *unaveraged])
+    if PYTHON_BITS in unaveraged:
         configs[PYTHON_BITS] = python_config(Path(suite.tokens_folder))
     if SHORT_ANSWERS in names and SHORT_ANSWERS not in manager.task_index:
         configs[SHORT_ANSWERS] = short_answers_config()
@@ -477,7 +477,7 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
         if any(getattr(task, flag, False) for task in loaded.values() for flag in unsupported):
             problems[name] = "it runs code that a model wrote, or needs more than text"
             continue
-        if name in beside and list(loaded) != [name]:
+        if name in unaveraged and list(loaded) != [name]:
             problems[name] = "evaluation.retention takes single tasks, and this is a group"
             continue
         tasks |= loaded

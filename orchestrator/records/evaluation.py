@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
 from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.records.record import Record, WorkspacePath
@@ -46,6 +46,10 @@ MAX_PERPLEXITY = 1e6
 tables and MLflow."""
 
 Values = Sequence[float] | Sequence[tuple[float, float]]
+
+
+_UNAVERAGED = AliasChoices("unaveraged", "beside")
+"""Names of a field in stored files: the second one is in those of earlier versions."""
 
 
 class Suite(Record):
@@ -83,9 +87,9 @@ class Suite(Record):
     fingerprints: dict[str, str] | None = None
     """Task -> hash of its items and metrics, without held-out tasks: those that a sweep has found
     when it was planned. All its models are measured on exactly these."""
-    beside: tuple[str, ...] | None = None
-    """Tasks that are measured, too, and are in no average: those of `evaluation.retention` that the
-    other tasks do not have."""
+    unaveraged: tuple[str, ...] | None = Field(default=None, validation_alias=_UNAVERAGED)
+    """Tasks that are measured but are in no average: those of `evaluation.retention` that
+    `evaluation.suite` does not name."""
     python_text: str | None = None
     """Hash of the passages of Python's help topics that are among them."""
     vocabulary: str | None = None
@@ -101,7 +105,7 @@ class Suite(Record):
             "sequence_length",
             "prompts",
             "fingerprints",
-            "beside",
+            "unaveraged",
             "python_text",
             "vocabulary",
             "vocabulary_folder",
@@ -116,6 +120,8 @@ class Suite(Record):
     def key(self) -> str:
         """Hash of what is measured; a trial's key is that of its weights and this one."""
         values = self.model_dump(mode="json")
+        if self.unaveraged is not None:  # Keys were made when the field had this name.
+            values["beside"] = values.pop("unaveraged")
         if self.limit is not None:
             # Trials that were measured when a limit did not hold for their loss are not found.
             values["limits_loss"] = True
@@ -209,7 +215,7 @@ class EvaluationKeys(Record):
     """Requested group or tag, and its tasks."""
     skipped: dict[str, str] = Field(default_factory=dict)
     """Requested task that could not run, and the reason."""
-    beside: tuple[str, ...] = ()
+    unaveraged: tuple[str, ...] = Field(default=(), validation_alias=_UNAVERAGED)
     """Tasks that are in no average."""
 
 
@@ -222,13 +228,14 @@ class EvaluationResult(Record):
     """Requested group or tag, and its tasks."""
     skipped: dict[str, str] = Field(default_factory=dict)
     """Requested task that could not run, and the reason."""
-    beside: tuple[str, ...] = ()
+    unaveraged: tuple[str, ...] = Field(default=(), validation_alias=_UNAVERAGED)
     """Tasks that are in no average."""
 
     @property
     def averaged(self) -> dict[str, TaskResult]:
         """The tasks that are in averages, by name."""
-        return {name: result for name, result in self.results.items() if name not in self.beside}
+        results = self.results.items()
+        return {name: result for name, result in results if name not in self.unaveraged}
 
     @property
     def metrics_by_task(self) -> dict[str, dict[str, float]]:

@@ -361,10 +361,10 @@ class PairedScores:
         return {task: items.metric for task, items in self.items.items()}
 
     @property
-    def beside(self) -> set[str]:
+    def unaveraged(self) -> set[str]:
         """The tasks that are in no average."""
         runs = (run for seeds in self.evaluations.values() for run in seeds)
-        return {name for run in runs for name in run.beside}
+        return {name for run in runs for name in run.unaveraged}
 
     @property
     def number_of(self) -> dict[str, int]:
@@ -408,7 +408,7 @@ class PairedScores:
         """
         key = quality.removeprefix(QUALITY)
         metrics = self.metrics
-        averaged = [task for task in metrics if task not in self.beside]
+        averaged = [task for task in metrics if task not in self.unaveraged]
         if key == BITS_METRIC:
             return [[task] for task in averaged if metrics[task] == BITS_METRIC]
         if key != "accuracy":

@@ -70,10 +70,10 @@ def plan_suite(
     }
     if settings.suite == HELDOUT and not settings.include_path:
         changes["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
-    beside = unaveraged_tasks(settings)
-    if beside:
-        changes["beside"] = beside
-    if PYTHON_BITS in beside:
+    unaveraged = unaveraged_tasks(settings)
+    if unaveraged:
+        changes["unaveraged"] = unaveraged
+    if PYTHON_BITS in unaveraged:
         changes["python_text"] = content_key(*python_passages(tokens))
     if teacher and (vocabulary := text_files_key(teacher)):
         changes |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}

@@ -75,21 +75,21 @@ def trials_from_scratch(
         suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
     labeled_jobs = dict(zip(models, jobs, strict=True))
     named_trials = baseline_trials(named_baselines or {}, suite, workspace)
-    return trials_of_jobs(labeled_jobs, suite, beside=named_trials, name=name)
+    return trials_of_jobs(labeled_jobs, suite, named_trials=named_trials, name=name)
 
 
 def trials_of_jobs(
     jobs: Mapping[str, TrainingJob],
     suite: Suite,
     *,
-    beside: Sequence[Trial] = (),
+    named_trials: Sequence[Trial] = (),
     name: str | None = None,
 ) -> SweepTrials:
     """Plan a sweep that pretrains models; those of one job are one trial.
 
     Args:
         jobs: Label -> training of the model.
-        beside: Trials of the baselines that the user names.
+        named_trials: Trials of the baselines that the user names.
     """
     trials = {}
     models = set()
@@ -100,7 +100,7 @@ def trials_of_jobs(
             trial = trial.model_copy(update={"seed": job.recipe.seed, "group": group})
         trials[trial.key] = trial
         models.add(group or label)
-    return _named_trials("iterations", name, [*trials.values(), *beside], len(models))
+    return _named_trials("iterations", name, [*trials.values(), *named_trials], len(models))
 
 
 def unmeasured_trials(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
@@ -193,9 +193,9 @@ def trials_of_teachers(
     suite = students_by_teacher[0].suite
     named_trials = baseline_trials(named_baselines or {}, suite, workspace)
     if settings.sweep.kind == "search":
-        family = trials_of_students(*students_by_teacher, beside=named_trials)
+        family = trials_of_students(*students_by_teacher, named_trials=named_trials)
         return trials_of_search(family, settings.search, name)
-    return trials_of_students(*students_by_teacher, beside=named_trials, name=name)
+    return trials_of_students(*students_by_teacher, named_trials=named_trials, name=name)
 
 
 def _baselines_of_seed(
@@ -210,17 +210,17 @@ def _baselines_of_seed(
 
 
 def trials_of_students(
-    *students: Students, beside: Sequence[Trial] = (), name: str | None = None
+    *students: Students, named_trials: Sequence[Trial] = (), name: str | None = None
 ) -> SweepTrials:
     """Plan the trials of one teacher's students or of several; those of one key are one trial.
 
     Args:
-        beside: Trials of the baselines that the user names.
+        named_trials: Trials of the baselines that the user names.
         name: Made from the plan's key when unset.
     """
     sweep = students[0].settings.sweep
     trials = {trial.key: trial for of_teacher in students for trial in of_teacher.trials()}
-    for trial in beside:  # A teacher stays one, and a trained baseline keeps its name.
+    for trial in named_trials:  # A teacher stays one, and a trained baseline keeps its name.
         trials.setdefault(trial.key, trial)
     num_teachers = len({of_teacher.name for of_teacher in students})
     return _named_trials(

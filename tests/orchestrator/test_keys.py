@@ -131,9 +131,12 @@ def test_a_field_without_a_mark_has_no_key():
 
 def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be():
     suite = Suite(tokens_folder="tokens", prompts=Prompts(chat_template=True))
-    given = {"prompts": Prompts(chat_template=False), "beside": ("words",)}
+    given = {"prompts": Prompts(chat_template=False), "unaveraged": ("words",)}
     same = {name for name, one in variants(suite, given).items() if one.key == suite.key}
     assert same == NOT_IN_KEY[Suite]
+    earlier = {**Suite().model_dump(), "beside": ["words"]}  # The field's name in earlier files.
+    assert Suite.model_validate(earlier) == Suite(unaveraged=("words",))
+    assert Suite(unaveraged=("words",)).key == "c9b8a15810cb99ff"
     for one in variants(Prompts()).values():
         assert one.key != Prompts().key
         assert suite.model_copy(update={"prompts": one}).key != suite.key
@@ -159,7 +162,7 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
 
     # What is measured are the tasks that are loaded; how, is what makes another result.
     given = {
-        "precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1), "beside": ("words",),
+        "precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1), "unaveraged": ("words",),
     }  # fmt: skip
     suites = variants(base, given)
     others = {name for name, suite in suites.items() if needs_new_results(suite)}

@@ -383,7 +383,7 @@ def test_pythons_text_is_a_task_of_every_suite(tiny_tokens, tmp_path):
     rows = [{"context": "a", "choices": ["b", "c"], "label": 0}]
     HeldoutItems(tasks={"phop_1": rows}, chances={"phop_1": "half"}).write(folder / "suite.json")
     suite = Suite(
-        suite_folder=str(folder), tokens_folder=str(tiny_tokens), beside=(PYTHON_BITS,),
+        suite_folder=str(folder), tokens_folder=str(tiny_tokens), unaveraged=(PYTHON_BITS,),
         python_text="its hash", fingerprints={},
     )  # fmt: skip
     loaded = load_suite(suite)

@@ -172,7 +172,7 @@ def test_what_is_loaded_knows_its_groups_and_which_tasks_are_in_no_average(
         tasks={name: f"key-{name}" for name in suite.tasks},
         groups={"both": ("choices", "texts")},
         skipped={"piqa": "it is not on this machine"},
-        beside=("texts",),
+        unaveraged=("texts",),
     )
     loaded = store.load(keys)
     assert loaded

@@ -166,7 +166,7 @@ def test_exactly_the_planned_tasks_are_run(folder):
         load("piqa", folder=folder, planned=["piqa"])
 
 
-def test_tasks_beside_are_loaded_once_and_are_single_tasks(folder, hub_look_ups):
+def test_unaveraged_tasks_are_loaded_once_and_are_single_tasks(folder, hub_look_ups):
     write_task(folder, "words", LAST_WORDS, kind="lastword")
 
     def names(suite: str, retention: dict[str, float]) -> tuple[list[str], tuple[str, ...]]:

@@ -57,7 +57,7 @@ def evaluation(hops: float, questions: float, bits: float) -> EvaluationResult:
     """Return a model's answers: to its own task, and to two tasks that it should not forget."""
     tasks = [right_of("hops", hops), right_of("questions", questions), bits_of(bits)]
     other_tasks = ("questions", PYTHON_BITS)
-    return EvaluationResult(results={task.name: task for task in tasks}, beside=other_tasks)
+    return EvaluationResult(results={task.name: task for task in tasks}, unaveraged=other_tasks)
 
 
 MODELS: dict[str, tuple[Role, int, EvaluationResult]] = {
@@ -84,14 +84,14 @@ def workspace(tmp_path) -> Workspace:
     items = {label.replace(",", "-"): evaluated for label, (*_, evaluated) in MODELS.items()}
     stored = with_items(space, trials, items)
     # The averages do not have the tasks beside, and a stored evaluation says so.
-    stored = [trial.model_copy(update={"evaluation": _beside(trial)}) for trial in stored]
+    stored = [trial.model_copy(update={"evaluation": _with_unaveraged(trial)}) for trial in stored]
     StoredSweep(name="kept", key="k", results=tuple(stored), retention=RETENTION).store(space)
     return space
 
 
-def _beside(trial: Trial) -> Any:
+def _with_unaveraged(trial: Trial) -> Any:
     assert trial.evaluation is not None
-    return trial.evaluation.model_copy(update={"beside": ("questions", PYTHON_BITS)})
+    return trial.evaluation.model_copy(update={"unaveraged": ("questions", PYTHON_BITS)})
 
 
 def front_of(workspace: Workspace) -> tuple[Front, list[str]]:
@@ -100,7 +100,7 @@ def front_of(workspace: Workspace) -> tuple[Front, list[str]]:
     return sweep_front(workspace, [sweep], FrontAxes())
 
 
-def test_tasks_beside_are_in_no_average():
+def test_unaveraged_tasks_are_in_no_average():
     evaluated = evaluation(0.5, 0.8, 1.0)
     assert evaluated.accuracy == 0.5
     assert evaluated.num_accuracy_items == NUM_ITEMS
