@@ -27,7 +27,7 @@ from benchmarks.report import Figure, Row, problem_unless
 from benchmarks.runner import Setup, Skipped
 from iiet.weights import WEIGHTS
 from orchestrator.reporting.results import load_sweep_results
-from orchestrator.workspace.journal import Record, read_journal
+from orchestrator.workspace.journal import JournalRecord, read_journal
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, open_workspace
 
 
@@ -42,7 +42,7 @@ class Run:
     folder: Path
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[JournalRecord]:
         return read_journal(self.folder)[0]
 
     def values(self, metric: str) -> dict[int, float]:
@@ -53,7 +53,7 @@ class Run:
             if record["kind"] == "metrics" and metric in record["values"]
         }
 
-    def events(self, name: str) -> list[Record]:
+    def events(self, name: str) -> list[JournalRecord]:
         return [record for record in self.records if record.get("name") == name]
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from orchestrator.cluster.placement import alive_nodes
 from orchestrator.cluster.ray import ray_cluster, ray_environment
-from orchestrator.data.text_shards import OpenRunner, Report, ShardRunner
+from orchestrator.data.text_shards import OpenRunner, ReportTokens, ShardRunner
 from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
@@ -124,7 +124,9 @@ class _ShardTasks:
         """Start a task; Ray starts it again on another node if its own is lost."""
         return self._start(work, lambda result: result)
 
-    def submit_reporting(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+    def submit_reporting(
+        self, work: Callable[[ReportTokens], T], report: ReportTokens
+    ) -> Future[T]:
         """Start a task; at its end, call `report` once with the sums of what it has reported."""
 
         def report_sums(answer: tuple[T, int, int]) -> T:
@@ -173,7 +175,7 @@ def _call(work: Callable[[], T]) -> T:
     return work()
 
 
-def with_reported(work: Callable[[Report], T]) -> tuple[T, int, int]:
+def with_reported(work: Callable[[ReportTokens], T]) -> tuple[T, int, int]:
     """Return what work returns, and the sums of the tokens and bytes that it reports."""
     reports: list[tuple[int, int]] = []
     result = work(lambda num_tokens, num_bytes: reports.append((num_tokens, num_bytes)))

@@ -63,7 +63,7 @@ PROMPTS = "prompts.npy"
 SUMS = "sha256.json"
 
 T = TypeVar("T")
-Report = Callable[[int, int], None]
+ReportTokens = Callable[[int, int], None]
 """Takes the tokens and the bytes of text that were tokenized since the last call."""
 
 
@@ -92,7 +92,9 @@ class ShardRunner(Protocol):
         """Run work, which can be pickled, somewhere."""
         ...
 
-    def submit_reporting(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+    def submit_reporting(
+        self, work: Callable[[ReportTokens], T], report: ReportTokens
+    ) -> Future[T]:
         """Likewise; what the work reports arrives as calls of `report` in this process."""
         ...
 
@@ -119,7 +121,9 @@ class _Threads:
     def submit(self, work: Callable[[], T]) -> Future[T]:
         return self.pool.submit(work)
 
-    def submit_reporting(self, work: Callable[[Report], T], report: Report) -> Future[T]:
+    def submit_reporting(
+        self, work: Callable[[ReportTokens], T], report: ReportTokens
+    ) -> Future[T]:
         return self.pool.submit(work, report)
 
 
@@ -160,7 +164,7 @@ class ShardWriter:
         """Let another process open source and tokenizer itself, once for all of its shards."""
         return _writer_of_process, (self._folder,)
 
-    def write(self, number: int, report: Report) -> None:
+    def write(self, number: int, report: ReportTokens) -> None:
         """Tokenize a shard; its folder appears when it is whole."""
         dtype = dtype_of(self._tokenizer)
         documents = read_documents(self._source, self.plan.shards[number])

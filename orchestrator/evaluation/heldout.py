@@ -27,18 +27,19 @@ from orchestrator.data.text import read_documents, split_long, text_source
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.records.record import Record
 from orchestrator.settings.data import DataSettings, is_depth_task
-from orchestrator.settings.evaluation import PYTHON_BITS
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 
 LAST_WORD = "lastword"
-BITS_PER_BYTE = "bits_per_byte"
-TEXT_TASKS = (LAST_WORD, BITS_PER_BYTE)
+BITS_TASK = "bits_per_byte"
+"""The task that measures the bits per byte of the held-out text."""
+TEXT_TASKS = (LAST_WORD, BITS_TASK)
 PYTHON_TEXT_BYTES = 40_000
 PYTHON_PASSAGE_CHARACTERS = 1_000
-"""Sizes of the task `PYTHON_BITS`, and of its items. Whole documents would be ten, too few for an
-interval."""
+"""Sizes of the task `PYTHON_BITS_TASK`, and of its items. Whole documents would be ten, too few
+for a confidence interval."""
 TEXT_VERSION = 2
 DEPTH_VERSION = 1
 """Versions of the tasks: increase one if the same data give other items."""
@@ -93,7 +94,7 @@ _TEXT_CONFIGS = {
     LAST_WORD: _task(
         "loglikelihood", "{{context}}", "{{' ' + word}}", acc="mean", perplexity="perplexity"
     ),
-    BITS_PER_BYTE: _task(
+    BITS_TASK: _task(
         "loglikelihood_rolling",
         "",
         "{{text}}",
@@ -161,7 +162,7 @@ def heldout_folder(
         documents = chain.from_iterable(part.validation_texts() for part in texts)
         sample = _sampled(documents, max(size, MAX_ROLLING_BYTES))
         rows[LAST_WORD] = last_words(_sampled(sample, size), texts, num_items, max_tokens)
-        rows[BITS_PER_BYTE] = [{"text": text} for text in _sampled(sample, MAX_ROLLING_BYTES)]
+        rows[BITS_TASK] = [{"text": text} for text in _sampled(sample, MAX_ROLLING_BYTES)]
     depth_parts = [part for part in data.parts if isinstance(part, DepthStore)]
     for part in depth_parts:
         for task in part.tasks:
@@ -213,7 +214,7 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
 
 
 def python_passages(tokens: Path) -> list[str]:
-    """Return the passages of the task `PYTHON_BITS` for models of prepared data.
+    """Return the passages of the task `PYTHON_BITS_TASK` for models of prepared data.
 
     They are held-out text of `data.source: python`; if these data have text of it, of that which
     they hold out.
@@ -234,13 +235,13 @@ def python_passages(tokens: Path) -> list[str]:
 
 
 def python_config(tokens: Path) -> Row:
-    """Return the lm-eval configuration of the task `PYTHON_BITS`."""
+    """Return the lm-eval configuration of the task `PYTHON_BITS_TASK`."""
     rows = [{"text": passage} for passage in python_passages(tokens)]
     return {
-        "task": PYTHON_BITS,
+        "task": PYTHON_BITS_TASK,
         "custom_dataset": partial(item_set, rows),
         "test_split": "test",
-        **_TEXT_CONFIGS[BITS_PER_BYTE],
+        **_TEXT_CONFIGS[BITS_TASK],
         "metadata": {"version": TEXT_VERSION},
     }
 

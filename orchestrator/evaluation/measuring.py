@@ -39,7 +39,8 @@ from orchestrator.workspace.provenance import content_key
 if TYPE_CHECKING:
     from orchestrator.evaluation.lm_eval_model import LmEvalModel
 
-VALIDATION_LOSS = "validation_loss"
+VALIDATION_LOSS_ENTRY = "validation_loss"
+"""Name of the validation loss in the store of evaluations, where it is an entry like a task."""
 NUM_VALIDATION_TOKENS = 65_536
 """Tokens of the validation loss in the tables."""
 LARGEST_VALIDATION_BATCH = 16
@@ -164,7 +165,7 @@ class ModelMeasurer:
         num_tokens = NUM_VALIDATION_TOKENS
         if self._suite.limit is not None:
             num_tokens = min(num_tokens, self._suite.limit * self.sequence_length)
-        key = self._key(content_key(VALIDATION_LOSS, fingerprint, num_tokens))
+        key = self._key(content_key(VALIDATION_LOSS_ENTRY, fingerprint, num_tokens))
         result = self._store.read(key)
         if result is None:
             loss = heldout_loss(
@@ -182,14 +183,14 @@ class ModelMeasurer:
                 )
                 return None
             output = {
-                "results": {VALIDATION_LOSS: {f"{VALIDATION_LOSS},{NO_FILTER}": loss}},
-                "versions": {VALIDATION_LOSS: 1},
-                "n-shot": {VALIDATION_LOSS: 0},
+                "results": {VALIDATION_LOSS_ENTRY: {f"{VALIDATION_LOSS_ENTRY},{NO_FILTER}": loss}},
+                "versions": {VALIDATION_LOSS_ENTRY: 1},
+                "n-shot": {VALIDATION_LOSS_ENTRY: 0},
             }
-            measured = MeasuredTask(name=VALIDATION_LOSS, output=output)
+            measured = MeasuredTask(name=VALIDATION_LOSS_ENTRY, output=output)
             self._store.write(key, measured, {})
             result = measured.result
-        return result.metrics[VALIDATION_LOSS]
+        return result.metrics[VALIDATION_LOSS_ENTRY]
 
     def keys(self, loaded: LoadedSuite) -> dict[str, str]:
         """Return the name of each task -> the key under which its result is stored."""

@@ -43,7 +43,7 @@ from orchestrator.evaluation.short_answers import short_answers_config
 from orchestrator.models.hub import hub_problem, offline
 from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
-from orchestrator.settings.evaluation import PYTHON_BITS, SHORT_ANSWERS, retention_task
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK, SHORT_ANSWERS, retention_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError, first_line, shortened
 from orchestrator.workspace.files import expand_user
@@ -134,7 +134,7 @@ def unaveraged_tasks(settings: EvaluationSettings) -> tuple[str, ...]:
     unaveraged = []
     for name in settings.retention or {}:
         task = retention_task(name)
-        if not in_suite and task != PYTHON_BITS:
+        if not in_suite and task != PYTHON_BITS_TASK:
             raise UserError(
                 f"evaluation.retention names {name}, and evaluation.suite names no task, which "
                 f"means all of evaluation.include_path={settings.include_path}; name them there"
@@ -150,7 +150,7 @@ def unaveraged_tasks(settings: EvaluationSettings) -> tuple[str, ...]:
 
 
 def _retention_tasks_of_lm_eval(settings: EvaluationSettings) -> list[str]:
-    return [name for name in unaveraged_tasks(settings) if name != PYTHON_BITS]
+    return [name for name in unaveraged_tasks(settings) if name != PYTHON_BITS_TASK]
 
 
 def needs_heldout(settings: EvaluationSettings) -> bool:
@@ -391,7 +391,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
         if not suite.tasks or name in suite.tasks:
             planned.add(name)
     if suite.python_text:
-        planned.add(PYTHON_BITS)
+        planned.add(PYTHON_BITS_TASK)
     if missing := [name for name in planned if name not in loaded.tasks]:
         reasons = f" ({_as_text(loaded.skipped)})" if loaded.skipped else ""
         raise RunFailed(
@@ -429,8 +429,8 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
     unaveraged = suite.unaveraged or ()
     names_of_folders = sorted({*manager.all_subtasks, *configs})
     names = _with_paper_tasks([*(suite.tasks or names_of_folders), *unaveraged])
-    if PYTHON_BITS in unaveraged:
-        configs[PYTHON_BITS] = python_config(Path(suite.tokens_folder))
+    if PYTHON_BITS_TASK in unaveraged:
+        configs[PYTHON_BITS_TASK] = python_config(Path(suite.tokens_folder))
     if SHORT_ANSWERS in names and SHORT_ANSWERS not in manager.task_index:
         configs[SHORT_ANSWERS] = short_answers_config()
     if not names and suite.include_folder:

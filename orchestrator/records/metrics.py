@@ -45,6 +45,8 @@ OVERHEAD_MS_SHARE = "cost/overhead_ms_share"
 ACCURACY = "quality/accuracy"
 BITS_PER_BYTE = "quality/bits_per_byte"
 VALIDATION_LOSS = "quality/validation_loss"
+"""Mean loss over held-out tokens, measured after the training. During a training, its journal has
+`validation/loss`, over as many tokens as the recipe says."""
 PERPLEXITY = "quality/perplexity"
 PAIRED_SHARE_OF_FULL = "paired/share_of_full"
 CONFIDENCE_KEEPS_99 = "paired/confidence_keeps_99"

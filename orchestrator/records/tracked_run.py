@@ -39,7 +39,7 @@ def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:
 
 Texts = Annotated[dict[str, str], PlainSerializer(_portable)]
 """Texts by name; those that are paths in a workspace are stored relative to its root."""
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "WITHDRAWN"]
+RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "WITHDRAWN"]
 """A withdrawn run is shown no more, because another one shows the same."""
 PRETRAIN_OF_SWEEP = "sweep_pretrain"
 """Kind of a training that a sweep makes for itself; its run goes when the sweep shows the model."""
@@ -97,7 +97,7 @@ class TrackedRun(Record):
     """Tags of the experiment, which hold saved chart views."""
     model: TrackedModel | None = None
     """The model that was made or measured, if the run's metrics belong to a logged model."""
-    status: Status = "FINISHED"
+    status: RunStatus = "FINISHED"
     started_ms: int = Field(default_factory=now_ms)
     ended_ms: int | None = None
     """Start, and end or last record so far, in ms."""
@@ -183,7 +183,7 @@ def without_step(values: Mapping[str, float]) -> list[tuple[str, float, int]]:
     return [(name, float(value), 0) for name, value in values.items()]
 
 
-def status_after(error: BaseException | None) -> Status:
+def status_after(error: BaseException | None) -> RunStatus:
     """Return a run's final status: KILLED after an interruption, FAILED, or FINISHED."""
     if error is None:
         return "FINISHED"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import SPEED_METRIC, Record, read_tail
+from orchestrator.workspace.journal import SPEED_METRIC, JournalRecord, read_tail
 from orchestrator.workspace.layout import (
     DONE_NAME,
     JOB_NAME,
@@ -146,7 +146,7 @@ class Training:
     # Its journal
 
     @cached_property
-    def records(self) -> list[Record]:
+    def records(self) -> list[JournalRecord]:
         """The last records of the training's journal."""
         return read_tail(self.folder)
 

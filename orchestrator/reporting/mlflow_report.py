@@ -34,7 +34,7 @@ from orchestrator.records.tracked_run import (
     SWEEP_TAG,
     VIEW_TAG,
     DataSummary,
-    Status,
+    RunStatus,
     TrackedRun,
     reason_tags,
     tag_filter,
@@ -146,7 +146,7 @@ def mlflow_run_of_trial(
     journal: Path | None,
     further_metrics: Mapping[str, float] | None = None,
     *,
-    status: Status = "FINISHED",
+    status: RunStatus = "FINISHED",
     reason: str = "",
 ) -> TrackedRun:
     """Return what MLflow shows of a trial.

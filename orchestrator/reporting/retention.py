@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.records.evaluation import BITS_METRIC
 from orchestrator.reporting.statistics import Interval, PairedScores
-from orchestrator.settings.evaluation import PYTHON_BITS, retention_task
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK, retention_task
 
 ROUNDING = 1e-9
 """A loss that is above its bound by less is the bound itself."""
@@ -149,4 +149,4 @@ def bounds_sentence(
 
 def _unit(task: str, is_bits: bool) -> str:
     unit = "bits per byte of" if is_bits else "points of"
-    return f"{unit} Python's text" if task == PYTHON_BITS else f"{unit} {task}"
+    return f"{unit} Python's text" if task == PYTHON_BITS_TASK else f"{unit} {task}"

@@ -57,13 +57,13 @@ class Prompts(Section):
         return self.chat_template if isinstance(self.chat_template, str) else None
 
 
-PYTHON_TEXT = "bits_per_byte"
+RETENTION_BITS = "bits_per_byte"
 """In `evaluation.retention`: the bits per byte of Python's help topics."""
-PYTHON_BITS = "python_bits_per_byte"
+PYTHON_BITS_TASK = "python_bits_per_byte"
 """The task that measures them; every sweep can, whatever its data are."""
 SHORT_ANSWERS = "short_answers"
 """The task of generated answers that needs no download, in `evaluation.retention` or the suite."""
-DEFAULT_RETENTION = {PYTHON_TEXT: 0.02}
+DEFAULT_RETENTION = {RETENTION_BITS: 0.02}
 """About 2% of the bits that a model of a billion parameters needs for a byte of English, and 6% of
 its perplexity per token of 4.4 bytes."""
 _Bound = Annotated[StrictFloat, Field(ge=0)]
@@ -71,7 +71,7 @@ _Bound = Annotated[StrictFloat, Field(ge=0)]
 
 def retention_task(name: str) -> str:
     """Return the task that a name in `evaluation.retention` means."""
-    return PYTHON_BITS if name == PYTHON_TEXT else name
+    return PYTHON_BITS_TASK if name == RETENTION_BITS else name
 
 
 class EvaluationSettings(Section):

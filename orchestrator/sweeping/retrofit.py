@@ -34,7 +34,7 @@ from orchestrator.settings import (
     TrainingSettings,
     read_settings,
 )
-from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_TEXT, SHORT_ANSWERS
+from orchestrator.settings.evaluation import DEFAULT_RETENTION, RETENTION_BITS, SHORT_ANSWERS
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome, has_diverged, in_usual_folder
 from orchestrator.training.source import Source, find_source
@@ -376,7 +376,7 @@ def with_retention(
         reads_text = retrofit is not None and _reads_text(retrofit)
         retention = DEFAULT_RETENTION if reads_text and not problem else {}
     elif retrofit is not None and not _reads_text(retrofit):
-        for name in {PYTHON_TEXT, SHORT_ANSWERS} & retention.keys():
+        for name in {RETENTION_BITS, SHORT_ANSWERS} & retention.keys():
             problem = f"{name} is measured on English text, and the source reads symbols alone"
     if retention and problem:
         raise UserError(f"evaluation.retention={retention}: {problem}; leave it out")

@@ -28,7 +28,7 @@ from orchestrator.workspace.layout import STOPPED_NAME
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
 
-Status = Literal[
+TrialStatus = Literal[
     "to train",
     "to measure",
     "taken",
@@ -40,8 +40,8 @@ Status = Literal[
 ]
 """The first two are waiting. For a `taken` trial Tune looks for a slot. An `interrupted` one has
 ended unfinished after a request to stop, and has saved its state."""
-WAITING: tuple[Status, ...] = ("to train", "to measure")
-TAKEN: tuple[Status, ...] = ("taken", "running")
+WAITING: tuple[TrialStatus, ...] = ("to train", "to measure")
+TAKEN: tuple[TrialStatus, ...] = ("taken", "running")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class TrialState:
     """How far one trial is."""
 
     trial: Trial
-    status: Status
+    status: TrialStatus
     result: Trial | None = None
     """The trial with what was measured, once it is finished."""
     early_stop: EarlyStop | None = None
@@ -223,7 +223,7 @@ class RunningSweep:
             state.wait_again()
         self.notes.append(reason)
 
-    def _end(self, state: TrialState, status: Status, error: str = "") -> None:
+    def _end(self, state: TrialState, status: TrialStatus, error: str = "") -> None:
         state.error = error
         state.status = status
         if self.search:
@@ -239,12 +239,12 @@ class RunningSweep:
 
     # Called in any thread.
 
-    def with_status(self, *statuses: Status) -> Iterator[TrialState]:
+    def with_status(self, *statuses: TrialStatus) -> Iterator[TrialState]:
         """Yield the trials of some statuses, in the order in which they start."""
         # A copy: a search may add a trial meanwhile.
         return (state for state in list(self.states.values()) if state.status in statuses)
 
-    def num_of(self, *statuses: Status) -> int:
+    def num_of(self, *statuses: TrialStatus) -> int:
         """Return the number of trials of some statuses."""
         return sum(1 for _ in self.with_status(*statuses))
 

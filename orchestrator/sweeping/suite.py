@@ -22,7 +22,7 @@ from orchestrator.records.trial import (
     SweepTrials,
 )
 from orchestrator.settings import EvaluationSettings
-from orchestrator.settings.evaluation import PYTHON_BITS
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK
 from orchestrator.settings.training import default_precision
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -73,7 +73,7 @@ def plan_suite(
     unaveraged = unaveraged_tasks(settings)
     if unaveraged:
         changes["unaveraged"] = unaveraged
-    if PYTHON_BITS in unaveraged:
+    if PYTHON_BITS_TASK in unaveraged:
         changes["python_text"] = content_key(*python_passages(tokens))
     if teacher and (vocabulary := text_files_key(teacher)):
         changes |= {"vocabulary": vocabulary, "vocabulary_folder": str(teacher)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.cluster.work import CPU, Executor
-from orchestrator.evaluation.measuring import ModelMeasurer
+from orchestrator.evaluation.measuring import VALIDATION_LOSS_ENTRY, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import load_suite
 from orchestrator.models.folder import load_provenance
@@ -148,7 +148,7 @@ def measure_trial(trial: Trial, device: str, progress: Progress) -> Trial:
     measurer = ModelMeasurer(model, store, suite, device=device, progress=progress)
     measured = measurer.measure_tasks(load_suite(suite))
     loss = measurer.validation_loss(Path(suite.tokens_folder))
-    quality = {**measured.evaluation.quality(), "validation_loss": loss}
+    quality = {**measured.evaluation.quality(), VALIDATION_LOSS_ENTRY: loss}
     measured_trial = trial.model_copy(update={"evaluation": measured.keys})
     return measured_trial.with_numbers("quality", quality)
 

@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.data.mixture import describe_data
-from orchestrator.records.tracked_run import PRETRAIN_OF_SWEEP, SWEEP_TAG, TrackedRun, status_after
-from orchestrator.records.tracked_run import Status as ShownStatus
+from orchestrator.records.tracked_run import (
+    PRETRAIN_OF_SWEEP,
+    SWEEP_TAG,
+    RunStatus,
+    TrackedRun,
+    status_after,
+)
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.costs import exact_cost, full_trial
 from orchestrator.reporting.front import find_front, parse_axes, reason_against_accuracy
@@ -27,7 +32,7 @@ from orchestrator.reporting.mlflow_report import (
 from orchestrator.reporting.results import result_table
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.plan_text import sweep_parameters
-from orchestrator.sweeping.states import RunningSweep, Status, TrialState
+from orchestrator.sweeping.states import RunningSweep, TrialState, TrialStatus
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import Tracking
 from orchestrator.workspace.errors import UserError
@@ -45,15 +50,15 @@ JOURNALS_AT_ONCE = 4
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
 
-SHOWN_AS: Mapping[Status, ShownStatus] = {
+SHOWN_AS: Mapping[TrialStatus, RunStatus] = {
     "running": "RUNNING",
     "finished": "FINISHED",
     "failed": "FAILED",
     "stopped early": "KILLED",
     "interrupted": "KILLED",
 }
-"""Status of a trial -> that of its run in MLflow. A trial that waits has no run, or keeps the one
-that it had when it ran last."""
+"""Status of a trial -> that of its run in MLflow. A waiting trial has no run, or keeps the one of
+its last attempt."""
 
 
 class SweepView:
@@ -77,7 +82,7 @@ class SweepView:
         self._progress = progress
         self._clock = clock
         self._full = full_trial(sweep.plan)
-        self._shown: dict[str, ShownStatus] = {}
+        self._shown: dict[str, RunStatus] = {}
         """Key of a trial -> status of its run in MLflow."""
         self._num_notes = 0
         """Number of the sweep's notes that were shown."""
@@ -155,7 +160,7 @@ class SweepView:
         self._mlflow_run = self._mlflow_run.changed(**changes)
         self._tracking.publish(self._mlflow_run)
 
-    def _mlflow_run_of(self, state: TrialState, status: ShownStatus) -> TrackedRun:
+    def _mlflow_run_of(self, state: TrialState, status: RunStatus) -> TrackedRun:
         """Return what MLflow shows of a trial."""
         trial = self._with_cost(state.result or state.trial)
         reason = ""

@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.records.tracked_run import RUN_ID, TrackedModel, TrackedRun, tag_filter
 from orchestrator.workspace.errors import strip_credentials
-from orchestrator.workspace.journal import JournalReader, Record, now_ms, read_journal
+from orchestrator.workspace.journal import JournalReader, JournalRecord, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.locks import lock_file
 
@@ -125,7 +125,7 @@ class CurveReader:
                     points.append(point)
         return points
 
-    def _new_points(self, records: list[Record]) -> list[Point]:
+    def _new_points(self, records: list[JournalRecord]) -> list[Point]:
         points = []
         for record in records:
             if record["kind"] != "metrics":

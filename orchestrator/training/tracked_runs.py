@@ -17,7 +17,7 @@ from orchestrator.models.labels import model_name
 from orchestrator.records.metrics import PERPLEXITY, QUALITY, VALIDATION_LOSS
 from orchestrator.records.tracked_run import (
     PRETRAIN_OF_SWEEP,
-    Status,
+    RunStatus,
     TrackedModel,
     TrackedRun,
     reason_tags,
@@ -44,7 +44,7 @@ Dataset = tuple[str, str]
 
 
 def training_run(
-    job: TrainingJob, kind: str, label: str, settings: str, *, status: Status, reason: str = ""
+    job: TrainingJob, kind: str, label: str, settings: str, *, status: RunStatus, reason: str = ""
 ) -> TrackedRun:
     """Return what MLflow shows of a training: it starts and ends when its journal does.
 

@@ -107,7 +107,7 @@ SPIKE_WINDOW = 64
 STEPS_BETWEEN_COLLECTIONS = 50
 """Garbage is collected after so many steps, on all workers in the same one."""
 
-Report = Callable[[int, Mapping[str, float]], None]
+ReportMetrics = Callable[[int, Mapping[str, float]], None]
 
 
 class Diverged(RunFailed):
@@ -120,7 +120,7 @@ def run_job(
     world: World | None = None,
     should_stop: Callable[[], bool] = stop_requested,
     should_save: Callable[[], bool] | None = None,
-    report: Report | None = None,
+    report: ReportMetrics | None = None,
     sequences_if_uncompiled: int | None = None,
 ) -> TrainingOutcome:
     """Train a job to its end, or until a stop is requested. Call it on every worker.
@@ -196,7 +196,7 @@ class Trainer:
         world: World,
         should_stop: Callable[[], bool],
         should_save: Callable[[], bool] | None,
-        report: Report | None,
+        report: ReportMetrics | None,
         sequences_if_uncompiled: int | None,
     ) -> None:
         """Open the job's data, journal and teacher; arguments as of `run_job`."""

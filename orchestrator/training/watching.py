@@ -15,7 +15,7 @@ from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.models.folder import decoder_config
-from orchestrator.records.tracked_run import Status, TrackedRun, status_after
+from orchestrator.records.tracked_run import RunStatus, TrackedRun, status_after
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
 from orchestrator.settings import Settings, to_yaml
@@ -71,7 +71,7 @@ class RunMonitor:
         }
         self._tracking.publish(*(self._run(label, "RUNNING") for label in self._jobs))
 
-    def _run(self, label: str, status: Status, reason: str = "") -> TrackedRun:
+    def _run(self, label: str, status: RunStatus, reason: str = "") -> TrackedRun:
         job = self._jobs[label]
         settings = self._settings[label]
         return training_run(job, self._kind, label, settings, status=status, reason=reason)

@@ -19,6 +19,7 @@ from orchestrator.workspace.layout import workspace_root
 JOURNAL_NAME = "journal.jsonl"
 SPEED_METRIC = "train/tokens_per_second"
 VALIDATION_METRIC = "validation/loss"
+"""The loss on held-out sequences during a training, in nats per target."""
 CHEAPEST_METRIC = "validation/cheapest_loss"
 """The validation loss under the cheapest schedule of an elastic model."""
 ACCURACY_METRIC = "validation/accuracy"
@@ -30,7 +31,7 @@ TAIL_BYTES = 65_536
 _YEAR_9999 = 250_000_000_000_000
 """Time in ms; no date is later."""
 
-Record = dict[str, Any]
+JournalRecord = dict[str, Any]
 
 
 def now_ms() -> int:
@@ -73,7 +74,7 @@ class Journal:
         """Close the file."""
         self._file.close()
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: JournalRecord) -> None:
         self._file.write(json.dumps({"time": now_ms(), **record}).encode() + b"\n")
         self._file.flush()
 
@@ -87,7 +88,7 @@ def record_event(folder: Path, name: str, **details: Any) -> None:
 
 def read_journal(
     folder: Path, offset: int = 0, *, end: int | None = None
-) -> tuple[list[Record], int]:
+) -> tuple[list[JournalRecord], int]:
     """Return the complete records after a byte offset, until `end`, and the offset of the rest."""
     path = folder / JOURNAL_NAME
     if not path.exists():
@@ -126,7 +127,7 @@ class JournalReader:
         self.folder = folder
         self._seen_size = 0
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[JournalRecord]:
         """Return the records since the last call."""
         try:
             size = (self.folder / JOURNAL_NAME).stat().st_size
@@ -142,7 +143,7 @@ class JournalReader:
         return records
 
 
-def read_tail(folder: Path) -> list[Record]:
+def read_tail(folder: Path) -> list[JournalRecord]:
     """Return the last records of a journal; none if it is missing or unreadable."""
     return list(_records(_last_lines(folder)))
 
@@ -176,7 +177,7 @@ def recorded_times(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-def _records(lines: Iterable[bytes]) -> Iterator[Record]:
+def _records(lines: Iterable[bytes]) -> Iterator[JournalRecord]:
     for line in lines:
         with suppress(ValueError, RecursionError):  # Cut off by a crash.
             record = json.loads(line)

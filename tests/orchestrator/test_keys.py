@@ -162,7 +162,8 @@ def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(tmp_
 
     # What is measured are the tasks that are loaded; how, is what makes another result.
     given = {
-        "precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1), "unaveraged": ("words",),
+        "precision": "bf16", "limit": 1, "prompts": Prompts(chat_template=1),
+        "unaveraged": ("words",),
     }  # fmt: skip
     suites = variants(base, given)
     others = {name for name, suite in suites.items() if needs_new_results(suite)}

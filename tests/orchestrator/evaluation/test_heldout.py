@@ -43,7 +43,7 @@ from orchestrator.evaluation.tasks import (
 from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
 from orchestrator.records.evaluation import EvaluationResult, Suite
 from orchestrator.settings import DataSettings, EvaluationSettings, resolve_settings
-from orchestrator.settings.evaluation import PYTHON_BITS, Prompts
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK, Prompts
 from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -383,15 +383,15 @@ def test_pythons_text_is_a_task_of_every_suite(tiny_tokens, tmp_path):
     rows = [{"context": "a", "choices": ["b", "c"], "label": 0}]
     HeldoutItems(tasks={"phop_1": rows}, chances={"phop_1": "half"}).write(folder / "suite.json")
     suite = Suite(
-        suite_folder=str(folder), tokens_folder=str(tiny_tokens), unaveraged=(PYTHON_BITS,),
+        suite_folder=str(folder), tokens_folder=str(tiny_tokens), unaveraged=(PYTHON_BITS_TASK,),
         python_text="its hash", fingerprints={},
     )  # fmt: skip
     loaded = load_suite(suite)
-    assert list(loaded.tasks) == ["phop_1", PYTHON_BITS]
+    assert list(loaded.tasks) == ["phop_1", PYTHON_BITS_TASK]
     passages = python_passages(tiny_tokens)
-    task = loaded.tasks[PYTHON_BITS]
+    task = loaded.tasks[PYTHON_BITS_TASK]
     assert [document["text"] for document in task.eval_docs] == passages
     reader: Any = HandMade(lambda _: "")
-    result = run_task(PYTHON_BITS, task, reader).result
+    result = run_task(PYTHON_BITS_TASK, task, reader).result
     assert result.metrics["bits_per_byte"] == pytest.approx(1 / math.log(2))
     assert result.accuracy_metric is None

@@ -21,7 +21,7 @@ from orchestrator.evaluation.tasks import (
 )
 from orchestrator.records.evaluation import Suite
 from orchestrator.settings import EvaluationSettings
-from orchestrator.settings.evaluation import PYTHON_BITS
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK
 from orchestrator.workspace.errors import RunFailed, UserError
 
 LAST_WORDS = [{"context": f"one {word} and {word}", "word": word} for word in ("bag", "cab")]
@@ -177,7 +177,7 @@ def test_unaveraged_tasks_are_loaded_once_and_are_single_tasks(folder, hub_look_
 
     assert names("words", {"choices": 1.0}) == (["choices", "words"], ("choices",))
     assert names("words,choices", {"choices": 1.0}) == (["choices", "words"], ())
-    assert names("both", {"bits_per_byte": 0.1}) == (["choices", "lastword"], (PYTHON_BITS,))
+    assert names("both", {"bits_per_byte": 0.1}) == (["choices", "lastword"], (PYTHON_BITS_TASK,))
     assert names("heldout", {"choices": 1.0}) == (["choices"], ("choices",))
     assert names("heldout", {"lastword": 1.0}) == ([], ()), "it is measured already"
     for suite, task in (("choices", "both"), ("choices", "chioces"), ("choices", "phop_2")):

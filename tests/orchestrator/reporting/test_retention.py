@@ -25,7 +25,7 @@ from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.retention import Loss, loss_text
 from orchestrator.reporting.statistics import Interval, pair_scores
 from orchestrator.reporting.tables import front_values, model_rows, models_table
-from orchestrator.settings.evaluation import PYTHON_BITS
+from orchestrator.settings.evaluation import PYTHON_BITS_TASK
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -42,7 +42,7 @@ def right_of(name: str, share: float) -> TaskResult:
     )  # fmt: skip
 
 
-def bits_of(bits: float, name: str = PYTHON_BITS) -> TaskResult:
+def bits_of(bits: float, name: str = PYTHON_BITS_TASK) -> TaskResult:
     """Return a task of this many bits per byte, a little more on every second item."""
     pairs = [
         [-(bits + 0.001 * bits * (-1) ** number) * math.log(2) * 100, 100.0] for number in range(40)
@@ -56,7 +56,7 @@ def bits_of(bits: float, name: str = PYTHON_BITS) -> TaskResult:
 def evaluation(hops: float, questions: float, bits: float) -> EvaluationResult:
     """Return a model's answers: to its own task, and to two tasks that it should not forget."""
     tasks = [right_of("hops", hops), right_of("questions", questions), bits_of(bits)]
-    other_tasks = ("questions", PYTHON_BITS)
+    other_tasks = ("questions", PYTHON_BITS_TASK)
     return EvaluationResult(results={task.name: task for task in tasks}, unaveraged=other_tasks)
 
 
@@ -91,7 +91,7 @@ def workspace(tmp_path) -> Workspace:
 
 def _with_unaveraged(trial: Trial) -> Any:
     assert trial.evaluation is not None
-    return trial.evaluation.model_copy(update={"unaveraged": ("questions", PYTHON_BITS)})
+    return trial.evaluation.model_copy(update={"unaveraged": ("questions", PYTHON_BITS_TASK)})
 
 
 def front_of(workspace: Workspace) -> tuple[Front, list[str]]:
@@ -127,7 +127,7 @@ def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace)
         "teacher": (20.0, 0.100), "2,1": (20.0, 0.100), "1,1": (1.0, 0.015), "0,1": (-5.0, 0.050),
     }.items():  # fmt: skip
         points = lost[label]["questions"]
-        bits = lost[label][PYTHON_BITS]
+        bits = lost[label][PYTHON_BITS_TASK]
         assert (points.lost.value, bits.lost.value) == pytest.approx(expected), label
         for loss in (points, bits):
             assert loss.lost.low <= loss.lost.value <= loss.lost.high

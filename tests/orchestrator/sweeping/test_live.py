@@ -24,7 +24,7 @@ from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import view as view_module
-from orchestrator.sweeping.states import RunningSweep, Status, TrialState, trial_states
+from orchestrator.sweeping.states import RunningSweep, TrialState, TrialStatus, trial_states
 from orchestrator.sweeping.view import SECONDS_BETWEEN_FRONTS, TRAINING_SHARE, SweepView
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking.tracker import open_tracking
@@ -163,14 +163,14 @@ class EndsMeanwhile(TrialState):
     reads_left = math.inf
 
     @property
-    def status(self) -> Status:
+    def status(self) -> TrialStatus:
         self.reads_left -= 1
         if self.reads_left == -1:
             self._status = "finished"
         return self._status
 
     @status.setter
-    def status(self, status: Status) -> None:
+    def status(self, status: TrialStatus) -> None:
         self._status = status
 
 

@@ -15,7 +15,7 @@ from refusals import refused
 from orchestrator.pipelines.models import plan_pick
 from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_BITS
+from orchestrator.settings.evaluation import DEFAULT_RETENTION, PYTHON_BITS_TASK
 from orchestrator.settings.schema import broken_rules
 from orchestrator.sweeping.stages import plan_sweep
 from orchestrator.sweeping.sweep import run_sweep
@@ -114,7 +114,7 @@ def test_a_sweep_reports_what_was_lost_and_another_bound_measures_nothing_again(
     result = run_sweep(planned(workspace), context)
     assert not result.failures
     source = next(trial for trial in result.trials if trial.role == "source")
-    assert f"quality/{PYTHON_BITS}/bits_per_byte" in source.numbers
+    assert f"quality/{PYTHON_BITS_TASK}/bits_per_byte" in source.numbers
     # The average is of the data's own text alone.
     bits = source.numbers["quality/bits_per_byte"]
     assert bits == source.numbers["quality/bits_per_byte/bits_per_byte"]

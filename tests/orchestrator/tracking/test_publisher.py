@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.records.tracked_run import RunStatus, TrackedRun
 from orchestrator.tracking import tracker as publishing
 from orchestrator.tracking.tracker import SECONDS_BETWEEN_COPIES, Publisher
 
 
-def run(key: str, status: Status = "FINISHED", name: str = "") -> TrackedRun:
+def run(key: str, status: RunStatus = "FINISHED", name: str = "") -> TrackedRun:
     return TrackedRun(key=key, kind="trial", name=name or key, status=status)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.records.tracked_run import RunStatus, TrackedRun
 from orchestrator.tracking import tracker
 from orchestrator.tracking.tracker import Tracking, open_tracking
 from orchestrator.workspace.journal import Journal
@@ -30,7 +30,7 @@ def tracking(tmp_path, silent_server, monkeypatch) -> Tracking:
     return open_tracking(open_workspace(tmp_path), warn=lambda text: None)
 
 
-def trial(number: int, status: Status, folder: Path) -> TrackedRun:
+def trial(number: int, status: RunStatus, folder: Path) -> TrackedRun:
     return TrackedRun(
         key=f"trial-{number}", kind="trial", name=f"trial {number}", parent="sweep",
         params={"n": str(number)}, points=[("loss", 1.0, 0)], journal=str(folder), status=status,
