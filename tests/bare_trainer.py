@@ -15,7 +15,7 @@ from iiet.distillation import Model
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import Position
-from orchestrator.training.devices import Copies
+from orchestrator.training.devices import Replicas
 from orchestrator.training.objective import Objective
 from orchestrator.training.trainer import Trainer
 from orchestrator.training.world import World
@@ -35,7 +35,7 @@ class BareTrainer(Trainer):
         objective: Objective,
         recipe: TrainingSettings,
         *,
-        members: Sequence[IterationSchedule] = (),
+        cheaper: Sequence[IterationSchedule] = (),
         teacher: Model | None = None,
         distillation: DistillationConfig | None = None,
         batch: Callable[[int], Batch] = no_batch,
@@ -47,15 +47,15 @@ class BareTrainer(Trainer):
         self.optimizer = optimizer or torch.optim.SGD(decoder.parameters(), lr=0.1)
         self.objective = objective
         self.recipe = recipe
-        self.drawn_at = lambda _: tuple(members)
+        self.drawn_at = lambda _: tuple(cheaper)
         self.frozen_teacher = None
         self.teacher = teacher
         self.distillation = distillation
         self.world = world or World()
         self.position = Position(step=step)
-        self.copies = Copies(decoder, self.world)
+        self.replicas = Replicas(decoder, self.world)
         self.schedule_at = lambda _: decoder.schedule
-        self.members_at = self.drawn_at
+        self.cheaper_at = self.drawn_at
         self.sequences_per_pass = recipe.num_sequences_per_pass
         self.batch = batch
         self.profiler = None

@@ -40,7 +40,7 @@ from orchestrator.workspace.layout import find_checkpoints
 
 CURVES = (
     "train/loss", "train/gradient_norm", "train/tokens", "train/flops", "train/kl",
-    "train/hidden", "train/full_loss", "train/member_kl", "validation/loss",
+    "train/hidden", "train/full_loss", "train/cheaper_kl", "validation/loss",
     "validation/cheapest_loss", "validation/output_rms_0", "validation/output_rms_1",
 )  # fmt: skip
 

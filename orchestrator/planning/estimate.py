@@ -141,7 +141,7 @@ class Estimate:
         # Members of a retrofit learn from its full schedule, also beside a source.
         is_student = self.teacher is not None and not self.recipe.source_kl_weight
         flops_at = schedules.model_flops_by_step(self.config, self.recipe, is_student=is_student)
-        if self.recipe.elastic:  # Each step draws members of its own.
+        if self.recipe.elastic:  # Each step draws its own cheaper schedules.
             flops_per_token = math.fsum(map(flops_at, self.steps_left))
         else:
             flops_per_token = math.fsum(
@@ -163,7 +163,7 @@ class Estimate:
         return self.flops + self.teacher_flops
 
     @property
-    def num_members(self) -> int:
+    def num_cheaper(self) -> int:
         """Schedules of an elastic training that a step trains beside the full one."""
         family = schedules.elastic_family(self.config.corrections, self.recipe.elastic)
         return min(len(family), self.recipe.elastic.num_drawn) if self.recipe.elastic else 0
@@ -225,13 +225,13 @@ class Estimate:
         step = TrainingStep(
             num_sequences=self.sequences_per_pass,
             sequence_length=self.sequence_length,
-            num_passes=self.num_passes * (1 + self.num_members),
+            num_passes=self.num_passes * (1 + self.num_cheaper),
             # No step before the last makes more corrections.
             schedule=schedule_at(self.recipe.num_steps - 1),
             trained=self.recipe.trained_layers,
             optimizer=self.recipe.optimizer,
             frozen=self.teacher,
-            has_members=self.num_members > 0,
+            has_cheaper=self.num_cheaper > 0,
             compares_hidden=self.teacher is not None and self.loss.hidden_weight > 0,
             precision=self.recipe.precision,
             on_gpus=devices.on_gpus,

@@ -61,7 +61,7 @@ class TrainingStep:
     frozen: ModelConfig | None = None
     """A model that is not trained and whose answers the loss reads; sharded, if the trained one
     is."""
-    has_members: bool = False
+    has_cheaper: bool = False
     """Whether cheaper schedules learn from the costliest in the same step (`iiet.distillation`)."""
     compares_hidden: bool = False
     """Whether the loss compares the hidden states of all layers with a teacher's."""
@@ -82,7 +82,7 @@ class TrainingStep:
     @property
     def compares_distributions(self) -> bool:
         """Whether the loss compares two distributions."""
-        return self.frozen is not None or self.has_members
+        return self.frozen is not None or self.has_cheaper
 
 
 def training_memory(config: ModelConfig, step: TrainingStep) -> dict[str, int]:
@@ -119,8 +119,8 @@ def training_memory(config: ModelConfig, step: TrainingStep) -> dict[str, int]:
         weights += _frozen_weights(step.frozen, step.num_shards) * frozen_width
     tokens = step.num_sequences * (step.sequence_length or config.context_length)
     peak = _peak_bytes(config, step, part, tokens)
-    # The last hidden states of the full schedule stay for the members.
-    kept = tokens * config.dim * _FULL if step.has_members else 0
+    # The last hidden states of the full schedule stay for the cheaper schedules.
+    kept = tokens * config.dim * _FULL if step.has_cheaper else 0
     if step.compares_hidden:  # Those of the teacher stay until the student's loss.
         kept += tokens * config.dim * _FULL * config.num_layers
     memory = {"weights": weights, "gradients": gradients, "AdamW": int(2 * shard * trained_share)}

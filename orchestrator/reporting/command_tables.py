@@ -341,9 +341,9 @@ def training_rows(
         for schedule, num_steps in training.stages.items():
             r = schedule[0] if len(set(schedule)) == 1 else schedule
             stages.append(f"r = {r} for {num_steps:,} steps")
-        drawn = format_count(training.num_members, "cheaper schedule")
+        drawn = format_count(training.num_cheaper, "cheaper schedule")
         members = f"; with corrections, each step also trains {drawn}"
-        yield "corrections", ", then ".join(stages) + (members if training.num_members else "")
+        yield "corrections", ", then ".join(stages) + (members if training.num_cheaper else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 

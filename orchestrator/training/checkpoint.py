@@ -1,10 +1,10 @@
 """Write checkpoints: folders `step_00000100/` that are complete or absent.
 
-A background thread writes. On a CPU training waits for a copy of the state in the host's memory; on
-a GPU the copy is one more work in its stream, before the next step changes the state, and the
-thread waits for it. Of a sharded model each worker copies and writes its own rows (`shards.py`).
-One checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and
-raise its error (full disk) on all workers. A killed process loses at most that checkpoint.
+A background thread writes. The state is first copied to the host's memory. On a CPU training waits
+for that; on a GPU the copy is queued in its stream before the next step, and only the thread waits.
+In a sharded model each worker copies and writes its own rows (`shards.py`). One checkpoint is
+written at a time: the next one, a stop and the end of the run wait for it, and raise its error
+(full disk) on all workers. A killed process loses at most that checkpoint.
 `provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
 unpickled: weights and shards are safetensors, the training state loads with `weights_only=True`.
 """
@@ -45,8 +45,8 @@ from orchestrator.models.folder import (
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.devices import copy_rows, run_on_first
 from orchestrator.training.job import job_key
-from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import elastic_family, stable_steps
+from orchestrator.training.uploads import CheckpointUploads
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
@@ -79,12 +79,12 @@ class CheckpointWriteFailed(RunFailed):
 
 @dataclass
 class Position:
-    """State of a run beside weights and optimizer; plain numbers that are saved as they are."""
+    """State of a run without weights and optimizer: plain numbers."""
 
     step: int = 0
     """Optimizer steps done; it determines the next batch and learning rate."""
     num_tokens: int = 0
-    """Tokens trained on, by all workers together."""
+    """Tokens that the training has read, on all workers together."""
     flops: float = 0.0
     """Training FLOPs, counted from shapes."""
     shared_flops: float = 0.0
@@ -100,8 +100,10 @@ class Position:
     recent_norms: list[float] = field(default_factory=list)
     """Gradient norms of the latest steps, if the recipe checks for spikes."""
     window: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """Sum and count of each loss and of the gradient norm since the last record; saved, so that a
-    resumed run records the same means. A count for each: some losses are not of every step."""
+    """Name -> sum and count of each loss and of the gradient norm since the last record.
+
+    It is saved, so that a resumed run records the same means. Counts differ, as some losses are not
+    computed in every step."""
 
     def add_to_window(self, numbers: Mapping[str, float]) -> None:
         """Add the losses and the gradient norm of a step whose update was made."""
@@ -158,10 +160,10 @@ def write_other_files(
     text_files: Mapping[str, bytes] | None = None,
     checksums: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the other files of a checkpoint into a folder that has its configuration and weights.
+    """Write all files of a checkpoint but its weights, into the folder that has these.
 
     Args:
-        checksums: Name -> SHA-256 of the files in it whose digest is known.
+        checksums: Name -> SHA-256 of files whose digest is already known.
     """
     if tokenizer_path is not None:
         shutil.copyfile(tokenizer_path, folder / TOKENIZER)
@@ -201,10 +203,11 @@ def load_optimizer(
     """Load the state of an optimizer from a checkpoint of any number of workers.
 
     Args:
-        optimizer: That of the decoder's parameters.
-        decoder: Whole or sharded: of a sharded parameter, this worker's rows are read.
-        checkpoint: Its folder, which holds the moments of a sharded training in their own files.
-        state: The entry `optimizer` of its training state.
+        optimizer: Optimizer of the decoder's parameters.
+        decoder: Whole or sharded; for a sharded parameter, only this worker's rows are read.
+        checkpoint: Folder of the checkpoint. A sharded training stores moments in files of their
+            own.
+        state: Entry `optimizer` of the checkpoint's training state.
     """
     names = parameter_names(optimizer, decoder)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -243,23 +246,25 @@ def prune_checkpoints(run_folder: Path, num_kept: int, *, keep: Collection[Path]
 
 
 class CheckpointWriter:
-    """Saves one run. Every worker calls it at the same steps; the first worker writes, and of a
-    sharded model each worker its own rows."""
+    """Saves one run. Every worker calls it at the same steps.
+
+    The first worker writes; in a sharded model each worker writes its own rows.
+    """
 
     def __init__(
         self, job: TrainingJob, world: World, data: PreparedData, event: Callable[..., None]
     ) -> None:
         self.checkpoint: Path | None = None
         """The newest checkpoint that is written; known to the first worker."""
-        self.remote: RemoteCopy | None = None
-        """Copies in the run's storage, if it has one; the first worker's."""
+        self.remote: CheckpointUploads | None = None
+        """Uploads to the run's storage, if it has one; only on the first worker."""
         self._job = job
         self._world = world
         self._data = data
         self._event = event
         self._key = job_key(job)
         if job.storage and world.is_first:
-            self.remote = RemoteCopy(job.storage, job.folder, self._key)
+            self.remote = CheckpointUploads(job.storage, job.folder, self._key)
         self._shards: ShardSaver | None = None
         if world.is_sharded:
             from orchestrator.training.shards import ShardSaver  # Its imports take a second.
@@ -282,7 +287,7 @@ class CheckpointWriter:
             self._start_uploads(self.remote)
 
     def is_due(self, step: int) -> bool:
-        """Return whether the stable part ends, or the minutes have passed."""
+        """Return whether to save now: the decay begins, or it is time for the next checkpoint."""
         minutes = self._job.recipe.checkpoint_every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
         return is_late or step == stable_steps(self._job.recipe)
@@ -338,19 +343,19 @@ class CheckpointWriter:
         Raises:
             CheckpointWriteFailed: If it could not be written; earlier ones are unchanged.
         """
-        if self._shards:  # The workers have all written then, or all get the error of one.
+        if self._shards:  # All workers have written, or all get the error of one.
             self.wait()
         else:
             run_on_first(self.wait, self._world)
 
     def wait(self) -> None:
-        """Wait for what this worker writes; errors are those of `finish`."""
+        """Wait for what this worker writes; raises what `finish` raises."""
         writing = self._writing
         self._writing = None
         try:
             if writing:
                 writing.result()
-        except RunFailed:  # A worker was lost, which is no fault of the disk.
+        except RunFailed:  # A worker was lost; the disk is not the cause.
             raise
         except WRITE_ERRORS as error:
             raise CheckpointWriteFailed(
@@ -360,13 +365,15 @@ class CheckpointWriter:
             ) from error
 
     def end(self) -> None:
-        """Wait, on all workers, for the last checkpoint and its copy; errors are as of `finish`."""
+        """Wait, on all workers, for the last checkpoint and its upload; raises what `finish`
+        raises."""
         self.finish()
         if self._job.storage:
             run_on_first(self._end_uploads, self._world)
 
     def _end_uploads(self) -> None:
-        """Wait for the copies, and then delete what was kept for them, here and there."""
+        """Wait for the uploads, then delete the checkpoints that were kept for them, here and
+        there."""
         assert self.remote is not None, "the first worker has it if the job has a storage"
         self.remote.wait()
         self._prune()
@@ -380,7 +387,7 @@ class CheckpointWriter:
             if self._writing:
                 self._writing.exception()
             self._shards.close()
-        if self.remote:  # A checkpoint that was still being written has had its copy begun.
+        if self.remote:  # After the writer: the last checkpoint's upload has begun.
             self.remote.close()
 
     def _write(
@@ -391,7 +398,7 @@ class CheckpointWriter:
         is_copied: torch.cuda.Event | None,
         waited_seconds: float,
     ) -> None:
-        """Write what was copied; `waited_seconds` is how long training has waited for the copy."""
+        """Write the copied state; `waited_seconds` is how long training has waited for the copy."""
         started = time.perf_counter()
         if is_copied is not None:
             is_copied.synchronize()
@@ -416,9 +423,9 @@ class CheckpointWriter:
         checksums: Mapping[str, str],
         copied_at: float,
     ) -> None:
-        """Write what one worker writes when all have written their shards; see `shards.Complete`.
+        """Write the files of the first worker, after all have written their shards.
 
-        Training has waited from `started` until `copied_at`.
+        See `shards.Complete`. Training has waited from `started` until `copied_at`.
         """
         write_config(unfinished.path, config_to_json(self._job.model))
         write_other_files(
@@ -435,7 +442,7 @@ class CheckpointWriter:
         self._after_writing(step, copied_at, copied_at - started)
 
     def _provenance(self) -> dict[str, Any]:
-        """Return what the provenance says of this run's checkpoint, beside its files."""
+        """Return the provenance of this run's checkpoints, without the files' checksums."""
         job = self._job
         recipe = job.recipe
         teacher = job.teacher_folder
@@ -453,7 +460,7 @@ class CheckpointWriter:
         }
 
     def _after_writing(self, step: int, started: float, waited_seconds: float) -> None:
-        """Delete old checkpoints, say that a new one is complete, and let it be copied."""
+        """Delete old checkpoints, record that a new one is complete, and start its upload."""
         self.checkpoint = self._job.folder / checkpoint_name(step)
         self._prune()
         self._event(
@@ -466,7 +473,7 @@ class CheckpointWriter:
         if self.remote:
             self._start_uploads(self.remote)
 
-    def _start_uploads(self, remote: RemoteCopy) -> None:
+    def _start_uploads(self, remote: CheckpointUploads) -> None:
         remote.start(
             self._event,
             num_kept=self._job.recipe.num_checkpoints_kept,
@@ -479,10 +486,13 @@ class CheckpointWriter:
         return self._job.folder / checkpoint_name(stable_steps(self._job.recipe))
 
     def _prune(self) -> None:
-        """Delete all checkpoints but the newest, the last one written, the one that a longer
-        training starts from, and one that is being copied."""
+        """Delete old checkpoints.
+
+        Kept are the newest ones, the last one written, the one that a longer training starts from,
+        and one that is being uploaded.
+        """
         kept = {self._start_of_longer}
-        if self.checkpoint:  # Not always the newest: a later one that is damaged may lie there.
+        if self.checkpoint:  # Not always the newest: a later, damaged one may exist.
             kept.add(self.checkpoint)
         with self.remote.kept() if self.remote else nullcontext(set[Path]()) as uploading:
             prune_checkpoints(
@@ -498,17 +508,18 @@ def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
 
 
 class HostBuffers:
-    """Memory of the host for the copy of a state, made at the first copy and used for each."""
+    """Host memory for copies of the training state, allocated once and reused."""
 
     def __init__(self, *, is_pinned: bool) -> None:
-        """With `is_pinned`, the memory is pinned: a GPU copies to it while the host goes on."""
+        """With `is_pinned`, the memory is pinned, so that a GPU copies without blocking the
+        host."""
         self._is_pinned = is_pinned
         self._buffers: dict[tuple[object, ...], Tensor] = {}
 
     def copy(self, value: Any, path: tuple[object, ...] = ()) -> Any:
         """Copy nested dictionaries and lists of tensors.
 
-        From a GPU the copies are complete when its stream has come so far.
+        Copies from a GPU are complete when its stream has reached this point.
         """
         if isinstance(value, dict):
             return {name: self.copy(part, (*path, name)) for name, part in value.items()}

@@ -1,10 +1,10 @@
-"""A longer training that continues a finished one, bitwise as if it had made all steps itself.
+"""Continue a finished training for more steps, with bitwise the result of one longer training.
 
-The user names the finished training. Both share their first n steps if everything that determines
-these steps is equal: the fields of their keys but those that are marked `LATER_WEIGHTS` and the
-model's iteration schedule, and what each of the n steps trains (`step_settings`). The longer one
-starts from the newest checkpoint within these steps: the one before the decay with `decay: wsd`,
-the last one with `constant`. A `cosine` is refused.
+The user names the finished training. The two trainings share their first n steps if two things are
+equal: the fields of their keys, except those marked `LATER_WEIGHTS` and the iteration schedule; and
+what each of the n steps trains (`step_settings`). The longer training starts from the newest
+checkpoint within these steps: with `decay: wsd` the one before the decay, with `constant` the last
+one. `cosine` is refused, because its rates depend on the number of steps.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from orchestrator.workspace.layout import (
 
 
 def first_steps_fields(job: TrainingJob) -> dict[str, Any]:
-    """Return what determines first steps beside `step_settings`, as JSON-able values."""
+    """Return what, together with `step_settings`, determines the first steps, as JSON values."""
     fields = key_fields(job)
     for name in fields_with(TrainingSettings, Effect.LATER_WEIGHTS):
         fields["recipe"].pop(name, None)
     if job.recipe.trained_layers == "all":
-        # Otherwise this schedule may say which layers are trained in each step.
+        # Without it, the schedule may determine which layers a step trains.
         fields["model"].pop("schedule", None)
     return fields
 
@@ -52,25 +52,25 @@ def first_steps_fields(job: TrainingJob) -> dict[str, Any]:
 def step_settings(
     full_schedule: IterationSchedule, recipe: TrainingSettings
 ) -> Callable[[int], tuple[object, ...]]:
-    """Return step -> the values in it of all that is marked `LATER_WEIGHTS`, as JSON-able values.
+    """Return step -> what the settings marked `LATER_WEIGHTS` mean in it, as JSON values.
 
-    These are its learning rate, its iteration schedule, and, where elastic training draws members,
-    these and their losses.
+    These are its learning rate and iteration schedule; with elastic training also the cheaper
+    schedules that it draws, and the weights of their losses.
     """
     schedule_at = schedule_by_step(full_schedule, recipe)
     drawn_at = drawn_by_step(full_schedule, recipe)
 
     def settings_at(step: int) -> tuple[object, ...]:
-        members = drawn_at(step)
-        losses = recipe.elastic.model_dump(mode="json") if recipe.elastic and members else None
+        cheaper = drawn_at(step)
+        losses = recipe.elastic.model_dump(mode="json") if recipe.elastic and cheaper else None
         rate = learning_rate_at(step, recipe)
-        return rate, str(schedule_at(step)), [str(member) for member in members], losses
+        return rate, str(schedule_at(step)), [str(schedule) for schedule in cheaper], losses
 
     return settings_at
 
 
 def num_shared_steps(job: TrainingJob, other: TrainingJob) -> int:
-    """Return how many first steps are equal in two trainings of equal `first_steps_fields`."""
+    """Return how many first steps two trainings of equal `first_steps_fields` share."""
     settings_at = step_settings(job.model.corrections, job.recipe)
     others_at = step_settings(other.model.corrections, other.recipe)
     most = min(job.recipe.num_steps, other.recipe.num_steps)
@@ -79,14 +79,14 @@ def num_shared_steps(job: TrainingJob, other: TrainingJob) -> int:
 
 
 def metrics_until(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
-    """Return the steps and metrics in the journal beside a checkpoint, until the checkpoint."""
+    """Return steps and metrics of a checkpoint's journal, up to the checkpoint."""
     last_step = step_of(checkpoint)
     records = read_metrics(checkpoint.parent)
     return [(step, values) for step, values in records if step <= last_step]
 
 
 def first_step(job: TrainingJob, saved_step: int) -> int:
-    """Return the step after which a job starts: its own, or that of the run that it continues.
+    """Return the step after which a job starts: that of its own checkpoint or of the continued run.
 
     Args:
         saved_step: Step of the job's own newest checkpoint; 0 without one.
@@ -106,12 +106,12 @@ def continued_settings(
         run: The run, by path or name.
 
     Raises:
-        UserError: If there is no such run, it is not finished or not shorter, or its tokens are
-            others or are missing.
+        UserError: If there is no such run, it is not finished or not shorter, or its tokens differ
+            or are missing.
     """
     folder = find_pretraining(workspace, run)
     finished = Training(folder)
-    # If the last checkpoint is lost, an earlier one may be the one to continue.
+    # The last checkpoint may be lost: an earlier one may do.
     reached_its_end = finished.outcome or finished.lost_end
     if finished.job is None or not reached_its_end or not finished.checkpoints:
         raise UserError(
@@ -128,9 +128,9 @@ def continued_settings(
 
 
 def continued_recipe(earlier: TrainingSettings, longer: TrainingSettings) -> TrainingSettings:
-    """Return the longer recipe with the corrections switched on at the same steps as before.
+    """Return the longer recipe, whose corrections are switched on at the same steps as before.
 
-    Its shares of the steps are recomputed, unless they already differ from the earlier ones.
+    Settings that are shares of the steps are recomputed, unless the user has changed them.
 
     Raises:
         UserError: If it is not longer.
@@ -163,8 +163,8 @@ def continue_job(
         note: Called with a sentence that says where it starts and how the learning rate goes on.
 
     Raises:
-        UserError: If the two differ from the start, or no checkpoint before their first different
-            step is left; says what would have to be different.
+        UserError: If the two differ from the first step, or no checkpoint before their first
+            different step exists; names what to change.
     """
     if find_checkpoints(longer.folder):
         return longer

@@ -108,16 +108,16 @@ def run_on_first(function: Callable[[], T], world: World) -> T:
     return cast("T", result)
 
 
-# Copies and shards of a model
+# Replicas and shards of a model
 
 
-class Copies:
-    """The copies of a decoder on all workers, whose backward passes average gradients.
+class Replicas:
+    """The replicas of a decoder on all workers, whose backward passes average gradients.
 
     They average the gradients of what a step uses: under schedules that leave out a layer's
     corrections, the norm of its corrections has none. DDP can look for such parameters in each
     pass, but then it does not keep gradients where it sends them, and several passes hold them
-    twice. So copies are made once for each stage of the training, that is when its schedules
+    twice. So replicas are made once for each stage of the training, that is when its schedules
     change, and what a stage leaves out is frozen in it. Only the cheaper members of an elastic step
     leave out more than the step, so there DDP looks.
     """
@@ -138,28 +138,28 @@ class Copies:
         if self._world.size == 1 or self._world.is_sharded:
             return self._decoder
         if self._schedules != tuple(schedules):
-            self._model = self._copies_for(schedules)
+            self._model = self._replicas_for(schedules)
             self._schedules = tuple(schedules)
         return self._model
 
-    def _copies_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
-        """Freeze what no pass of a step uses, and return copies of the rest."""
+    def _replicas_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
+        """Freeze what no pass of a step uses, and return replicas of the rest."""
         used_by_pass = [self._used_by(schedule) for schedule in schedules]
         used = set().union(*used_by_pass)
         for parameter in self._trained:
             parameter.requires_grad_(parameter in used)
             parameter.grad = None
         passes_differ = any(used_by_this != used for used_by_this in used_by_pass)
-        copies = DistributedDataParallel(
+        replicas = DistributedDataParallel(
             self._decoder, find_unused_parameters=passes_differ, gradient_as_bucket_view=True
         )
         # DDP makes new buckets after the first pass, in the order in which gradients came. From
         # then on it keeps gradients in the buckets that it sends. Two small passes make these
         # buckets here, before the activations of a step need the memory.
         for _ in range(2):
-            torch.autograd.backward(_small_loss(copies, schedules[0], self._world))
-        copies.zero_grad(set_to_none=False)
-        return copies
+            torch.autograd.backward(_small_loss(replicas, schedules[0], self._world))
+        replicas.zero_grad(set_to_none=False)
+        return replicas
 
     def _used_by(self, schedule: IterationSchedule) -> set[nn.Parameter]:
         """Return the trained parameters that have a gradient in a pass under a schedule."""
@@ -234,7 +234,7 @@ def pass_of_several(
 ) -> AbstractContextManager[None]:
     """Return the context of one of several passes of a step, forward and backward.
 
-    Copies of the model average their gradients in the last pass only, also those of weights that
+    Replicas of the model average their gradients in the last pass only, also those of weights that
     this pass does not use. Shards are gathered in the first pass and kept until the last one has
     ended. Gradients are sharded in every pass: whole ones between the passes would take twice the
     memory of whole weights in bf16.
@@ -265,9 +265,9 @@ def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
 def with_all_gradients(model: Model) -> Model:
     """Return a model each of whose passes gives every parameter of its method a gradient.
 
-    The gradient is zero where the schedule of the pass does not use the parameter. Copies of shards
-    add up the gradients of a step's passes, so all passes must have the same ones. Other models
-    are returned as they are: they add up each parameter by itself.
+    The gradient is zero where the schedule of the pass does not use the parameter. Replicas of
+    shards add up the gradients of a step's passes, so all passes must have the same ones. Other
+    models are returned as they are: they add up each parameter by itself.
     """
     decoder: Any = model
     if not hasattr(decoder, "set_requires_all_reduce"):
@@ -291,7 +291,7 @@ def with_all_gradients(model: Model) -> Model:
 def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Forget the gradients of a step.
 
-    The gradients of copies become zeros, and stay in the buckets that send them. Otherwise all
+    The gradients of replicas become zeros, and stay in the buckets that send them. Otherwise all
     passes of the next step but the last would add up gradients elsewhere, and hold them twice.
     """
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
@@ -494,7 +494,7 @@ def compile_layers(
     from torch._functorch import config
 
     torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs for eight.
-    # Dynamo would split each field where the buckets of `Copies` end, so that gradients are sent
+    # Dynamo would split each field where the buckets of `Replicas` end, so that gradients are sent
     # while the rest of a graph runs. A field is evaluated several times, so its gradients wait for
     # the first evaluation anyway, and each cut keeps tensors that a whole graph recomputes (81 GiB
     # instead of 70 for the 340M recipe, traced).

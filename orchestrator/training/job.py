@@ -30,9 +30,9 @@ from orchestrator.records.training import StoredJob, TrainingJob, TrainingOutcom
 from orchestrator.records.training_state import Training, TrainingState
 from orchestrator.settings import Settings, TrainingSettings
 from orchestrator.settings.effects import key_values
-from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import DRAWS_VERSION, checked_family
 from orchestrator.training.source import Source, check_tokenizer, find_source
+from orchestrator.training.uploads import CheckpointUploads
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
 from orchestrator.workspace.layout import (
@@ -298,7 +298,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
             check_checkpoint(Path(origin), remember=True)
     check_folder(job)
     if job.storage:
-        RemoteCopy(job.storage, job.folder, job_key(job))
+        CheckpointUploads(job.storage, job.folder, job_key(job))
 
 
 def check_folder(job: TrainingJob) -> None:

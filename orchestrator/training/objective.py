@@ -1,7 +1,7 @@
 """What a training minimizes, with which optimizer, and how it is validated.
 
 Pretraining and distillation differ in their objective and nowhere else. Elastic training adds the
-losses of cheaper schedules to it, each in a pass of its own.
+losses under cheaper schedules, each in a pass of its own.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from orchestrator.workspace.journal import (
 )
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]
-"""A scalar loss and its named parts. All are means that divide by the batch's `target_count` or
-`position_count`."""
+"""A scalar loss and its named parts: means over the batch's targets or positions, by its
+`target_count` or `position_count`."""
 Objective = Callable[[Model, Batch, int], Loss]
 """(model, batch, step) -> its loss."""
 
 LOSS = "loss_"
-"""Prefix of a part of the loss: what a source of the data adds to it."""
+"""Prefix of a part of the loss: the contribution of a component of a mixture."""
 SHARE = "share_of_targets_"
-"""Prefix of a number beside it: the source's share of the targets."""
-_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+"""Prefix of the component's share of the targets."""
+_CHEAPER_PARTS = {"cross_entropy": "cheaper_loss", "kl": "cheaper_kl", "hidden": "cheaper_hidden"}
 _RATE_FACTOR = "rate_factor"
-"""Key of a group of the optimizer whose learning rate is a multiple of the others'."""
+"""Key of a parameter group: its learning rate is this multiple of the usual one."""
 _SUMS = ("loss", "targets", "right", "answers")
 
 
@@ -58,7 +58,7 @@ def make_objective(
     Args:
         teacher: The frozen teacher.
         distillation: What the student learns from it.
-        source_names: The sources of a mixture. Without a teacher, the parts then hold what
+        source_names: Components of a mixture. Without a teacher, the parts then hold what
             `mean_by_source` reads.
     """
     config = distillation or DistillationConfig()
@@ -85,9 +85,9 @@ def make_objective(
 
 
 def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers of a step with the mean loss of each source instead of its parts.
+    """Return the numbers of a step, with the mean loss of each component instead of its parts.
 
-    A source without targets in this step is left out.
+    A component without targets in this step is left out.
     """
     means = dict(numbers)
     for name in [name.removeprefix(SHARE) for name in numbers if name.startswith(SHARE)]:
@@ -104,43 +104,43 @@ def losses_of(
     batch: Batch,
     step: int,
     *,
-    members: Sequence[IterationSchedule] = (),
+    cheaper: Sequence[IterationSchedule] = (),
     elastic: ElasticSettings | None = None,
     teacher: Model | None = None,
     distillation: DistillationConfig | None = None,
 ) -> Iterator[Loss]:
-    """Yield the losses of one part of a batch, whose sum is minimized: the objective, then in
-    elastic training the loss of each drawn member.
+    """Yield the losses of a micro-batch, whose sum is minimized.
 
-    Each is computed when it is asked for: call `backward` before the next one. With members, the
-    parts of the first one are those of the objective and `full_loss`; the others add `member_loss`
-    (their mean cross-entropy), `member_kl` and `member_hidden`.
+    The first is the objective. In elastic training, one loss for each drawn cheaper schedule
+    follows. Each is computed when it is requested: call `backward` before the next one. In elastic
+    training the first loss has the parts of the objective and `full_loss`; the others have
+    `cheaper_loss` (their mean cross-entropy), `cheaper_kl` and `cheaper_hidden`.
 
     Args:
-        members: What is drawn in this step.
-        teacher: What the members learn from (default: the full schedule of the same step). A
-            teacher that computes its answers should be a `RememberingTeacher`.
-        distillation: What the members learn from a teacher.
+        cheaper: The cheaper schedules that are drawn in this step.
+        teacher: What they learn from (default: the full schedule of the same step). A teacher that
+            computes its predictions should be a `RememberingTeacher`.
+        distillation: The loss of what they learn from a teacher.
     """
-    if not members or elastic is None:
+    if not cheaper or elastic is None:
         yield objective(model, batch, step)
         return
     model = with_all_gradients(model)
     full = AnswerKeeper(model)
     loss, parts = objective(model if teacher else full, batch, step)
     yield loss, {**parts, "full_loss": loss}
-    for member in members:
+    for schedule in cheaper:
         if teacher:
-            objective_of_member = make_objective(_every_step(member), teacher, distillation)
-            loss, parts = objective_of_member(model, batch, step)
+            objective_of_schedule = make_objective(_every_step(schedule), teacher, distillation)
+            loss, parts = objective_of_schedule(model, batch, step)
         else:
             assert full.answer is not None
             from_full = DistillationConfig(
                 kl_weight=elastic.kl_weight, temperature=elastic.temperature
             )
             loss_fn = member_loss(full.answer, batch, from_full)
-            loss, parts = model(batch.input_ids, schedule=member, loss_fn=loss_fn)
-        means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
+            loss, parts = model(batch.input_ids, schedule=schedule, loss_fn=loss_fn)
+        means = {_CHEAPER_PARTS[name]: part / len(cheaper) for name, part in parts.items()}
         yield elastic.weight * loss, means
 
 
@@ -149,10 +149,10 @@ def _every_step(schedule: IterationSchedule) -> Callable[[int], IterationSchedul
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for all else, as one optimizer.
+    """Muon for matrices and AdamW for the other parameters, as one optimizer.
 
-    Both have their groups and their state here, so rates are set, and the state is saved and
-    loaded, as with a single optimizer.
+    The groups and the state of both are those of this optimizer. So rates are set, and the state is
+    saved and loaded, as with a single optimizer.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
@@ -179,16 +179,16 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of the trained parameters of a bare decoder on its device.
+    """Return the optimizer of a decoder's trained parameters, on the decoder's device.
 
-    AdamW, fused on CUDA, decays the weight matrices of linear layers, the first of its groups, and
-    nothing else. The rows of the learned mix sum to one at the start, and decay towards zero would
-    shrink the hidden state; so linear layers are found by module type. A head that is tied to the
-    embedding counts as the embedding. Gates are the last group, with a learning rate of their own.
+    AdamW, fused on CUDA, decays only the weight matrices of linear layers, its first group. They
+    are found by module type, because the learned mix must not decay: its rows sum to one at the
+    start, and decay would shrink the hidden state. A head that is tied to the embedding counts as
+    the embedding. Gates are the last group, with a learning rate of their own.
 
-    With `muon`, the matrices of the layers' fields are Muon's, with the same decay and a learning
-    rate of their own. Its updates are as large as AdamW's (`match_rms_adamw`). The FLOPs of a
-    training, and of its plan, are those of its passes: neither optimizer's are counted.
+    With `muon`, Muon updates the matrices of the layers' fields, with the same decay and a learning
+    rate of its own. Its updates are as large as AdamW's (`match_rms_adamw`). The FLOPs of trainings
+    and plans are those of the passes, without the optimizer's.
     """
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     gates = {id(gate) for layer in layers for gate in layer.gates()}
@@ -215,7 +215,7 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Op
         betas=(recipe.beta1, recipe.beta2),
         fused=all(p.is_cuda for p in parameters),
     )
-    if not by_muon:  # Also where all matrices are frozen.
+    if not by_muon:  # Or all matrices are frozen.
         return adamw
     muon = torch.optim.Muon(
         [{"params": by_muon, _RATE_FACTOR: recipe.muon_rate_factor}],
@@ -227,7 +227,7 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Op
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group; those of gates and of Muon are multiples of it."""
+    """Set the learning rate of every group; the rates of gates and of Muon are multiples of it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_RATE_FACTOR, 1.0)
 
@@ -245,19 +245,19 @@ def validation_metrics(
 ) -> dict[str, float]:
     """Return loss and accuracy on held-out batches, by name of the metric.
 
-    Batches and result are the same on every worker. Each worker takes every n-th batch; if the last
-    round has too few, the others run a batch without counting it: all workers must run a sharded
-    model together. The decoder's mode (training or evaluation) is restored afterwards.
+    Batches and result are the same on every worker. Each worker takes every n-th batch. All workers
+    must run a sharded model together, so if the last round has too few batches, the others run one
+    without counting it. The decoder's mode (training or evaluation) is restored afterwards.
 
     Args:
-        source_names: The sources of a mixture, whose batches are of one source each; without names
-            there are no numbers by source.
-        before_batch: Called before each batch, such as to end here when a stop is requested.
+        source_names: Components of a mixture; each batch is of one component. Without names there
+            are no numbers by component.
+        before_batch: Called before each batch, for example to end here when a stop is requested.
 
     Returns:
-        `validation/loss`: the mean per target in nats, NaN without targets; `validation/accuracy`:
-        of the targets that are not text, if there are any; of a mixture also both of each source,
-        such as `validation/loss_python` and `validation/accuracy_phop_6`.
+        `validation/loss`: the mean per target in nats, NaN without targets. `validation/accuracy`:
+        over the targets that are not text, if there are any. Of a mixture also both for each
+        component, such as `validation/loss_python` and `validation/accuracy_phop_6`.
     """
     names = [f"_{name}" for name in source_names] or [""]
     sums = {kind + name: 0.0 for name in names for kind in _SUMS}
@@ -271,7 +271,7 @@ def validation_metrics(
         num_targets = batch.num_targets
         name = names[0]
         if source_names and batch.sources is not None:
-            name = names[int(batch.sources[0, 0])]  # The whole batch is of one source.
+            name = names[int(batch.sources[0, 0])]  # The whole batch is of one component.
         batch = batch.to(world.device)
         with autocast(precision, world):
             loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
@@ -286,7 +286,7 @@ def validation_metrics(
                 sums["answers" + name] += num_targets
     decoder.train(was_training)
 
-    # Means instead of sums over the workers: only their ratios are used.
+    # Means over the workers instead of sums: only ratios are used.
     sums = mean_over_workers(sums, world)
     sums |= {kind: sum(sums[kind + name] for name in names) for kind in _SUMS}
     metrics = {VALIDATION_METRIC: math.nan}
@@ -309,10 +309,10 @@ def output_sizes(
 ) -> dict[str, float]:
     """Return how large the outputs of the fields are on a few tokens, by name of the metric.
 
-    A loss does not tell of hidden states that grow with each evaluation, which end a training
-    later. So it is one number for each evaluation within a layer, 0 being the prediction: the root
-    mean square over tokens and channels, in the layer where it is largest. Every worker reads the
-    same tokens, as a sharded model needs all of them.
+    Hidden states that grow with each evaluation make a training diverge later, which its loss does
+    not show. So each evaluation within a layer has one number (0 is the prediction): the root mean
+    square over tokens and channels, in the layer where it is largest. Every worker reads the same
+    tokens, because a sharded model needs all workers.
 
     Args:
         input_ids: (batch, time) of token ids.
@@ -325,7 +325,7 @@ def output_sizes(
     was_training = decoder.training
     decoder.eval()
     with autocast(precision, world):
-        # Called like this a sharded model gathers its weights; no logits are needed.
+        # This call makes a sharded model gather its weights; no logits are needed.
         decoder(
             input_ids.to(world.device),
             schedule=schedule,

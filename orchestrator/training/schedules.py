@@ -1,9 +1,8 @@
-"""What each training step is, as pure functions of the step: its learning rate, its iteration
-schedule, the members that elastic training draws, and its FLOPs. A resumed run needs no state.
+"""Learning rate, iteration schedules and FLOPs of a training step, as pure functions of the step.
 
-The learning rate: a linear warm-up, then one of three shapes: cosine to the final rate; "wsd"
-(warm-up, stable, decay): constant, then linear to the final rate, so that a run can be extended
-before its decay; or constant.
+So a resumed run needs no state of them. The learning rate has a linear warm-up, then one of three
+shapes: `cosine` to the final rate; `wsd` (warm-up, stable, decay), constant, then linear to the
+final rate, so that a run can be continued from before its decay; or `constant`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import UserError
 
 DRAWS_VERSION = 2
-"""Increase when the same seed and step draw other members."""
+"""Increase when the same seed and step draw other schedules."""
 _DRAWS = 0x5DEECE66D << 20
 """Added to the seed, so that draws do not depend on the order of the data."""
 
 ScheduleByStep = Callable[[int], IterationSchedule]
 """Step -> the iteration schedule that is trained in this step."""
 SchedulesByStep = Callable[[int], tuple[IterationSchedule, ...]]
-"""Step -> cheaper schedules that are, or may be, trained beside it."""
+"""Step -> the cheaper schedules that are trained, or may be drawn, in this step."""
 
 
 def learning_rate_at(step: int, recipe: TrainingSettings) -> float:
@@ -45,7 +44,7 @@ def learning_rate_at(step: int, recipe: TrainingSettings) -> float:
 def stable_steps(recipe: TrainingSettings) -> int:
     """Return the steps of a `wsd` training before its decay; 0 for another shape.
 
-    A run keeps the checkpoint after these steps: a longer training can start from it.
+    A run keeps the checkpoint after these steps, from which a longer training can start.
     """
     if recipe.decay != "wsd":
         return 0
@@ -53,7 +52,7 @@ def stable_steps(recipe: TrainingSettings) -> int:
 
 
 def _decay(step: int, recipe: TrainingSettings) -> float:
-    """Return how far the rate has come, from 0 at the peak to 1 at the final rate."""
+    """Return the progress of the decay, from 0 at the peak rate to 1 at the final rate."""
     first = stable_steps(recipe) or recipe.warmup_steps
     if recipe.decay == "constant" or step < first:
         return 0.0
@@ -62,14 +61,15 @@ def _decay(step: int, recipe: TrainingSettings) -> float:
 
 
 def steps_before_corrections(recipe: TrainingSettings) -> int:
-    """Return the steps of the first stage of a training, which makes no corrections."""
+    """Return the steps of the first stage of a two-stage training, which makes no corrections."""
     return round(recipe.num_steps * recipe.iterate_from_fraction)
 
 
 def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleByStep:
-    """Return the schedule of each step: no corrections in the first stage, then all of them.
+    """Return the schedule of each step: no corrections in the first stage, all in the second.
 
-    The ramp between the two has equal parts: in part k, layer l makes `min(r_l, k)` corrections.
+    A ramp between the stages has parts of equal length: in part k, layer l makes `min(r_l, k)`
+    corrections.
     """
     most = schedule.max_corrections
     stages = tuple(_capped(schedule, limit) for limit in range(most + 1))
@@ -96,7 +96,7 @@ def stages_of(
     start = steps.start
     while start < steps.stop:
         schedule_of_stage = schedule_at(start)
-        # Each stage makes more corrections than the one before, so its end is searched for.
+        # Corrections only increase with the steps, so a binary search finds the end of each stage.
         end = bisect_right(
             range(steps.stop),
             schedule_of_stage.num_corrections,
@@ -111,32 +111,33 @@ def stages_of(
 def elastic_family(
     schedule: IterationSchedule, elastic: ElasticSettings | None
 ) -> tuple[IterationSchedule, ...]:
-    """Return the schedules that are trained beside the full one, costliest first; none if off.
+    """Return the cheaper schedules that elastic training trains, costliest first; none if it is
+    off.
 
     Raises:
-        ValueError: If one has other layers than the full schedule, or is not below it.
+        ValueError: If one has another number of layers than the full schedule, or is not below it.
     """
     if elastic is None or not elastic.weight:
         return ()
     if not elastic.schedules:
         return tuple(_capped(schedule, most) for most in reversed(range(schedule.max_corrections)))
-    members = {IterationSchedule.parse(s, num_layers=len(schedule)) for s in elastic.schedules}
-    for member in members:
-        if member == schedule or not member.is_within(schedule):
+    family = {IterationSchedule.parse(s, num_layers=len(schedule)) for s in elastic.schedules}
+    for cheaper in family:
+        if cheaper == schedule or not cheaper.is_within(schedule):
             raise ValueError(
-                f"the schedule {member} is not below the full one, {schedule}; each layer makes at "
-                "most its corrections, and one layer fewer"
+                f"the schedule {cheaper} is not below the full one, {schedule}; no layer may make "
+                "more corrections than there, and one must make fewer"
             )
-    return tuple(sorted(members, key=lambda m: (m.num_evaluations, m.corrections), reverse=True))
+    return tuple(sorted(family, key=lambda m: (m.num_evaluations, m.corrections), reverse=True))
 
 
 def checked_family(
     recipe: TrainingSettings, config: ModelConfig, *, section: str = "training"
 ) -> TrainingSettings:
-    """Return the recipe with the schedules of its family written one way, as keys need it.
+    """Return the recipe, with the schedules of elastic training in one spelling, as keys need.
 
     Raises:
-        UserError: If the model has no cheaper schedule, or not those of the family.
+        UserError: If the model has no cheaper schedule, or cannot run one of those in the recipe.
     """
     elastic = recipe.elastic
     full = config.corrections
@@ -150,52 +151,52 @@ def checked_family(
         )
     try:
         family = elastic_family(full, elastic.model_copy(update={"weight": 1.0}))
-        for member in family:
-            config.evaluations_per_layer(member)
+        for cheaper in family:
+            config.evaluations_per_layer(cheaper)
     except ValueError as error:
         raise UserError(f"{section}.elastic.schedules: {error}") from None
     names = tuple(map(str, family)) if elastic.schedules else ()
     return recipe.model_copy(update={"elastic": elastic.model_copy(update={"schedules": names})})
 
 
-def members_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
-    """Return the family of each step, costliest first, from which `drawn_by_step` draws.
+def cheaper_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
+    """Return the cheaper schedules of each step, costliest first, from which `drawn_by_step` draws.
 
-    Before all corrections are switched on, members make at most those of the step's own schedule,
-    and are distinct from it and each other. A step without corrections has none.
+    While the step's own schedule is not the full one yet, theirs are capped by it; they differ from
+    it and from each other. A step without corrections has none.
     """
     schedule_at = schedule_by_step(schedule, recipe)
     family = elastic_family(schedule, recipe.elastic)
 
     @lru_cache
     def below(full: IterationSchedule) -> tuple[IterationSchedule, ...]:
-        members = (IterationSchedule(tuple(map(min, member, full))) for member in family)
-        return tuple(member for member in dict.fromkeys(members) if member != full)
+        capped = (IterationSchedule(tuple(map(min, cheaper, full))) for cheaper in family)
+        return tuple(cheaper for cheaper in dict.fromkeys(capped) if cheaper != full)
 
     return lambda step: below(schedule_at(step))
 
 
 def drawn_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
-    """Return the members that are drawn in each step, from the seed and the step alone.
+    """Return the cheaper schedules that each step draws, from the seed and the step alone.
 
-    They are distinct, and more draws leave the first ones as they are. The chance of a member is
-    proportional to the corrections that it leaves out: the further it is from the full schedule,
-    the more it has to learn, and the less a step of it costs.
+    They are distinct, and a larger number of draws keeps the first ones. A schedule is drawn with a
+    probability in proportion to the corrections that it leaves out: the further it is from the full
+    schedule, the more there is to learn, and the less a step costs.
     """
-    members_at = members_by_step(schedule, recipe)
+    cheaper_at = cheaper_by_step(schedule, recipe)
     schedule_at = schedule_by_step(schedule, recipe)
 
     def drawn_at(step: int) -> tuple[IterationSchedule, ...]:
-        members = members_at(step)
-        if not members or recipe.elastic is None:
+        cheaper = cheaper_at(step)
+        if not cheaper or recipe.elastic is None:
             return ()
         full = schedule_at(step).num_corrections
-        left_out = np.array([full - member.num_corrections for member in members])
-        bits = random_bits(_DRAWS + recipe.seed, np.array([step]), len(members))[0]
+        left_out = np.array([full - schedule.num_corrections for schedule in cheaper])
+        bits = random_bits(_DRAWS + recipe.seed, np.array([step]), len(cheaper))[0]
         # Exponential times with these rates; the first ones win (Efraimidis and Spirakis 2006).
         times = -np.log(((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53) / left_out
         drawn = np.argsort(times, kind="stable")[: recipe.elastic.num_drawn]
-        return tuple(members[number] for number in drawn.tolist())
+        return tuple(cheaper[number] for number in drawn.tolist())
 
     return drawn_at
 
@@ -207,8 +208,8 @@ def _capped(schedule: IterationSchedule, most: int) -> IterationSchedule:
 def largest_step(job: TrainingJob, flops_per_token: Callable[[int], float], start: int) -> int:
     """Return the first step, from `start` on, that needs the most memory.
 
-    All steps read as many tokens, so it is the one of the most FLOPs: those of all corrections, and
-    of a teacher if it does not teach from the beginning.
+    All steps read the same number of tokens, so it is the step with the most FLOPs: with all
+    corrections, and with the teacher if that begins later.
     """
     recipe = job.recipe
     stages = stages_of(job.model.corrections, recipe, range(start, recipe.num_steps))
@@ -240,8 +241,8 @@ def model_flops_by_step(
     """Return step -> training FLOPs per token of the trained model, without a teacher's.
 
     Args:
-        is_student: Whether it learns from a teacher. The members of an elastic student do so, too;
-            those of any other training learn from its full schedule.
+        is_student: Whether the model learns from a teacher. Then its cheaper schedules do so, too;
+            in any other training they learn from the full schedule.
     """
     schedule_at = schedule_by_step(config.corrections, recipe)
     drawn_at = drawn_by_step(config.corrections, recipe)
@@ -255,12 +256,12 @@ def model_flops_by_step(
         return float(flops)
 
     @lru_cache
-    def member_flops(member: IterationSchedule) -> float:
+    def cheaper_flops(cheaper: IterationSchedule) -> float:
         flops = member_flops_per_token(
-            config, member, reads_full=reads_full, context_length=length, trained=trained
+            config, cheaper, reads_full=reads_full, context_length=length, trained=trained
         )
         return float(flops)
 
     return lambda step: sum(
-        map(member_flops, drawn_at(step)), start=schedule_flops(schedule_at(step))
+        map(cheaper_flops, drawn_at(step)), start=schedule_flops(schedule_at(step))
     )

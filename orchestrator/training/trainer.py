@@ -48,7 +48,7 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.continuing import metrics_until
 from orchestrator.training.devices import (
-    Copies,
+    Replicas,
     autocast,
     check_precision,
     clear_gradients,
@@ -80,11 +80,11 @@ from orchestrator.training.objective import (
     validation_metrics,
 )
 from orchestrator.training.schedules import (
+    cheaper_by_step,
     drawn_by_step,
     flops_per_token_by_step,
     largest_step,
     learning_rate_at,
-    members_by_step,
     schedule_by_step,
 )
 from orchestrator.training.world import World
@@ -187,8 +187,8 @@ class Trainer:
     frozen_teacher: Decoder | None
     """The model that the job learns from."""
     teacher: Model | None
-    """What the student, and members of elastic training, learn from: the frozen teacher, or the
-    answers that are remembered of it."""
+    """What a student, and the cheaper schedules of elastic training, learn from: the frozen
+    teacher, or its remembered predictions."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class Trainer:
             # All schedules of a step read the answers of one forward pass.
             self.teacher = RememberingTeacher(self.frozen_teacher)
         self.drawn_at = drawn_by_step(job.model.corrections, job.recipe)
-        self.members_at = members_by_step(job.model.corrections, job.recipe)
+        self.cheaper_at = cheaper_by_step(job.model.corrections, job.recipe)
         self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
         teacher_config = self.frozen_teacher.config if self.frozen_teacher else None
@@ -274,7 +274,7 @@ class Trainer:
         self.objective = make_objective(
             self.schedule_at, self.teacher, self.distillation, self.data.source_names
         )
-        self.copies = Copies(self.decoder, world)
+        self.replicas = Replicas(self.decoder, world)
         self.meter = ThroughputMeter(self.position, world, recipe.precision)
 
     def _compile(self) -> None:
@@ -446,11 +446,11 @@ class Trainer:
         Parts of a batch save memory. Each divides by its share of the targets of all workers, so
         the gradients are those of a single pass up to rounding.
         """
-        schedules = (self.schedule_at(step), *self.members_at(step))
-        self.model = self.copies.model_for(schedules)
+        schedules = (self.schedule_at(step), *self.cheaper_at(step))
+        self.model = self.replicas.model_for(schedules)
         parts_of_batch = batch.split(self.sequences_per_pass or len(batch))
-        members = self.drawn_at(step)
-        num_passes = len(parts_of_batch) * (1 + len(members))
+        cheaper = self.drawn_at(step)
+        num_passes = len(parts_of_batch) * (1 + len(cheaper))
         passes_left = num_passes
         totals: dict[str, Any] = {}  # Added up on the device, which is not waited for.
         for part in parts_of_batch:
@@ -460,13 +460,14 @@ class Trainer:
                 self.model,
                 part,
                 step,
-                members=members,
+                cheaper=cheaper,
                 elastic=self.recipe.elastic,
-                # Members of a retrofit learn from its full schedule, not from the source.
+                # In a retrofit, cheaper schedules learn from the full one, not from the source
+                # model.
                 teacher=None if self.recipe.source_kl_weight else self.teacher,
                 distillation=self.distillation,
             )
-            for _ in range(1 + len(members)):
+            for _ in range(1 + len(cheaper)):
                 passes_left -= 1
                 context: AbstractContextManager[None] = nullcontext()
                 if num_passes > 1:
@@ -619,8 +620,8 @@ class Trainer:
             precision=recipe.precision,
             world=self.world,
         )
-        if members := self.members_at(last_step):
-            metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
+        if cheaper := self.cheaper_at(last_step):
+            metrics[CHEAPEST_METRIC] = metrics_of(cheaper[-1])[VALIDATION_METRIC]
         return metrics
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:

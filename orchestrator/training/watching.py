@@ -173,7 +173,7 @@ class RunMonitor:
             self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
         elif name == "compiled":
             self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
-        elif name in ("damaged", "not copied", "not profiled", "not compiled", "smaller passes"):
+        elif name in ("damaged", "not uploaded", "not profiled", "not compiled", "smaller passes"):
             self._progress.note(event["text"])
         elif name == "skipped":
             self._progress.note(

@@ -392,7 +392,7 @@ def test_memory_saving_settings_save_memory():
     assert total(precision="bf16") < total()
     assert total(num_shards=8) < total()
     with_teacher = total(frozen=config)
-    assert with_teacher > total(has_members=True) > total()
+    assert with_teacher > total(has_cheaper=True) > total()
     # An eighth of the sharded parts stays, and what a layer gathers.
     alone = training_memory(config, TrainingStep(num_sequences=1))
     shared = training_memory(config, TrainingStep(num_sequences=1, num_shards=8))

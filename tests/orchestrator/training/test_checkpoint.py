@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, whatever happens while a thread writes and copies them."""
+"""Checkpoints are complete or absent, whatever happens while a thread writes and uploads them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from same_run import events, kill, state_of, steps_of, stop_at, workers
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint as checkpoint_module
-from orchestrator.training import remote_copy
+from orchestrator.training import uploads
 from orchestrator.training.checkpoint import HostBuffers
 from orchestrator.training.job import job_key
-from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.trainer import run_job
+from orchestrator.training.uploads import CheckpointUploads
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import VERIFIED_NAME
 from orchestrator.workspace.layout import PROVENANCE, checkpoint_name, find_checkpoints, step_of
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_also_written_after_some_minutes(make_job, monkeypatch):
     assert steps_of(make_job("timed")) == [1, 3, 5, 7, 8]
 
 
-# Copies in the run's storage
+# Uploads to the run's storage
 
 
 def on_machine(job: TrainingJob, machine: str, storage: Path | str) -> TrainingJob:
@@ -101,7 +101,7 @@ def store_of(job: TrainingJob) -> Path:
     return Path(str(job.storage)) / f"run-{job_key(job)}"
 
 
-def test_another_machine_resumes_from_whole_copies(make_job, tmp_path):
+def test_another_machine_resumes_from_whole_uploads(make_job, tmp_path):
     storage = tmp_path / "store"
     plain = make_job(num_steps=6, num_checkpoints_kept=2)
     lost, new, third = (on_machine(plain, name, storage) for name in ("lost", "new", "third"))
@@ -110,19 +110,19 @@ def test_another_machine_resumes_from_whole_copies(make_job, tmp_path):
     outcome = run_job(on_machine(plain, "new", storage.as_uri()))
     assert [event["step"] for event in events(new, "resumed")] == [4]
     assert state_of(outcome) == state_of(run_job(plain))
-    copies = find_checkpoints(store_of(new))
-    assert [path.name[-1] for path in copies] == ["4", "6"], "those of pruned ones are deleted"
+    uploaded = find_checkpoints(store_of(new))
+    assert [path.name[-1] for path in uploaded] == ["4", "6"], "those of pruned ones are deleted"
 
-    (copies[1] / "model.safetensors").write_bytes(b"spoilt")
-    half = copies[1].with_name("step_00000009")
-    shutil.copytree(copies[0], half)
+    (uploaded[1] / "model.safetensors").write_bytes(b"spoilt")
+    half = uploaded[1].with_name("step_00000009")
+    shutil.copytree(uploaded[0], half)
     (half / PROVENANCE).unlink()
     run_job(third)
     assert [event["step"] for event in events(third, "resumed")] == [4]
     assert "earlier copy" in events(third, "damaged")[0]["text"]
 
 
-def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(make_job, tmp_path):
+def test_runs_of_one_name_share_a_storage_and_take_only_their_own_uploads(make_job, tmp_path):
     storage = tmp_path / "store"
     jobs = [make_job(seed=n, num_steps=2) for n in (0, 1)]
     of_seed_0, of_seed_1 = (on_machine(jobs[n], f"seed {n}", storage) for n in (0, 1))
@@ -166,21 +166,21 @@ def test_an_upload_that_is_interrupted_leaves_no_copy_to_resume_from_and_goes_on
             copy_files(source, target, **more)
 
         store = tmp_path / f"store {number}"
-        remote = RemoteCopy(str(store), job.folder, job_key(job))
-        new = RemoteCopy(str(store), tmp_path / "new" / job.folder.name, job_key(job))
+        remote = CheckpointUploads(str(store), job.folder, job_key(job))
+        new = CheckpointUploads(str(store), tmp_path / "new" / job.folder.name, job_key(job))
         notes.clear()
         with monkeypatch.context() as patched:
             patched.setattr(fs, "copy_files", copy)
             remote.start(note, num_kept=2)
             remote.wait()
-            assert notes == ["not copied"]
+            assert notes == ["not uploaded"]
             assert len(copied) == number
             assert new.download(pytest.fail) is None
             # The next one sends the rest, each file once.
             patched.setattr(copy, "__kwdefaults__", {"copied": copied, "last": -1})
             remote.start(note, num_kept=2)
             remote.wait()
-        assert notes == ["not copied", "uploaded"]
+        assert notes == ["not uploaded", "uploaded"]
         assert sorted(copied) == sorted(files)
         [copied_checkpoint] = find_checkpoints(store / store_of(job).name)
         assert {path.name for path in copied_checkpoint.iterdir()} == files
@@ -191,14 +191,14 @@ def test_what_was_sent_of_another_checkpoint_of_that_step_is_sent_again(make_job
     job = make_job(num_steps=2)
     run_job(job)
     [checkpoint] = find_checkpoints(job.folder)
-    remote = RemoteCopy(str(tmp_path / "store"), job.folder, job_key(job))
+    remote = CheckpointUploads(str(tmp_path / "store"), job.folder, job_key(job))
     copied_checkpoint = tmp_path / "store" / store_of(job).name / checkpoint.name
     copied_checkpoint.mkdir(parents=True)
     for path in checkpoint.iterdir():  # The files that were sent have the same sizes.
         if path.name != PROVENANCE:
             (copied_checkpoint / path.name).write_bytes(bytes(path.stat().st_size))
     other_provenance = bytes((checkpoint / PROVENANCE).stat().st_size)
-    (copied_checkpoint / remote_copy.BEGUN).write_bytes(other_provenance)
+    (copied_checkpoint / uploads.BEGUN).write_bytes(other_provenance)
     remote.start(lambda *_, **__: None, num_kept=2)
     remote.wait()
     remote.close()
@@ -217,8 +217,8 @@ def test_copies_of_another_machine_stay_and_a_damaged_checkpoint_is_not_copied(m
         notes.append(name)
 
     def send(folder: Path, **kept: Any) -> list[int]:
-        """Let a machine with this run folder send what is missing; return the steps of copies."""
-        remote = RemoteCopy(str(tmp_path / "store"), folder, job_key(plain))
+        """Let a machine with this run folder send what is missing; return the steps of uploads."""
+        remote = CheckpointUploads(str(tmp_path / "store"), folder, job_key(plain))
         remote.start(note, **kept)
         remote.wait()
         remote.close()
@@ -235,7 +235,7 @@ def test_copies_of_another_machine_stay_and_a_damaged_checkpoint_is_not_copied(m
     shutil.copytree(last, damaged)
     (damaged / "model.safetensors").write_bytes(b"spoilt")
     assert send(fresh, num_kept=2, names_kept=[checkpoint_name(2)]) == [2, 6, 8]
-    assert notes[2:] == ["not copied"]
+    assert notes[2:] == ["not uploaded"]
 
 
 def test_uploads_hold_neither_steps_nor_checkpoints_and_keep_what_they_send(
@@ -294,7 +294,7 @@ def test_a_deletion_that_is_interrupted_leaves_no_copy_to_resume_from(make_job, 
     old, newest = find_checkpoints(store_of(job))
     shutil.rmtree(find_checkpoints(job.folder)[0])
 
-    remote = RemoteCopy(str(job.storage), job.folder, job_key(job))
+    remote = CheckpointUploads(str(job.storage), job.folder, job_key(job))
     storage = remote._store
 
     def delete_dir(path: str) -> None:
@@ -307,10 +307,12 @@ def test_a_deletion_that_is_interrupted_leaves_no_copy_to_resume_from(make_job, 
     notes = list[str]()
     remote.start(lambda name, **_: notes.append(name), num_kept=1)
     remote.close()
-    assert notes == ["not copied"]
+    assert notes == ["not uploaded"]
     assert old.is_dir()
     shutil.rmtree(newest)
-    on_new_machine = RemoteCopy(str(job.storage), tmp_path / "new" / job.folder.name, job_key(job))
+    on_new_machine = CheckpointUploads(
+        str(job.storage), tmp_path / "new" / job.folder.name, job_key(job)
+    )
     assert on_new_machine.download(pytest.fail) is None
 
 
@@ -328,16 +330,16 @@ def test_a_storage_that_refuses_does_not_stop_training(make_job, tmp_path):
             store.write_text("in the way")
 
     assert run_job(job, report=in_the_way).finished
-    assert "training continues" in events(job, "not copied")[0]["text"]
+    assert "training continues" in events(job, "not uploaded")[0]["text"]
 
 
 UPLOAD_THAT_WAITS = """
 import time
 from datetime import timedelta
 from types import SimpleNamespace
-from orchestrator.training import devices, remote_copy
+from orchestrator.training import devices, uploads
 
-send = remote_copy.send
+send = uploads.send
 
 def shared():
     return torch.distributed.distributed_c10d._get_default_store()
@@ -352,7 +354,7 @@ def send_slowly(*arguments):
     shared().wait(["the other worker looks for its end"], timedelta(seconds=60))
     send(*arguments)
 
-remote_copy.send = send_slowly
+uploads.send = send_slowly
 devices.time = SimpleNamespace(sleep=look_again)
 """
 

@@ -38,7 +38,7 @@ from orchestrator.planning.training_memory import TrainingStep, training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
-    Copies,
+    Replicas,
     autocast,
     check_precision,
     clear_gradients,
@@ -248,7 +248,7 @@ def test_a_few_graphs_serve_the_sums_of_any_number_of_layers():
 
 
 @pytest.fixture
-def copies() -> Iterator[World]:
+def ddp_world() -> Iterator[World]:
     """Be a worker that has a whole model, and sends its gradients to itself."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
@@ -258,12 +258,12 @@ def copies() -> Iterator[World]:
 
 
 @pytest.mark.slow
-def test_copies_compile_whole_fields(copies):
+def test_replicas_compile_whole_fields(ddp_world):
     """Dynamo cuts a graph where the buckets of gradients end, 1 MiB for the first one."""
     decoder = Decoder(preset("tiny", num_layers=1, dim=256, num_heads=4, context_length=8))
     assert sum(p.nbytes for p in decoder.model.layers[0].field_parameters()) > 2 * 2**20
     none = decoder.schedule.none(1)
-    model = Copies(decoder, copies).model_for([none])
+    model = Replicas(decoder, ddp_world).model_for([none])
     graphs = CompileCounter()
     compile_layers(decoder, lambda *_, **__: None, backend=graphs)
     model(torch.zeros(2, 8, dtype=torch.long), schedule=none)
@@ -280,22 +280,22 @@ def test_copies_compile_whole_fields(copies):
         ("pcformer", ["1", "1"]),
     ],
 )
-def test_copies_add_gradients_up_where_they_send_them_and_have_none_of_what_a_step_leaves_out(
-    method, schedules, copies
+def test_replicas_add_gradients_up_where_they_send_them_and_have_none_of_what_a_step_leaves_out(
+    method, schedules, ddp_world
 ):
     decoder = make_decoder(method)
     alone = decoder.copy()
     passes = [IterationSchedule.parse(text, num_layers=LAYERS) for text in schedules]
-    copies_of_decoder = Copies(decoder, copies)
+    replicas = Replicas(decoder, ddp_world)
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.0)
     tokens = torch.randint(decoder.config.vocab_size, (1, 8))
     loss_fn = partial(next_token_loss, input_ids=tokens)
     for _ in range(2):
-        model = copies_of_decoder.model_for(passes)
+        model = replicas.model_for(passes)
         buckets = places_of_gradients(decoder)
         alone.zero_grad()
         for number, schedule in enumerate(passes):
-            with pass_of_several(model, copies, is_last=number == len(passes) - 1):
+            with pass_of_several(model, ddp_world, is_last=number == len(passes) - 1):
                 model(tokens, schedule=schedule, loss_fn=loss_fn).backward()
             assert places_of_gradients(decoder) == buckets, "also in the first pass of all"
             alone(tokens, schedule=schedule, loss_fn=loss_fn).backward()
@@ -313,19 +313,19 @@ def places_of_gradients(decoder: Decoder) -> set[int]:
     return {p.grad.untyped_storage().data_ptr() for p in decoder.parameters() if p.grad is not None}
 
 
-def test_copies_follow_the_schedule_and_train_what_was_frozen_as_little_as_before(copies):
+def test_replicas_follow_the_schedule_and_train_what_was_frozen_as_little_as_before(ddp_world):
     decoder = make_decoder("iiet")
     frozen = decoder.model.layers[0].input_layernorm.weight.requires_grad_(False)
     norm = decoder.model.layers[0].correction_norm.weight
-    copies_of_decoder = Copies(decoder, copies)
+    replicas = Replicas(decoder, ddp_world)
     none, all_layers = (decoder.schedule.parse(text, num_layers=LAYERS) for text in ("0", "1"))
-    model = copies_of_decoder.model_for([none])
-    assert copies_of_decoder.model_for([none]) is model
+    model = replicas.model_for([none])
+    assert replicas.model_for([none]) is model
     assert not norm.requires_grad
-    assert copies_of_decoder.model_for([all_layers]) is not model
+    assert replicas.model_for([all_layers]) is not model
     assert norm.requires_grad
     assert norm.grad is not None
-    copies_of_decoder.model_for([none])
+    replicas.model_for([none])
     assert norm.grad is None, "the optimizer would move it"
     assert not frozen.requires_grad
 

@@ -176,7 +176,7 @@ SLOW = {
     "several passes": Row("plain", [recipe(num_sequences_per_pass=3)], [], rel=1e-4),
     "a profile": Row("plain", [recipe(profile_steps=2)], []),
 }
-# Workers: replicas, shards, and two copies of the model in two shards each.
+# Workers: replicas, shards, and two replicas of the model in two shards each.
 REPLICAS = workers(2)
 SHARDS = workers(2, "fsdp")
 TWO_BY_TWO = workers(4, "fsdp", shards=2)
@@ -185,13 +185,13 @@ ONE_SHARDS_REPLICAS = [stop(2), workers(2, "fsdp", until=3), workers(2, until=2)
 ONE_COPIES = [stop(3), workers(4, "fsdp", shards=2, until=2)]
 SEVERAL = {
     "one worker, then shards, then replicas": Row("plain", ONE_SHARDS_REPLICAS, [2, 5, 7]),
-    "one worker, then copies in shards": Row("plain", ONE_COPIES, [3, 5]),
+    "one worker, then replicas in shards": Row("plain", ONE_COPIES, [3, 5]),
     "replicas that leave parameters out": Row("damped", [REPLICAS], []),
     "shards with an own head": Row("untied", [SHARDS], []),
     "replicas of a retrofit": Row("retrofit", [REPLICAS], []),
     "replicas by Muon": Row("muon", [workers(2, until=5)], [5], rel=0.01),
     "shards of an elastic retrofit": Row("elastic retrofit", [workers(2, "fsdp", until=5)], [5]),
-    "copies in shards with a teacher": Row("student", [TWO_BY_TWO], []),
+    "replicas in shards with a teacher": Row("student", [TWO_BY_TWO], []),
     "shards near a source": Row("retrofit near its source", [SHARDS], []),
     "replicas of a taught family": Row("taught family", [REPLICAS], []),
     "shards of a taught family": Row("taught family", [SHARDS], []),
@@ -203,7 +203,7 @@ SEVERAL = {
 MORE_OF_SEVERAL = {
     "replicas of a family": Row("elastic", [REPLICAS], []),
     "shards of a family": Row("elastic", [SHARDS], []),
-    "copies of a family": Row("elastic", [TWO_BY_TWO], []),
+    "replicas in shards of a family": Row("elastic", [TWO_BY_TWO], []),
     "replicas with a teacher": Row("student", [REPLICAS], []),
     "shards with a teacher": Row("student", [SHARDS], []),
     "lean replicas": Row("lean student", [REPLICAS], [], rel=0.1),

@@ -298,7 +298,7 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
         decoder,
         make_objective(lambda _: FULL),
         TrainingSettings(num_sequences_per_pass=per_pass, clip_norm=1e9, elastic=elastic),
-        members=cheaper,
+        cheaper=cheaper,
     )
     mask = torch.rand(2, LENGTH) > 0.3
     numbers = trainer.gradients(Batch.of_text(tokens, mask))
@@ -321,7 +321,7 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(num_drawn, per_pass)
     assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert numbers["full_loss"] == pytest.approx(entropy[FULL].item(), rel=1e-9)
     means = [sum(of[s].item() for s in cheaper) / num_drawn for of in (entropy, kl)]
-    assert [numbers["member_loss"], numbers["member_kl"]] == pytest.approx(means, rel=1e-9)
+    assert [numbers["cheaper_loss"], numbers["cheaper_kl"]] == pytest.approx(means, rel=1e-9)
 
 
 def test_a_step_that_draws_no_member_is_one_of_the_objective_alone():
@@ -351,7 +351,7 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight)
         TrainingSettings(
             clip_norm=1e9, num_sequences_per_pass=1, elastic=ElasticSettings(weight=0.3)
         ),
-        members=cheaper,
+        cheaper=cheaper,
         teacher=remembering,
         distillation=config,
     )
@@ -372,7 +372,7 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight)
     torch.testing.assert_close(gradients, expected, rtol=1e-7, atol=1e-12)
     assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert numbers["full_loss"] == pytest.approx(losses[0].item(), rel=1e-9)
-    names = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+    names = {"cross_entropy": "cheaper_loss", "kl": "cheaper_kl", "hidden": "cheaper_hidden"}
     for name in parts[0]:
         mean = (parts[1][name] + parts[2][name]).item() / 2
         assert numbers[names[name]] == pytest.approx(mean, rel=1e-9)

@@ -254,8 +254,8 @@ def test_any_number_of_workers_reads_exactly_what_others_wrote(make_job):
 
     training = next(line for line in WORKER.splitlines() if line.startswith("run_job("))
     code = WORKER.replace(training, RESAVED)
-    for number, copies in ((2, 2), (3, 3), (4, 2)):  # The last four are two copies of the model.
-        run_workers(code, number, *worker_arguments(job, number, "fsdp", copies))
+    for number, num_shards in ((2, 2), (3, 3), (4, 2)):  # The last: two replicas.
+        run_workers(code, number, *worker_arguments(job, number, "fsdp", num_shards))
         assert len(list(checkpoint.glob(f"{MOMENTS_PREFIX}-*-of-{number:05d}.safetensors"))) > 1
         assert (checkpoint / WEIGHTS).read_bytes() == weights
         assert str(optimizer_state(checkpoint)) == moments

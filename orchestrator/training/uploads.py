@@ -1,14 +1,14 @@
-"""Copies of a run's checkpoints on a remote file system, as `URI/RUN-KEY/step_...`.
+"""Upload a run's checkpoints to a remote file system, as `URI/RUN-KEY/step_...`, and download them.
 
-The key is that of the training: runs of the same name may share a storage. A thread copies while
-the run trains on and writes further checkpoints, the newest one first. `provenance.json` is copied
-last, so that an interrupted copy is recognized; what was sent before a kill is not sent again. A
-machine without the run folder downloads the newest intact copy. If the storage does not answer,
-training continues, and the next checkpoint is copied with the missing ones.
+The key is that of the training, so runs of the same name may share a storage. A thread uploads the
+newest checkpoint first, while training continues. `provenance.json` is sent last, which marks an
+upload as complete; files that were sent before a kill are not sent again. A machine without the run
+folder downloads the newest intact checkpoint. If the storage does not answer, training continues,
+and the missing checkpoints are sent with the next one.
 
-Ray Train's own upload is not used: it starts anew after a kill, has a state file of its own that
-may be damaged then, and is not there where one worker trains without Ray. DCP's writer for remote
-file systems is private, and its checkpoints would be in the storage only.
+Ray Train's own upload is not used. It starts again from the beginning after a kill, keeps a state
+file that a kill may damage, and does not exist where one worker trains without Ray. DCP's writer
+for remote file systems is private, and would write checkpoints to the storage only.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from orchestrator.workspace.files import VERIFIED_NAME, new_folder
 from orchestrator.workspace.layout import PROVENANCE, find_checkpoints, step_of
 
 BEGUN = "uploading.json"
-"""File of a copy that is not complete: the provenance of the checkpoint that is copied."""
+"""File of an unfinished upload: the provenance of the checkpoint that is sent."""
 
 
-class RemoteCopy:
-    """The remote copies of one run's checkpoints."""
+class CheckpointUploads:
+    """The uploads of one run's checkpoints."""
 
     def __init__(self, uri: str, run_folder: Path, key: str) -> None:
         """Open the storage: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `file:///PATH` or a path.
@@ -68,14 +68,14 @@ class RemoteCopy:
     def start(
         self, event: Callable[..., None], *, num_kept: int, names_kept: Collection[str] = ()
     ) -> None:
-        """Let the thread copy the checkpoints that are missing there, and delete old copies.
+        """Let the thread upload the checkpoints that the storage lacks, and delete old uploads.
 
         Args:
-            event: Called by the thread with `uploaded` and the step for each copy, or with
-                `not copied` and a sentence if the storage fails or a checkpoint is damaged.
-            num_kept: The newest copies that stay; another machine may have made them, so the run
-                folder does not say which. What is in the run folder stays, too.
-            names_kept: Checkpoints whose copies stay.
+            event: Called by the thread with `uploaded` and the step of each checkpoint, or with
+                `not uploaded` and a sentence if the storage fails or a checkpoint is damaged.
+            num_kept: How many of the newest uploads to keep, also those of another machine. Uploads
+                of checkpoints that the run folder still has are kept, too.
+            names_kept: Names of further checkpoints whose uploads are kept.
         """
         self._uploads = [upload for upload in self._uploads if not upload.done()]
         self._uploads.append(
@@ -83,20 +83,22 @@ class RemoteCopy:
         )
 
     def wait(self) -> None:
-        """Wait until everything is copied, or the storage has failed."""
+        """Wait until everything is uploaded, or the storage has failed."""
         for upload in self._uploads:
             upload.result()
 
     def close(self) -> None:
-        """Wait until the thread has copied the checkpoint that it has begun with; the next run
-        copies the others."""
+        """Wait until the current upload has ended; the next run uploads the others."""
         self._is_closing = True
         self._pool.shutdown(cancel_futures=True)
 
     @contextmanager
     def kept(self) -> Iterator[set[Path]]:
-        """Yield what must not be deleted in the `with` block: the checkpoint that is being copied;
-        no other copy begins meanwhile."""
+        """Yield what must not be deleted in the `with` block: the checkpoint that is being
+        uploaded.
+
+        No other upload begins meanwhile.
+        """
         with self._choosing:
             yield {self._uploading} if self._uploading else set()
 
@@ -104,30 +106,34 @@ class RemoteCopy:
         self, event: Callable[..., None], num_kept: int, names_kept: frozenset[str]
     ) -> None:
         try:
-            copied = {name for name, files in self._copies().items() if is_complete(files)}
-            tried = set(copied)
+            complete = {
+                name for name, files in self._files_by_upload().items() if is_complete(files)
+            }
+            tried = set(complete)
             while checkpoint := self._choose(tried):
                 started = time.perf_counter()
                 tried.add(checkpoint.name)
                 try:
                     check_checkpoint(checkpoint, with_training_state=True)
-                except UserError as error:  # It may come from before a loss of power.
-                    event("not copied", text=f"{error}; it is not copied")
+                except UserError as error:  # A power failure may have damaged it.
+                    event("not uploaded", text=f"{error}; it is not uploaded")
                     continue
                 self._upload_one(checkpoint)
-                copied.add(checkpoint.name)
+                complete.add(checkpoint.name)
                 seconds = round(time.perf_counter() - started, 3)
                 event("uploaded", step=step_of(checkpoint), seconds=seconds)
-            self._delete_old(copied, num_kept, names_kept)
+            self._delete_old(complete, num_kept, names_kept)
         except self._errors as error:
-            text = f"no copy in {self._uri}: {_one_line(error)}"
-            event("not copied", text=f"{text}; training continues and tries again later")
+            text = f"no upload to {self._uri}: {_one_line(error)}"
+            event("not uploaded", text=f"{text}; training continues and tries again later")
         finally:
             self._uploading = None
 
     def _choose(self, tried: set[str]) -> Path | None:
-        """Return the newest checkpoint whose name is not in `tried`, as the one that is copied now;
-        None if there is none, or the run ends."""
+        """Return the newest checkpoint whose name is not in `tried`, and mark it as being uploaded.
+
+        None if there is none, or the run ends.
+        """
         with self._choosing:
             checkpoints = find_checkpoints(self._run_folder)
             missing = [path for path in checkpoints if path.name not in tried]
@@ -135,13 +141,13 @@ class RemoteCopy:
             return self._uploading
 
     def _delete_old(self, complete: set[str], num_kept: int, names_kept: frozenset[str]) -> None:
-        """Delete all copies but the newest complete ones and those to keep."""
+        """Delete all uploads but the newest complete ones and those to keep."""
         present = {checkpoint.name for checkpoint in find_checkpoints(self._run_folder)}
         kept = present | names_kept | set(sorted(complete)[-num_kept:])
-        for name, files in self._copies().items():
+        for name, files in self._files_by_upload().items():
             if name in kept:
                 continue
-            # The last file first: a deletion that is interrupted leaves no complete copy.
+            # The last file first: an interrupted deletion then leaves no complete upload.
             if PROVENANCE in files:
                 self._store.delete_file(str(self._root / name / PROVENANCE))
             self._store.delete_dir(str(self._root / name))
@@ -151,7 +157,7 @@ class RemoteCopy:
         provenance = (checkpoint / PROVENANCE).read_bytes()
         sent = self._sent_files(target, provenance)
         for path in sorted(checkpoint.iterdir()):
-            # The times in the file of verified ones differ there.
+            # The list of verified files holds times, which differ on another machine.
             if not path.is_file() or path.name in (PROVENANCE, VERIFIED_NAME):
                 continue
             if sent.get(path.name) != path.stat().st_size:
@@ -160,8 +166,10 @@ class RemoteCopy:
         self._store.delete_file(str(target / BEGUN))
 
     def _sent_files(self, target: PurePosixPath, provenance: bytes) -> dict[str, int]:
-        """Return name -> size of the files that an interrupted upload of the same checkpoint has
-        sent. Before the first one, begin the copy."""
+        """Return name -> size of the files that an interrupted upload of this checkpoint has sent.
+
+        Without such an upload, begin one.
+        """
         selector = self._fs.FileSelector(str(target), allow_not_found=True)
         sent = {
             Path(info.path).name: int(info.size or 0)
@@ -171,7 +179,7 @@ class RemoteCopy:
             with self._store.open_input_stream(str(target / BEGUN)) as begun:
                 if begun.read() == provenance:
                     return sent
-        if sent:  # Of a checkpoint that was written again since.
+        if sent:  # The checkpoint was written again since.
             self._store.delete_dir(str(target))
         self._store.create_dir(str(target), recursive=True)
         with self._store.open_output_stream(str(target / BEGUN)) as begun:
@@ -179,16 +187,18 @@ class RemoteCopy:
         return {}
 
     def download(self, warn: Callable[[str], None]) -> Path | None:
-        """Download the newest intact copy of this training; None if there is none.
+        """Download the newest intact upload of this training; None if there is none.
 
-        Warns of each that is damaged, or belongs to another training.
+        Warns of each upload that is damaged, or belongs to another training.
 
         Raises:
             RunFailed: If the storage fails.
         """
         try:
-            copies = [name for name, files in self._copies().items() if is_complete(files)]
-            for name in sorted(copies, reverse=True):
+            complete = [
+                name for name, files in self._files_by_upload().items() if is_complete(files)
+            ]
+            for name in sorted(complete, reverse=True):
                 folder = self._run_folder / name
                 source = str(self._root / name)
                 try:
@@ -198,7 +208,7 @@ class RemoteCopy:
                         if load_provenance(temporary).get(JOB_KEY) != self._key:
                             raise UserError(f"{source} belongs to another training")
                 except UserError as error:
-                    warn(f"{error}; an earlier copy is used")
+                    warn(f"{error}; an earlier upload is used")
                 else:
                     return folder
         except self._errors as error:
@@ -208,26 +218,26 @@ class RemoteCopy:
             ) from None
         return None
 
-    def _copies(self) -> dict[str, set[str]]:
-        """Return the name of each copy, and the names of its files."""
+    def _files_by_upload(self) -> dict[str, set[str]]:
+        """Return name of each upload -> names of its files."""
         selector = self._fs.FileSelector(str(self._root), recursive=True, allow_not_found=True)
-        copies: dict[str, set[str]] = {}
+        files: dict[str, set[str]] = {}
         for info in self._store.get_file_info(selector):
             path = PurePosixPath(info.path)
             if path.parent != self._root:
-                copies.setdefault(path.parent.name, set()).add(path.name)
-        return copies
+                files.setdefault(path.parent.name, set()).add(path.name)
+        return files
 
 
 def send(file: Path, store: Any, target: str) -> None:
-    """Copy a file to a path on a file system of pyarrow."""
+    """Upload a file to a path on a file system of pyarrow."""
     from pyarrow import fs
 
     fs.copy_files(str(file), target, destination_filesystem=store)
 
 
 def is_complete(files: Collection[str]) -> bool:
-    """Return whether a copy with these files has all of them."""
+    """Return whether an upload with these files is complete."""
     return PROVENANCE in files and BEGUN not in files
 
 
