@@ -399,38 +399,65 @@ def _front_page_cells(reading: Reading | None) -> list[str]:
     return [*bits, str(sum(reading.measured.is_right))]
 
 
+SERIES = {
+    PRUNED: "layers left out, no training",
+    BOTH: "distilled",
+    CONTINUED: "original, trained further",
+}
+"""Arm of a training -> its name in the picture."""
+ORIGINAL = "original"
+PANELS = {
+    "documentation": "documentation, which is trained on",
+    "help topics": "another text: help topics",
+}
+"""Text -> title of its panel."""
+
+
 def recovery_chart(readings: Mapping[Training, Reading], times: Mapping[str, Any]) -> Spec:
     """Return the front: bits per byte of both texts against CPU time per token."""
     panels = []
     for text in TEXTS:
         points = []
-        for arm in (PRUNED, BOTH, CONTINUED):
+        for arm, name in SERIES.items():
             for count in (NUM_LAYERS, *STUDENTS):
                 reading = at_better_rate(readings, "short", count, arm)
                 if reading is not None:
+                    is_original = count == NUM_LAYERS and arm == PRUNED
                     points.append(
                         {
-                            "arm": arm if count < NUM_LAYERS or arm != PRUNED else "whole model",
-                            "layers": str(count),
+                            "model": ORIGINAL if is_original else name,
+                            "layers": f"{count} layers" if is_original else str(count),
                             "ms": times[str(count)]["cpu_ms_per_token"],
                             "bits": reading.bits(text),
                         }
                     )
         encoding = {
-            "x": number("ms", title="CPU ms per token", scale={"zero": False}),
+            "x": number("ms", title="CPU milliseconds per token", scale={"zero": False}),
             "y": number("bits", title="bits per byte", scale={"zero": False}),
-            "color": word("arm", title=None, legend={"orient": "bottom"}),
+            "color": word(
+                "model",
+                title=None,
+                sort=[ORIGINAL, *SERIES.values()],
+                legend={"orient": "bottom", "labelLimit": 0},
+            ),
         }
         names = {**encoding, "text": word("layers")}
+        # Names of trained models are below their points, so that they do not meet the others.
+        trained = (
+            "datum.model == '"
+            + "' || datum.model == '".join((SERIES[BOTH], SERIES[CONTINUED]))
+            + "'"
+        )
         panels.append(
             {
-                "title": text,
+                "title": PANELS[text],
                 "width": 300,
                 "height": 240,
                 "data": {"values": points},
                 "layer": [
                     marks("line", encoding, point=True, strokeWidth=1.6),
-                    marks("text", names, dy=-10),
+                    marks("text", names, where=[{"filter": f"!({trained})"}], dy=-10),
+                    marks("text", names, where=[{"filter": trained}], dy=12),
                 ],
             }
         )

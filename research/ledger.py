@@ -1,5 +1,5 @@
 """The measured numbers of README and research/results.md, each with its command and its JSON file,
-and the README's picture of two fronts.
+and two pictures of fronts.
 
 A page holds them in blocks alone. A block stands between two comments; the first names a table, the
 `front.json` of a report that was copied into `research/fronts/`, and the command that made it. A
@@ -10,8 +10,9 @@ table of several files, which may also be those of studies, has a command in eac
     <!-- holds: research/fronts/claims.json, research/retrofit_study.json -->
     <!-- end -->
 
-`python research/ledger.py` fills all blocks from their files, and draws the picture from two of
-them. A test compares, and looks for measured numbers outside of blocks.
+`python research/ledger.py` fills all blocks from their files, and draws the README's picture of
+SmolLM2 with fewer layers and the front page's two fronts of corrections. A test compares, and looks
+for measured numbers outside of blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from cheaper_results import (
     WITHIN,
     at_better_rate,
     readings_of,
+    recovery_chart,
     recovery_lines,
 )
 from retrofit_pilot import Pilot
@@ -39,7 +42,13 @@ from retrofit_study import CONTINUED, Study, results_in
 
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.charts import PIXELS_PER_UNIT, Spec, front_chart, front_legend
+from orchestrator.reporting.charts import (
+    PIXELS_PER_UNIT,
+    Spec,
+    front_chart,
+    front_legend,
+    save_chart,
+)
 from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL
 from orchestrator.reporting.front import find_front
 from orchestrator.reporting.results import result_table
@@ -55,6 +64,7 @@ BLOCK = re.compile(
 MEASURED = re.compile(r"[0-9] ?%|[0-9] ?ms\b|± ?[0-9]")
 """What a number looks like that was measured."""
 PICTURE = ROOT / "docs" / "images" / "fronts.png"
+CHEAPER_PICTURE = ROOT / "docs" / "images" / "cheaper-front"
 PICTURED = {
     "demo": "From random weights: three hops, iiet-orch quickstart",
     "retrofit": "From a plain Llama: five hops, iiet-orch sweep retrofit",
@@ -64,7 +74,7 @@ NOT_PICTURED = ("source_continued, equal tokens", "scratch")
 """Controls that had fewer steps than those of the same kind, whose names would cover theirs."""
 PANEL = (500, 215)
 """Width and height of a front in pixels: small, so that its letters can be read on a phone."""
-UNKNOWN = "nobody knows"
+UNKNOWN = "not measured"
 WORDS = {PAYS: "holds", DOES_NOT_PAY: "does not hold", NOT_DECIDED: "not decided", "": UNKNOWN}
 """Verdict of the study of retrofits, empty if it has not run -> the word for it here."""
 SHOWN_LAYERS = 27
@@ -127,7 +137,30 @@ def _claim_cells(claim: Report) -> list[str]:
     return [f"{claim['number']} {claim['text']}", paper, here, interval, claim["verdict"]]
 
 
-def places_table(
+@dataclass(frozen=True)
+class Question:
+    """What was asked, and the answer for each kind of task.
+
+    Attributes:
+        short: The question in at most five words; empty where the README leaves it out.
+        text: The whole question.
+        on_tasks: The answer on tasks of serial steps.
+        on_text: The answer on text.
+        on_published: The answer for a Hugging Face model.
+        with_muon: For which optimizers it holds.
+        commands: What measures it.
+    """
+
+    short: str
+    text: str
+    on_tasks: str
+    on_text: str
+    on_published: str
+    with_muon: str
+    commands: str
+
+
+def questions(
     claims: Report,
     text: Report,
     retrofit: Report,
@@ -135,8 +168,8 @@ def places_table(
     pilot: Report,
     optimizers: Report,
     cheaper: Report,
-) -> list[str]:
-    """Return the lines of what was asked, and where the answer was found, each with its commands.
+) -> list[Question]:
+    """Return what was asked, with the answers that the files give.
 
     Args:
         claims: Front of `sweep claims`.
@@ -153,13 +186,14 @@ def places_table(
     paper = "`iiet-orch sweep claims`, `iiet-orch sweep toy`"
     shipped = "`iiet-orch sweep retrofit`"
     studied = "`python research/retrofit_study.py`"
-    piloted = "a pilot (`research/retrofit.md`)"
+    piloted = "a pilot ([retrofit.md](retrofit.md))"
     *depth_readings, text_readings = all_readings(_stored_study(study))
     with_muon = optimizer_study.Study(Path("unused"), Path("unused"))
     with_muon.measured = optimizer_study.results_in(optimizers)
     not_tried = optimizer_study.NOT_TRIED
-    rows = [
-        (
+    return [
+        Question(
+            "IIET beats plain Llama",
             "IIET beats a plain Llama of its size (vanilla)",
             _claim_cell(by_key["iiet_over_vanilla"]),
             _difference_cell(text, "teacher", "vs_vanilla"),
@@ -167,7 +201,8 @@ def places_table(
             _optimizers_cell(with_muon, optimizer_study.VANILLA),
             paper,
         ),
-        (
+        Question(
+            "IIET beats r = 0",
             "it beats an IIET that was trained without corrections (r = 0)",
             _difference_cell(claims, "r = 3", "vs_r_0"),
             _difference_cell(text, "teacher", "vs_r_0"),
@@ -175,7 +210,8 @@ def places_table(
             _optimizers_cell(with_muon, optimizer_study.MIX),
             paper,
         ),
-        (
+        Question(
+            "students keep 99.4 % quality",
             "a student with fewer corrections keeps 99.4 % of its quality",
             _claim_cell(by_key["saved_overhead_nfe"]),
             _kept_cell(text, student),
@@ -183,7 +219,8 @@ def places_table(
             not_tried,
             paper,
         ),
-        (
+        Question(
+            "student beats equal-cost vanilla",
             "at vanilla's cost, a student beats vanilla",
             _claim_cell(by_key["student_over_vanilla_nfe"]),
             _difference_cell(text, student, "vs_vanilla"),
@@ -191,15 +228,17 @@ def places_table(
             not_tried,
             paper,
         ),
-        (
-            "a plain model that gets corrections beats itself, trained on with as many FLOPs",
+        Question(
+            "corrections beat further training",
+            "a plain model with corrections beats itself, fine-tuned without them for equal FLOPs",
             _difference_cell(retrofit, "teacher", "vs_source_continued"),
             _reading_cell(text_readings),
             _pilot_cell(Pilot.read(pilot)),
             not_tried,
             f"{shipped}, {studied}, {piloted}",
         ),
-        (
+        Question(
+            "",
             "the same under three seeds, at other depths, and with both kinds of start",
             _verdicts_cell(depth_readings),
             _verdicts_cell([text_readings]),
@@ -207,15 +246,17 @@ def places_table(
             not_tried,
             studied,
         ),
-        (
-            "at the plain model's cost, a student beats it, trained on",
+        Question(
+            "",
+            "at the plain model's cost, a student beats it, fine-tuned",
             _difference_cell(retrofit, "0,0", "vs_source_continued"),
             UNKNOWN,
             UNKNOWN,
             not_tried,
             shipped,
         ),
-        (
+        Question(
+            f"{SHOWN_LAYERS} of 30 layers suffice",
             f"with {SHOWN_LAYERS} of 30 layers, a plain model is within 5 % of its bits per byte",
             UNKNOWN,
             UNKNOWN,
@@ -224,12 +265,39 @@ def places_table(
             "`python research/cheaper_recovery.py`",
         ),
     ]
-    return [
-        "| does it hold that | on tasks of serial steps | on text | for a model of the hub "
+
+
+def places_table(*reports: Report) -> list[str]:
+    """Return the lines of all questions, with intervals and commands, from files of `questions`."""
+    lines = [
+        "| does it hold that | on tasks of serial steps | on text | for a Hugging Face model "
         "| with Muon, too | by |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in rows),
     ]
+    for asked in questions(*reports):
+        answers = (asked.on_tasks, asked.on_text, asked.on_published)
+        lines.append(f"| {' | '.join([asked.text, *answers, asked.with_muon, asked.commands])} |")
+    return lines
+
+
+def summary_table(*reports: Report) -> list[str]:
+    """Return the lines of the README's questions, with verdicts and numbers alone."""
+    lines = [
+        "| does it hold that | serial-step tasks | text | Hugging Face model |",
+        "| --- | --- | --- | --- |",
+    ]
+    for asked in questions(*reports):
+        if asked.short:
+            answers = (asked.on_tasks, asked.on_text, asked.on_published)
+            lines.append(f"| {' | '.join([asked.short, *map(short_answer, answers)])} |")
+    return lines
+
+
+def short_answer(answer: str) -> str:
+    """Return the verdict and the number of an answer, without interval and explanation."""
+    verdict, _, rest = answer.replace("**", "").partition(": ")
+    number = rest.partition(" (")[0].replace("bits per byte", "bits/byte")
+    return f"{verdict}: {number}" if re.match(r"[-+]?\d", number) else verdict
 
 
 def _optimizers_cell(study: optimizer_study.Study, other: str) -> str:
@@ -347,6 +415,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "front, bits": bits_table,
     "claims": claims_table,
     "holds": places_table,
+    "summary": summary_table,
     "cheaper": recovery_lines,
 }
 """Name of a table -> the function that makes it of its reports."""
@@ -411,8 +480,15 @@ def draw_picture(path: Path) -> None:
     path.write_bytes(vl_convert.svg_to_png(whole, scale=PIXELS_PER_UNIT))
 
 
+def draw_cheaper_front(stem: Path) -> None:
+    """Draw what SmolLM2 loses with fewer layers, against its time per token, as a PNG."""
+    stored = json.loads((ROOT / "research" / "cheaper_recovery.json").read_text("utf-8"))
+    save_chart(recovery_chart(readings_of(stored), stored["times"]), stem, formats=["png"])
+
+
 if __name__ == "__main__":
     for name in PAGES:
         page = ROOT / name
         page.write_text(filled(page.read_text("utf-8")), "utf-8")
     draw_picture(PICTURE)
+    draw_cheaper_front(CHEAPER_PICTURE)

@@ -52,6 +52,24 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
     assert ledger.difference_cells(unsure, "a", "vs_b")[1] == "not decided"
 
 
+def test_a_short_answer_has_the_verdict_and_the_number():
+    for answer, short in (
+        ("**holds**: 13.5 points (11.1 to 15.9, over seeds and items)", "holds: 13.5 points"),
+        ("**not decided**: +5.7 % (+3.3 to +8.1), after 40 steps", "not decided: +5.7 %"),
+        ("**says nothing**: the teacher does not beat r = 0", "says nothing"),
+        (ledger.UNKNOWN, ledger.UNKNOWN),
+    ):
+        assert ledger.short_answer(answer) == short
+
+
+def test_a_cell_of_the_readme_has_at_most_five_words():
+    [block] = BLOCK.finditer((ROOT / PAGES[0]).read_text("utf-8"))
+    assert block["table"] == "summary"
+    rows = [line for line in block[0].splitlines() if line.startswith("| ")][2:]
+    assert 1 <= len(rows) <= 6
+    assert all(len(cell.split()) <= 5 for row in rows for cell in row.strip("|").split("|"))
+
+
 @pytest.mark.slow
 def test_the_picture_names_every_baseline_that_it_shows():
     for name, chart in zip(PICTURED, panels(), strict=True):
@@ -65,6 +83,8 @@ def test_the_picture_names_every_baseline_that_it_shows():
 
 
 @pytest.mark.slow
-def test_the_picture_is_drawn(tmp_path):
+def test_the_pictures_are_drawn(tmp_path):
     ledger.draw_picture(tmp_path / "fronts.png")
-    assert (tmp_path / "fronts.png").read_bytes().startswith(b"\x89PNG")
+    ledger.draw_cheaper_front(tmp_path / "cheaper-front")
+    for name in ("fronts", "cheaper-front"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
