@@ -32,7 +32,7 @@ from benchmarks.runner import Setup
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, stopwatch, take_turns
 from iiet import Decoder, next_token_loss
-from iiet.mix import Mix
+from iiet.model.mix import Mix
 
 _COMPARED = ("lean", "summed", "checkpointed")
 """Variants that are compared with `stacked`."""

@@ -25,7 +25,7 @@ from benchmarks.runner import Setup
 from benchmarks.shape import SHAPE, fresh_decoder, shaped_config
 from benchmarks.timing import paired_ratio, take_turns
 from iiet import Decoder, IterationSchedule, next_token_loss
-from iiet.speculative import MAX_DRAFT_TOKENS, DraftRecord
+from iiet.decoding.speculative import MAX_DRAFT_TOKENS, DraftRecord
 from orchestrator.data.store import open_tokens
 from orchestrator.settings import DataSettings
 

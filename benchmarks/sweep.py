@@ -21,7 +21,7 @@ from benchmarks.report import RATIO, Goal, Row, checked
 from benchmarks.runner import Setup
 from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.cluster.ray import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial

@@ -34,9 +34,9 @@ from benchmarks.report import RATIO, Goal, Row, checked, milliseconds
 from benchmarks.runner import Setup
 from benchmarks.shape import shaped_config
 from benchmarks.timing import paired_ratio, take_turns
-from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.losses import next_token_loss
+from iiet.model.batch import Batch
+from iiet.model.losses import next_token_loss
 from orchestrator.data.mixture import open_data
 from orchestrator.data.text import DOCUMENT_MARK
 from orchestrator.data.tokenize import write_text

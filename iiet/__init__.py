@@ -3,44 +3,56 @@ between them.
 
 Needs torch and the standard library. Names are imported at first use: `import iiet` alone does not
 load torch.
+
+- `decoder`: the model, with its `backbone`: begin to read here.
+- `model/`: what it is made of: config, schedule, block, mix, cache, losses.
+- `methods/`: the kinds of layers, one formula each.
+- `decoding/`: generation, sampling, speculation.
+- `iiad/`: influence, pruning, distillation.
+- `hf/`: model folders, and models of transformers; `exporting` writes them.
+- `cost`, `freezing`: what a model costs, and which of its weights a training changes.
+- `extensions`, `checks`: what other packages add; checks of values.
+
+Imports go one way: `model`, `methods`, `backbone`, `hf` and `decoding`, `decoder`, `iiad`. Each
+imports only from those before it.
 """
 
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iiet.batch import Batch as Batch
-    from iiet.cache import KeyValueCache as KeyValueCache
-    from iiet.config import PRESETS as PRESETS
-    from iiet.config import DistillationConfig as DistillationConfig
-    from iiet.config import ModelConfig as ModelConfig
-    from iiet.config import preset as preset
     from iiet.cost import InferenceCost as InferenceCost
     from iiet.cost import inference_cost as inference_cost
     from iiet.cost import num_parameters as num_parameters
     from iiet.cost import training_flops_per_token as training_flops_per_token
     from iiet.decoder import Decoder as Decoder
     from iiet.decoder import decoder_from_published as decoder_from_published
-    from iiet.distillation import distillation_loss as distillation_loss
-    from iiet.distillation import frozen_teacher as frozen_teacher
+    from iiet.decoding.request import GenerationOptions as GenerationOptions
     from iiet.exporting import export as export
-    from iiet.fast import plain_formulas as plain_formulas
-    from iiet.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
-    from iiet.influence import influence_table as influence_table
-    from iiet.left_out import decoder_of_kept_layers as decoder_of_kept_layers
-    from iiet.losses import cross_entropy as cross_entropy
-    from iiet.losses import hidden_state_error as hidden_state_error
-    from iiet.losses import kl_divergence as kl_divergence
-    from iiet.losses import next_token_loss as next_token_loss
+    from iiet.iiad.distillation import distillation_loss as distillation_loss
+    from iiet.iiad.distillation import frozen_teacher as frozen_teacher
+    from iiet.iiad.influence import INFLUENCE_METRICS as INFLUENCE_METRICS
+    from iiet.iiad.influence import influence_table as influence_table
+    from iiet.iiad.left_out import decoder_of_kept_layers as decoder_of_kept_layers
+    from iiet.iiad.pruning import InfluenceTable as InfluenceTable
+    from iiet.iiad.pruning import ScheduleFamily as ScheduleFamily
+    from iiet.iiad.pruning import knapsack as knapsack
+    from iiet.iiad.pruning import schedule_at_threshold as schedule_at_threshold
+    from iiet.iiad.pruning import schedule_family as schedule_family
+    from iiet.iiad.pruning import spread_over_cost as spread_over_cost
     from iiet.methods import METHODS as METHODS
-    from iiet.pruning import InfluenceTable as InfluenceTable
-    from iiet.pruning import ScheduleFamily as ScheduleFamily
-    from iiet.pruning import knapsack as knapsack
-    from iiet.pruning import schedule_at_threshold as schedule_at_threshold
-    from iiet.pruning import schedule_family as schedule_family
-    from iiet.pruning import spread_over_cost as spread_over_cost
-    from iiet.request import GenerationOptions as GenerationOptions
-    from iiet.schedule import IterationSchedule as IterationSchedule
+    from iiet.model.batch import Batch as Batch
+    from iiet.model.cache import KeyValueCache as KeyValueCache
+    from iiet.model.config import PRESETS as PRESETS
+    from iiet.model.config import DistillationConfig as DistillationConfig
+    from iiet.model.config import ModelConfig as ModelConfig
+    from iiet.model.config import preset as preset
+    from iiet.model.fast import plain_formulas as plain_formulas
+    from iiet.model.losses import cross_entropy as cross_entropy
+    from iiet.model.losses import hidden_state_error as hidden_state_error
+    from iiet.model.losses import kl_divergence as kl_divergence
+    from iiet.model.losses import next_token_loss as next_token_loss
+    from iiet.model.schedule import IterationSchedule as IterationSchedule
 
 try:
     __version__ = metadata.version("iiet-orch")
@@ -48,24 +60,24 @@ except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
 _NAMES_OF_MODULE = {
-    "batch": "Batch",
-    "cache": "KeyValueCache",
-    "config": "DistillationConfig ModelConfig PRESETS preset",
     "cost": "InferenceCost inference_cost num_parameters training_flops_per_token",
     "decoder": "Decoder decoder_from_published",
-    "distillation": "distillation_loss frozen_teacher",
+    "decoding.request": "GenerationOptions",
     "exporting": "export",
-    "fast": "plain_formulas",
-    "influence": "INFLUENCE_METRICS influence_table",
-    "left_out": "decoder_of_kept_layers",
-    "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
-    "methods": "METHODS",
-    "pruning": (
+    "iiad.distillation": "distillation_loss frozen_teacher",
+    "iiad.influence": "INFLUENCE_METRICS influence_table",
+    "iiad.left_out": "decoder_of_kept_layers",
+    "iiad.pruning": (
         "InfluenceTable ScheduleFamily knapsack schedule_at_threshold "
         "schedule_family spread_over_cost"
     ),
-    "request": "GenerationOptions",
-    "schedule": "IterationSchedule",
+    "methods": "METHODS",
+    "model.batch": "Batch",
+    "model.cache": "KeyValueCache",
+    "model.config": "DistillationConfig ModelConfig PRESETS preset",
+    "model.fast": "plain_formulas",
+    "model.losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
+    "model.schedule": "IterationSchedule",
 }
 _MODULE_OF = {name: m for m, names in _NAMES_OF_MODULE.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -9,9 +9,9 @@ from typing import cast
 
 from torch import nn
 
-from iiet.config import ModelConfig
-from iiet.layers import RMSNorm, make_embedding
 from iiet.methods import METHODS, Layer
+from iiet.model.config import ModelConfig
+from iiet.model.layers import RMSNorm, make_embedding
 
 __all__ = ["Backbone"]
 

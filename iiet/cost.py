@@ -6,8 +6,9 @@ angles and plain sums are left out, together about a hundredth of the rest. Byte
 decoding step reads from memory: weights once per step, whatever the batch, keys and values for each
 row.
 
-What a method does beside its fields has closed forms (`iiet.facts`). Parameters are counted on a
-decoder without values, which loads torch when the first cost is asked for. Source: this project.
+What a method does beside its fields has closed forms (`iiet.model.facts`). Parameters are counted
+on a decoder without values, which loads torch when the first cost is asked for. Source: this
+project.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iiet.checks import check_rules, is_nan, is_number_from
-from iiet.config import ModelConfig
-from iiet.facts import LayerCounts, facts_of
 from iiet.freezing import TrainedLayers, freeze, trained_part
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.model.config import ModelConfig
+from iiet.model.facts import LayerCounts, facts_of
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 
 if TYPE_CHECKING:
-    from iiet.cache import KvStrategy
+    from iiet.model.cache import KvStrategy
 
 __all__ = [
     "InferenceCost",
@@ -105,7 +106,7 @@ def inference_cost(
     Raises:
         ValueError: a schedule that the method cannot serve, or a setting out of range.
     """
-    from iiet.cache import check_kv_strategy
+    from iiet.model.cache import check_kv_strategy
 
     config, context_length = _checked(config, schedule, context_length)
     check_kv_strategy(kv_strategy)

@@ -26,22 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iiet.backbone import Backbone
-from iiet.batch import Batch
-from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
-from iiet.config import ModelConfig, preset, schedule_problems
-from iiet.context import make_context
-from iiet.fast import can_step, few_rows_product, is_bare, may_read_weights
-from iiet.generation import stream
-from iiet.layers import Block, Rope, StepWeights, draw_weights, product_dtype
-from iiet.losses import LazyLogits, Logits, batch_cross_entropy
-from iiet.methods import METHODS, Evaluation, Layer, Observer
-from iiet.methods.base import LayerCall
-from iiet.published import weights_from_published
-from iiet.request import GenerationOptions
-from iiet.schedule import IterationSchedule, ScheduleLike
-from iiet.speculative import DraftRecord
-from iiet.static_steps import StaticSteps
-from iiet.weights import (
+from iiet.decoding.generation import stream
+from iiet.decoding.request import GenerationOptions
+from iiet.decoding.speculative import DraftRecord
+from iiet.decoding.static_steps import StaticSteps
+from iiet.hf.published import weights_from_published
+from iiet.hf.weights import (
     CONFIG,
     MODEL_TYPE,
     WEIGHTS,
@@ -49,6 +39,16 @@ from iiet.weights import (
     read_folder,
     write_folder,
 )
+from iiet.methods import METHODS, Evaluation, Layer, Observer
+from iiet.methods.base import LayerCall
+from iiet.model.batch import Batch
+from iiet.model.cache import KeyValueCache, KvStrategy, evaluation_slots
+from iiet.model.config import ModelConfig, preset, schedule_problems
+from iiet.model.context import make_context
+from iiet.model.fast import can_step, few_rows_product, is_bare, may_read_weights
+from iiet.model.layers import Block, Rope, StepWeights, draw_weights, product_dtype
+from iiet.model.losses import LazyLogits, Logits, batch_cross_entropy
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["Decoder", "decoder_from_published"]
 
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         cls, folder: str | PathLike[str], dtype: torch.dtype | None = None
     ) -> Decoder:
         """Load a model folder: what `save_pretrained` wrote, a checkpoint of the orchestrator, an
-        export, a plain model of transformers (`iiet.plain_models`), or the published naming.
+        export, a plain model of transformers (`iiet.hf.plain_models`), or the published naming.
 
         Args:
             folder: holds `config.json` and `model.safetensors`, or the index of several files.
@@ -464,7 +464,7 @@ def decoder_from_published(config: Mapping[str, Any], weights: Mapping[str, Tens
     transformers, and its weights.
 
     Args:
-        config: the values of `config.json`, as for `iiet.published.config_from_published`.
+        config: the values of `config.json`, as for `iiet.hf.published.config_from_published`.
         weights: by published name; used as they are, with their dtype and device.
 
     Raises:

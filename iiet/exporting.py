@@ -1,7 +1,7 @@
 """Export a decoder to a folder that transformers and lm-eval load without this package.
 
 A vanilla decoder becomes a folder of a `model_type` of transformers, without code
-(`iiet.plain_models`). That of another method is a model folder (`iiet.weights`) with
+(`iiet.hf.plain_models`). That of another method is a model folder (`iiet.hf.weights`) with
 `modeling_iiet.py`, the decoder as a model of transformers in one file, a copy of that of the
 method's family. `transformers_model` makes such a model here. Both have tokenizer files.
 """
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from iiet.decoder import Decoder
+from iiet.hf.plain_models import plain_config_json
+from iiet.hf.weights import LazyTensor, config_to_json, write_files
 from iiet.methods import METHODS
-from iiet.plain_models import plain_config_json
-from iiet.weights import LazyTensor, config_to_json, write_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -79,7 +79,7 @@ def export(
         text_files: name to content of the model's own files for tokenizer and generation, as
             transformers writes them; made from `end_of_text` when not given.
         model_type: of the model that a vanilla decoder comes from; the folder has this type where
-            it can, else the first of `iiet.plain_models.MODEL_TYPES` that computes the same.
+            it can, else the first of `iiet.hf.plain_models.MODEL_TYPES` that computes the same.
         dtype: of the stored weights, except those that a method keeps in float32; the decoder's
             when not given. Each weight is converted when it is written.
         max_file_bytes: more weights are written to several files.
@@ -147,12 +147,12 @@ def modeling_file(method: str) -> Path:
         ValueError: the method is of another package, which has none.
     """
     if method in _FAMILIES:
-        return Path(__file__).with_name(f"{_FAMILIES[method]}.py")
+        return Path(__file__).parent / "hf" / f"{_FAMILIES[method]}.py"
     layer = METHODS[method]
     if layer.facts.modeling_file is None:
         raise ValueError(
             f"method {method!r} of another package cannot be exported: its facts have no "
-            "modeling_file, a file like iiet/modeling_iiet.py that also computes this method"
+            "modeling_file, a file like iiet/hf/modeling_iiet.py that also computes this method"
         )
     return Path(inspect.getfile(layer)).parent / layer.facts.modeling_file
 
@@ -163,7 +163,7 @@ def transformers_model(decoder: Decoder, *, token_ids: TokenIds | None = None) -
     `token_ids` are `bos_token_id`, `eos_token_id` and `pad_token_id`. A method of another package
     is a KeyError.
     """
-    module = importlib.import_module(f"iiet.{_FAMILIES[decoder.config.method]}")
+    module = importlib.import_module(f"iiet.hf.{_FAMILIES[decoder.config.method]}")
     values: dict[str, Any] = {**config_to_json(decoder.config), **(token_ids or {})}
     config = module.IIETConfig(**values)
     with torch.device("meta"):  # The weights made here are thrown away, so they take no memory.

@@ -1,5 +1,5 @@
-"""Tables of what other packages can add, by name: methods and influence metrics (`iiet.facts`),
-and more.
+"""Tables of what other packages can add, by name: methods and influence metrics
+(`iiet.model.facts`), and more.
 
 A table knows the places of this project's own classes. Another package adds one by an entry point
 in its metadata: the table's group, a name, and the place of the class. Names are known without an

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 
 if TYPE_CHECKING:
     from torch import nn

@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from iiet import Decoder, decoder_of_kept_layers, influence_table
-from iiet.batch import Batch
-from iiet.influence import leave_out_one_at_a_time
-from iiet.pruning import LeavingRound, most_important_layers
+from iiet.iiad.influence import leave_out_one_at_a_time
+from iiet.iiad.pruning import LeavingRound, most_important_layers
+from iiet.model.batch import Batch
 from orchestrator import import_model, pretrain, read_settings
 from orchestrator.cli.app import exit_code_of
 from orchestrator.data.mixture import open_data
@@ -57,7 +57,7 @@ EVEN = "evenly spaced"
 LAST = "last but one"
 WAYS = (COSINE, RELATIVE, LOSS, ONE_AT_A_TIME, BLOCK, EVEN, LAST)
 METRICS = (COSINE, RELATIVE, LOSS)
-"""Ways that measure each layer once, by a metric of `iiet.influence`."""
+"""Ways that measure each layer once, by a metric of `iiet.iiad.influence`."""
 SETTINGS_OF_INFLUENCE = (COSINE, RELATIVE, LOSS, ONE_AT_A_TIME)
 """Ways that `iiet-orch influence` knows, one of which is its default."""
 DEFAULT = LOSS

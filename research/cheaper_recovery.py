@@ -50,8 +50,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from iiet import Decoder, ModelConfig
-from iiet.batch import Batch
 from iiet.cost import inference_cost, num_parameters, training_flops_per_token
+from iiet.model.batch import Batch
 from orchestrator import Settings, distill, evaluate, pretrain, read_settings
 from orchestrator.cli.app import exit_code_of
 from orchestrator.data.mixture import open_data

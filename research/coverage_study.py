@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from retrofit_results import with_part
 
-from iiet.config import ModelConfig
-from iiet.schedule import IterationSchedule
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult
 from orchestrator.records.metrics import CONFIDENCE_ON_FRONT
 from orchestrator.records.training import TrainingJob

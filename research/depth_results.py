@@ -20,7 +20,7 @@ from pydantic import Field
 
 from iiet import Decoder
 from iiet.cost import inference_cost
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator import Settings, Trial
 from orchestrator.data.store import PreparedData
 from orchestrator.records.record import Record

@@ -24,7 +24,7 @@ import torch
 from training_loop import train_decoder
 
 from iiet import Decoder, ModelConfig, preset
-from iiet.facts import ImplicitEulerOptions
+from iiet.model.facts import ImplicitEulerOptions
 from orchestrator.cli.app import exit_code_of
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data

@@ -32,8 +32,8 @@ from retrofit_study import bits_per_byte_of, evaluations_of, metrics_of
 from training_loop import train_decoder
 
 from iiet import Decoder, ModelConfig, preset
-from iiet.batch import Batch
 from iiet.cost import training_flops_per_token
+from iiet.model.batch import Batch
 from orchestrator.cli.app import exit_code_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare

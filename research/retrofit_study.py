@@ -32,11 +32,11 @@ import torch
 from training_loop import train_decoder
 
 from iiet import Decoder, ModelConfig, influence_table, preset, schedule_family
-from iiet.batch import Batch
 from iiet.cost import inference_cost, training_flops_per_token
-from iiet.distillation import frozen_teacher
-from iiet.facts import ImplicitEulerOptions
-from iiet.schedule import IterationSchedule
+from iiet.iiad.distillation import frozen_teacher
+from iiet.model.batch import Batch
+from iiet.model.facts import ImplicitEulerOptions
+from iiet.model.schedule import IterationSchedule
 from orchestrator.cli.app import exit_code_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare

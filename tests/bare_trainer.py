@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from iiet.batch import Batch
-from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
-from iiet.distillation import Model
-from iiet.schedule import IterationSchedule
+from iiet.iiad.distillation import Model
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import Position
 from orchestrator.training.devices import Replicas

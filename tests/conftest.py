@@ -95,8 +95,8 @@ def tokenizer_path(tiny_tokens) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> dict[str, Any]:
     """The config, as plain values, of an IIET that trains a step in milliseconds."""
-    from iiet.config import ModelConfig
-    from iiet.schedule import IterationSchedule
+    from iiet.model.config import ModelConfig
+    from iiet.model.schedule import IterationSchedule
 
     return ModelConfig(
         vocab_size=300,
@@ -115,8 +115,8 @@ def save_tiny(tiny_tokens, tiny_model) -> Callable[..., Path]:
     """A function that saves an untrained model: the run's folder, then changes of `tiny_model`."""
     import torch
 
-    from iiet.config import ModelConfig
     from iiet.decoder import Decoder
+    from iiet.model.config import ModelConfig
     from orchestrator.data.store import open_tokens
     from orchestrator.training.checkpoint import save_checkpoint
 
@@ -192,7 +192,7 @@ def trained_run(tmp_path_factory, tiny_tokens, tiny_model) -> Path:
 @pytest.fixture
 def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     """A `SweepTrials`: a trained teacher and its students of 20 steps each, which have not run."""
-    from iiet.pruning import InfluenceTable
+    from iiet.iiad.pruning import InfluenceTable
     from orchestrator.records.evaluation import Suite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.students import Students

@@ -9,11 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.losses import next_token_loss
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.model.config import preset
+from iiet.model.losses import next_token_loss
+from iiet.model.schedule import IterationSchedule
 
 VOCAB = 31
 EXACT = {"rtol": 0.0, "atol": 0.0}

@@ -7,7 +7,7 @@ from typing import Any
 
 from fake_tracking import untracked
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate

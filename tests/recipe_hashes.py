@@ -23,7 +23,7 @@ import torch
 from model_cases import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
-from iiet.config import ATTENTION_OPTIONS, DistillationConfig
+from iiet.model.config import ATTENTION_OPTIONS, DistillationConfig
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step

@@ -20,7 +20,7 @@ import torch
 from commands import Started, run_workers
 from safetensors.torch import load_file
 
-from iiet.weights import WEIGHTS
+from iiet.hf.weights import WEIGHTS
 from orchestrator.cluster.task import run_local_jobs
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob, TrainingOutcome

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from iiet.config import ModelConfig
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.records.evaluation import (
     FILTER_MARK,

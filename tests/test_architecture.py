@@ -20,7 +20,7 @@ from orchestrator.workspace.layout import open_workspace
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("iiet", "orchestrator", "benchmarks")
 
-MODELING = tuple(f"iiet.modeling_{name}" for name in ("explicit", "iiet", "looped", "pcformer"))
+MODELING = tuple(f"iiet.hf.modeling_{name}" for name in ("explicit", "iiet", "looped", "pcformer"))
 """The code of exported folders, a module for each family of methods."""
 ADAPTERS = {
     "ray": ("orchestrator.cluster",),
@@ -125,7 +125,7 @@ def test_the_core_imports_torch_and_the_standard_library_only():
     extra = {
         **{module: {"transformers", "huggingface_hub"} for module in MODELING},
         "iiet.exporting": {"transformers"},  # Within functions.
-        "iiet.weights": {"safetensors"},  # Within the functions that read and write files.
+        "iiet.hf.weights": {"safetensors"},  # Within the functions that read and write files.
     }
     for name in (name for name in MODULES if name.startswith("iiet")):
         foreign = libraries()[name] - allowed - extra.get(name, set())

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from iiet import Decoder, ModelConfig, preset
-from iiet.batch import Batch
+from iiet.model.batch import Batch
 from orchestrator.planning.training_memory import TrainingStep, training_memory
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import HostBuffers

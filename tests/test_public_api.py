@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import iiet
-import iiet.influence
+import iiet.iiad.influence
 import iiet.methods
 import orchestrator
 import orchestrator.models.loops
@@ -21,9 +21,9 @@ import orchestrator.models.loops
 PACKAGES = (iiet, orchestrator)
 CONTRACTS = (
     iiet.methods.Layer,
-    iiet.influence.InfluenceMetric,
-    iiet.influence.Comparison,
-    iiet.influence.MeasuredBatch,
+    iiet.iiad.influence.InfluenceMetric,
+    iiet.iiad.influence.Comparison,
+    iiet.iiad.influence.MeasuredBatch,
     orchestrator.models.loops.LoopedModel,
 )
 """What packages subclass or get, besides the exported names."""

@@ -52,7 +52,7 @@ def test_each_change_replaces_an_expression_that_is_computed():
 def test_lines_are_recorded_for_each_test_that_runs_them_also_in_shared_fixtures(tmp_path):
     (tmp_path / "test_recorded.py").write_text(
         "import threading, pytest\n"
-        "from iiet.schedule import IterationSchedule\n"
+        "from iiet.model.schedule import IterationSchedule\n"
         "@pytest.fixture(scope='module')\n"
         "def shared(): return IterationSchedule((1, 2)).num_evaluations\n"
         "def test_first(shared): pass\n"
@@ -80,6 +80,6 @@ def test_lines_are_recorded_for_each_test_that_runs_them_also_in_shared_fixtures
     tests = json.loads(record.read_text())
     run = {name.partition("::")[2]: test["lines"] for name, test in tests.items()}
     assert run["test_first"] == run["test_second"] != []
-    assert {file for file, _ in run["test_first"]} == {"iiet/schedule.py"}
+    assert {file for file, _ in run["test_first"]} == {"iiet/model/schedule.py"}
     assert run["test_alone"] == run["test_first"]
     assert run["test_nothing"] == []

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from benchmarks.gpu import NUM_COMPARED, ROUNDED_LOSS, TOY_MODEL
 from benchmarks.report import Figure, Row, problem_unless
 from benchmarks.runner import Setup, Skipped
-from iiet.weights import WEIGHTS
+from iiet.hf.weights import WEIGHTS
 from orchestrator.reporting.results import load_sweep_results
 from orchestrator.workspace.journal import JournalRecord, read_journal
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, open_workspace

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import Row
 from benchmarks.runner import Setup
-from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.mix import Mix
+from iiet.model.config import preset
+from iiet.model.mix import Mix
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import TOKENIZER_NAME
 from orchestrator.settings import DataSettings

@@ -16,9 +16,9 @@ from benchmarks.gpu.training import training_job
 from benchmarks.report import Figure, Row, problem_unless
 from benchmarks.runner import Setup
 from benchmarks.shape import largest_regret
-from iiet.config import preset
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
+from iiet.model.config import preset
 from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt, torch_threads
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.settings import EvaluationSettings, Settings

@@ -21,12 +21,12 @@ from torch import Tensor
 from benchmarks.gpu import MEMORY_TOLERANCE, NUM_COMPARED, ROUNDED_LOSS, TOY_MODEL
 from benchmarks.report import Figure, Row, problem_unless
 from benchmarks.runner import Setup
-from iiet.batch import Batch
-from iiet.config import DistillationConfig, ModelConfig, preset
 from iiet.decoder import Decoder
-from iiet.distillation import frozen_teacher
+from iiet.iiad.distillation import frozen_teacher
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig, ModelConfig, preset
+from iiet.model.schedule import IterationSchedule
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.machine import installed_gpus

@@ -2,7 +2,7 @@
 
 from torch.nn import functional
 
-from iiet.influence import Comparison
+from iiet.iiad.influence import Comparison
 
 
 class Angle(Comparison):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from iiet.facts import LayerCounts, MethodFacts
 from iiet.methods import Advance, Layer
+from iiet.model.facts import LayerCounts, MethodFacts
 
 
 @dataclass(frozen=True, kw_only=True)

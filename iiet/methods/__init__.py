@@ -6,7 +6,6 @@ the method's, its object the class. An entry point is imported when its method i
 
 from __future__ import annotations
 
-from iiet import facts
 from iiet.extensions import ExtensionTable
 from iiet.methods.base import Advance, Evaluate, Evaluation, Layer, Observer
 from iiet.methods.explicit import ExplicitEuler, ExplicitRK2, ExplicitRK4, GatedRK2, Looped
@@ -15,6 +14,7 @@ from iiet.methods.implicit_euler import (
     PredictorCorrectorRK2,
     PredictorCorrectorRK4,
 )
+from iiet.model import facts
 
 __all__ = [
     "METHODS",

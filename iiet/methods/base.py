@@ -3,7 +3,7 @@
 A layer is a Llama block, whose field it evaluates, and what the method learns for it (norms, rows
 of the mix, gates). State is passed, never kept: a layer gets the hidden state and what earlier
 layers left, and returns both for the next one. What it costs beside its field is stated, not
-measured (`iiet.facts`).
+measured (`iiet.model.facts`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iiet.config import ModelConfig
-from iiet.facts import MethodFacts
-from iiet.layers import Block, PassContext
+from iiet.model.config import ModelConfig
+from iiet.model.facts import MethodFacts
+from iiet.model.layers import Block, PassContext
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "Observer"]
 

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from iiet.config import ModelConfig
-from iiet.facts import facts_of
 from iiet.methods.base import Advance, Evaluate, Layer
+from iiet.model.config import ModelConfig
+from iiet.model.facts import facts_of
 
 __all__ = [
     "ExplicitEuler", "ExplicitRK2", "ExplicitRK4", "GatedRK2", "Looped", "runge_kutta_stages",

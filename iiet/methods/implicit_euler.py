@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from iiet.config import ModelConfig
-from iiet.facts import StartKind, facts_of
-from iiet.layers import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
-from iiet.mix import BlendedNorm, EstimateNorm, History, Mix
+from iiet.model.config import ModelConfig
+from iiet.model.facts import StartKind, facts_of
+from iiet.model.layers import KeepsFloat32, at_least_float32
+from iiet.model.mix import BlendedNorm, EstimateNorm, History, Mix
 
 __all__ = [
     "ImplicitEuler", "MixedLayer", "MovingAverageRungeKutta",

@@ -192,7 +192,7 @@ def pretrain(
         call.config = str(folder / SETTINGS_NAME)
         # A continued run is not profiled because the finished one was.
         call.options.setdefault("training.profile_steps", 0)
-    from iiet.facts import facts_of
+    from iiet.model.facts import facts_of
 
     used = call.settings.model.method
     _check_schedule(schedule, [used] if facts_of(used).has_corrections else [], [used])
@@ -378,7 +378,7 @@ def sweep_iterations(
     call.set("sweep.baseline_runs", baselines)
     call.set("sweep.iterations", read_schedules(schedule or []))
     if rates is not None:
-        from iiet.facts import METHODS
+        from iiet.model.facts import METHODS
 
         call.set("sweep.learning_rates", dict.fromkeys(METHODS, split_list(rates)))
     from orchestrator.sweeping.models import has_counts

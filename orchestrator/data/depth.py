@@ -25,7 +25,7 @@ from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
-    from iiet.batch import Batch
+    from iiet.model.batch import Batch
 
 GENERATOR_VERSION = 1
 """Increase it if the same settings give other sequences."""
@@ -105,7 +105,7 @@ class DepthStore(PreparedData):
     ) -> Batch:
         import torch
 
-        from iiet.batch import NO_TARGET, Batch
+        from iiet.model.batch import NO_TARGET, Batch
 
         # A sequence is padded with the end-of-text token, which is no target.
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)

@@ -43,7 +43,7 @@ from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
-    from iiet.batch import Batch
+    from iiet.model.batch import Batch
 
 MIXTURE_VERSION = 1
 """Increase it if the same settings and texts give other sequences."""
@@ -121,7 +121,7 @@ class MixtureStore(PreparedData):
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
         import torch
 
-        from iiet.batch import Batch
+        from iiet.model.batch import Batch
 
         shape = (len(positions), context_length)
         ids = torch.empty(shape, dtype=torch.int64)

@@ -29,7 +29,7 @@ from orchestrator.workspace.files import checksums_of, damaged, damaged_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iiet.batch import Batch
+    from iiet.model.batch import Batch
 
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
@@ -272,7 +272,7 @@ class TokenStore(PreparedData):
                 )
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
-        from iiet.batch import Batch
+        from iiet.model.batch import Batch
 
         starts = WindowOrder(len(self.train), context_length, seed).starts(positions)
         mask = None
@@ -284,7 +284,7 @@ class TokenStore(PreparedData):
         self, *, context_length: int, num_tokens: int, batch_size: int
     ) -> Iterator[Batch]:
         """Yield fixed held-out sequences, spread evenly over the text; as the base class says."""
-        from iiet.batch import Batch
+        from iiet.model.batch import Batch
 
         self.check_length(context_length)
         available = len(self.validation) // context_length

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite
+from iiet.decoding.sampling import LogitsNotFinite
+from iiet.model.cache import KvStrategy
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import DeviceError, RunFailed, UserError
 

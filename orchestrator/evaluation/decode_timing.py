@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from iiet.config import ModelConfig
 from iiet.cost import InferenceCost, inference_cost
 from iiet.decoder import Decoder
-from iiet.static_steps import Capture, StaticSteps
+from iiet.decoding.static_steps import Capture, StaticSteps
+from iiet.model.config import ModelConfig
 from orchestrator.evaluation.looped import LoopedDecoder
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.models.open import OpenedModel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iiet.decoder import Decoder
-from iiet.facts import facts_of
+from iiet.model.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answers import check_answer_settings, smaller_batch
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask

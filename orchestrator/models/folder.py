@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
-from iiet.facts import METHODS, facts_of
-from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, WEIGHTS_INDEX, config_from_json
+from iiet.hf.weights import CONFIG, MODEL_TYPE, WEIGHTS, WEIGHTS_INDEX, config_from_json
+from iiet.model.config import ModelConfig
+from iiet.model.facts import METHODS, facts_of
+from iiet.model.schedule import IterationSchedule
 from orchestrator.workspace.errors import DamagedFile, UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
@@ -121,7 +121,7 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_config(folder)
-    from iiet.published import config_from_published  # Imports torch.
+    from iiet.hf.published import config_from_published  # Imports torch.
 
     # The names of the weights tell what the configuration does not say, such as biases.
     reads_weights = needs_weights or any(folder.glob("*.safetensors"))

@@ -18,7 +18,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from iiet.decoder import Decoder, decoder_from_published
-from iiet.weights import CONFIG
+from iiet.hf.weights import CONFIG
 from orchestrator.models.hub import offline
 from orchestrator.workspace.errors import UserError, first_line, quoted
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from iiet.facts import facts_of
+from iiet.model.facts import facts_of
 from orchestrator.settings import DEFAULT_METHOD
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.layout import CHECKPOINT_NAME

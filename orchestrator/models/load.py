@@ -1,9 +1,9 @@
 """Load a model folder: as a decoder on a device and in a precision, or its weights one by one.
 
 A decoder runs checkpoints, exports, folders of the published naming (IIET, PCformer), and plain
-models of transformers (`iiet.plain_models`), which become vanilla models. No code of a folder runs,
-and missing weights are errors. An import and the workers of a training read tensor by tensor, as a
-large model does not fit the memory of one process.
+models of transformers (`iiet.hf.plain_models`), which become vanilla models. No code of a folder
+runs, and missing weights are errors. An import and the workers of a training read tensor by tensor,
+as a large model does not fit the memory of one process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder, decoder_from_published
-from iiet.left_out import decoder_of_kept_layers
-from iiet.published import misfits, weights_from_published
-from iiet.schedule import IterationSchedule
-from iiet.weights import MODEL_TYPE, LazyTensor, lazy_tensors
+from iiet.hf.published import misfits, weights_from_published
+from iiet.hf.weights import MODEL_TYPE, LazyTensor, lazy_tensors
+from iiet.iiad.left_out import decoder_of_kept_layers
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import (
     check_if_checkpoint,
     load_config,

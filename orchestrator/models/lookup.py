@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from iiet.pruning import InfluenceTable
-from iiet.weights import CONFIG
+from iiet.hf.weights import CONFIG
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.models.folder import (
     is_checkpoint,
     is_export,

@@ -19,8 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iiet.config import ModelConfig
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 from orchestrator.models.folder import (
     TOKENIZER,
     NoDecoder,

@@ -21,7 +21,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from iiet.weights import CONFIG, MODEL_TYPE
+from iiet.hf.weights import CONFIG, MODEL_TYPE
 from orchestrator.models.folder import (
     GENERATION_CONFIG,
     TOKENIZER,

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field, computed_field
 from rich.console import RenderableType
 
-from iiet.pruning import schedule_family, spread_over_cost
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import schedule_family, spread_over_cost
+from iiet.model.schedule import IterationSchedule
 from orchestrator.cluster.work import command_executor
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import served_schedules

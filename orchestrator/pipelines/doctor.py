@@ -152,7 +152,7 @@ def _versions(_: Workspace) -> Answers:
 
 def extension_points() -> tuple[ExtensionTable[Any], ...]:
     """Return the tables to which other packages add."""
-    from iiet.facts import INFLUENCE_METRICS, METHODS
+    from iiet.model.facts import INFLUENCE_METRICS, METHODS
     from orchestrator.models.loops import LOOPED_MODELS
 
     return (METHODS, INFLUENCE_METRICS, LOOPED_MODELS)

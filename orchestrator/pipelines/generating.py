@@ -17,10 +17,10 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from iiet.decoder import Decoder
-from iiet.facts import facts_of
-from iiet.generation import does_not_fit
-from iiet.sampling import LogitsNotFinite
-from iiet.speculative import DraftRecord
+from iiet.decoding.generation import does_not_fit
+from iiet.decoding.sampling import LogitsNotFinite
+from iiet.decoding.speculative import DraftRecord
+from iiet.model.facts import facts_of
 from orchestrator.evaluation.answers import Decode, Sampling, generate_answers
 from orchestrator.models.folder import served_schedules
 from orchestrator.models.load import DTYPES, best_device, device_precision

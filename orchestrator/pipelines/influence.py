@@ -19,8 +19,7 @@ from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from iiet.cost import inference_cost
-from iiet.facts import facts_of, metric_facts_of
-from iiet.pruning import (
+from iiet.iiad.pruning import (
     FamilyMember,
     InfluenceTable,
     LeavingRound,
@@ -30,6 +29,7 @@ from iiet.pruning import (
     spread_over_cost,
     table_of_rounds,
 )
+from iiet.model.facts import facts_of, metric_facts_of
 from orchestrator.cluster.work import Executor, command_executor
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.preparation import tokens_folder_of
@@ -67,9 +67,9 @@ from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
-    from iiet.batch import Batch
     from iiet.decoder import Decoder
-    from iiet.schedule import IterationSchedule
+    from iiet.model.batch import Batch
+    from iiet.model.schedule import IterationSchedule
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
@@ -424,7 +424,7 @@ def measure_influence(
 
 
 def _measure(plan: InfluencePlan, device: str, progress: Progress) -> InfluenceTable:
-    from iiet.influence import influence_table  # Both import PyTorch.
+    from iiet.iiad.influence import influence_table  # Both import PyTorch.
     from orchestrator.models.load import load_model
 
     decoder = load_model(plan.checkpoint, device=device)
@@ -466,7 +466,7 @@ def _one_at_a_time(
 ) -> InfluenceTable:
     """Measure whole layers again after each one that goes; each round is stored, so that the same
     command goes on after a stop."""
-    from iiet.influence import leave_out_one_at_a_time
+    from iiet.iiad.influence import leave_out_one_at_a_time
 
     path = rounds_path(plan.checkpoint, plan.metric)
     stored = StoredRounds.read(path)

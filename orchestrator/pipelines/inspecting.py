@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import Field
 from rich.console import RenderableType
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.facts import facts_of
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.facts import facts_of
 from orchestrator.models.folder import (
     StoredTensor,
     load_provenance,

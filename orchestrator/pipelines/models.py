@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from iiet.config import ModelConfig
 from iiet.cost import num_parameters
-from iiet.plain_models import MODEL_TYPES, is_plain, plain_form
-from iiet.pruning import InfluenceTable
-from iiet.weights import CONFIG, LazyTensor
+from iiet.hf.plain_models import MODEL_TYPES, is_plain, plain_form
+from iiet.hf.weights import CONFIG, LazyTensor
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
 from orchestrator.models import folder as folders
 from orchestrator.models import lookup
 from orchestrator.models import tokenizer as tokenizers

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
 from orchestrator.cluster.task import job_runner, joined_cluster, lack_of_resources, shard_runner
 from orchestrator.data.preparation import (

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iiet import cost
-from iiet.config import DistillationConfig, ModelConfig
-from iiet.schedule import IterationSchedule
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import decoder_config, newest_checkpoint
 from orchestrator.planning.devices import Devices
 from orchestrator.records.training import TrainingJob

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from iiet.config import ModelConfig
 from iiet.cost import (
     field_parameters,
     layer_counts,
@@ -24,10 +23,11 @@ from iiet.cost import (
     num_trained_matrix_parameters,
     num_trained_parameters,
 )
-from iiet.facts import facts_of
 from iiet.freezing import TrainedLayers, TrainedPart, trained_part
-from iiet.losses import CHUNK_ELEMENTS
-from iiet.schedule import IterationSchedule
+from iiet.model.config import ModelConfig
+from iiet.model.facts import facts_of
+from iiet.model.losses import CHUNK_ELEMENTS
+from iiet.model.schedule import IterationSchedule
 
 Forms = Literal["fast", "plain", "compiled"]
 """How fields are computed: by the fast forms of a CPU, by plain formulas as on a GPU without a
@@ -62,7 +62,7 @@ class TrainingStep:
     """A model that is not trained and whose answers the loss reads; sharded, if the trained one
     is."""
     has_cheaper: bool = False
-    """Whether cheaper schedules learn from the costliest in the same step (`iiet.distillation`)."""
+    """Whether cheaper schedules learn from the costliest in the same step."""
     compares_hidden: bool = False
     """Whether the loss compares the hidden states of all layers with a teacher's."""
     precision: Literal["fp32", "bf16"] = "fp32"

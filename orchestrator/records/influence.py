@@ -25,7 +25,7 @@ class StoredRounds(Record):
     key: str
     """That of the table which the rounds lead to."""
     rounds: tuple[dict[str, Any], ...]
-    """One entry for each layer that has gone, as `iiet.influence.LeavingRound` writes it."""
+    """One entry for each layer that has gone, as `iiet.iiad.influence.LeavingRound` writes it."""
 
 
 def rounds_path(checkpoint: Path, metric: str) -> Path:

@@ -17,9 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
 from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, damaged, read_json, write_json
 from orchestrator.workspace.layout import absolute_path, portable_path, workspace_root

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from iiet.config import ATTENTION_OPTIONS, PRESETS, DistillationConfig, ModelConfig
-from iiet.facts import facts_of
+from iiet.model.config import ATTENTION_OPTIONS, PRESETS, DistillationConfig, ModelConfig
+from iiet.model.facts import facts_of
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
 from orchestrator.settings.effects import Effect, key_values

@@ -17,7 +17,7 @@ from pydantic import (
     Field,
 )
 
-from iiet.facts import facts_of
+from iiet.model.facts import facts_of
 from orchestrator.records.evaluation import MAX_PERPLEXITY, EvaluationKeys, Suite
 from orchestrator.records.metrics import PERPLEXITY, VALIDATION_LOSS
 from orchestrator.records.record import Config, Record, WorkspacePath

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from iiet.cost import num_parameters
-from iiet.pruning import FamilyMember, InfluenceTable
+from iiet.iiad.pruning import FamilyMember, InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.reporting.comparison import AVERAGE, Difference

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from iiet.model.config import ModelConfig
 from orchestrator.cluster.work import sweep_executor
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.metrics import COST, METRICS

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.plain_models import is_plain
-from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.hf.plain_models import is_plain
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name

@@ -50,8 +50,8 @@ from orchestrator.workspace.provenance import content_key
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from iiet.config import ModelConfig
-    from iiet.pruning import InfluenceTable
+    from iiet.iiad.pruning import InfluenceTable
+    from iiet.model.config import ModelConfig
 
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""

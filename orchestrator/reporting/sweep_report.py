@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, InstanceOf, computed_field
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.reporting.charts import (
     curves_chart,
     front_chart,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
-from iiet.facts import INFLUENCE_METRICS
+from iiet.model.facts import INFLUENCE_METRICS
 from orchestrator.settings.section import MAX_COUNT, OneOf, Section
 from orchestrator.settings.training import Precision
 from orchestrator.workspace.errors import UserError

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
-from iiet.config import PRESETS, ModelConfig, preset
-from iiet.facts import METHODS, facts_of
-from iiet.schedule import IterationSchedule
+from iiet.model.config import PRESETS, ModelConfig, preset
+from iiet.model.facts import METHODS, facts_of
+from iiet.model.schedule import IterationSchedule
 from orchestrator.settings.effects import Effect, KeyForm
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError

@@ -14,11 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from iiet.config import PRESETS, ModelConfig
 from iiet.cost import inference_cost
-from iiet.facts import METHODS, facts_of, metric_facts_of
-from iiet.pruning import Cost, num_evaluations
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import Cost, num_evaluations
+from iiet.model.config import PRESETS, ModelConfig
+from iiet.model.facts import METHODS, facts_of, metric_facts_of
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.preparation import reads_tokens, sequence_length
 from orchestrator.evaluation.tasks import check_task_names, lm_eval_task_fingerprints
 from orchestrator.models.folder import load_config

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from iiet.schedule import LEFT_OUT, IterationSchedule
+from iiet.model.schedule import LEFT_OUT, IterationSchedule
 from orchestrator.records.metrics import QUALITY, quality_name
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from iiet.config import ModelConfig
-from iiet.facts import facts_of
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.facts import facts_of
 from orchestrator.data.preparation import find_prepared
 from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config

@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from iiet.config import ModelConfig
-from iiet.pruning import (
+from iiet.iiad.pruning import (
     Cost,
     FamilyMember,
     InfluenceTable,
@@ -24,7 +23,8 @@ from iiet.pruning import (
     schedule_family,
     spread_over_cost,
 )
-from iiet.schedule import LEFT_OUT, IterationSchedule
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import LEFT_OUT, IterationSchedule
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.render import format_count
 from orchestrator.training.distilling import student_schedule

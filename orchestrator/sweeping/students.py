@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iiet.config import DistillationConfig, ModelConfig
-from iiet.pruning import FamilyMember, InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import FamilyMember, InfluenceTable
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.labels import seed_label
 from orchestrator.planning.estimate import Estimate

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iiet.config import ModelConfig
+from iiet.model.config import ModelConfig
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.heldout import python_passages
 from orchestrator.evaluation.tasks import (

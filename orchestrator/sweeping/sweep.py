@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.cluster.task import joined_cluster, shard_runner
 from orchestrator.cluster.work import sweep_executor
 from orchestrator.data.mixture import open_data

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import load_config
 from orchestrator.models.labels import group_of

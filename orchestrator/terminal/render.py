@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -28,10 +28,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.facts import METHODS
-from iiet.weights import LazyTensor, config_to_json, write_config, write_folder
+from iiet.hf.weights import LazyTensor, config_to_json, write_config, write_folder
+from iiet.model.config import ModelConfig
+from iiet.model.facts import METHODS
 from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import (
     ELASTIC,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import find_pretraining

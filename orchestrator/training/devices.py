@@ -23,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from iiet.config import ModelConfig
-from iiet.context import make_context
 from iiet.decoder import Decoder
-from iiet.distillation import Model
 from iiet.freezing import freeze, trained_part
-from iiet.layers import initial_weights
-from iiet.left_out import decoder_of_kept_layers
-from iiet.losses import next_token_loss
+from iiet.hf.weights import LazyTensor
+from iiet.iiad.distillation import Model
+from iiet.iiad.left_out import decoder_of_kept_layers
 from iiet.methods.implicit_euler import MixedLayer
-from iiet.schedule import IterationSchedule
-from iiet.weights import LazyTensor
+from iiet.model.config import ModelConfig
+from iiet.model.context import make_context
+from iiet.model.layers import initial_weights
+from iiet.model.losses import next_token_loss
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.load import has_bf16, load_model, open_weights, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.world import World
@@ -484,7 +484,7 @@ def compile_layers(
     rounding changes.
 
     One graph serves the fields of all evaluations, layers and iteration schedules, and a few graphs
-    the sums of all layers (`iiet.mix.TERMS_AT_ONCE`). Passes without gradients run
+    the sums of all layers (`iiet.model.mix.TERMS_AT_ONCE`). Passes without gradients run
     as they are: a graph of their own would take longer than the few validations of a run. After a
     failure of the compiler training continues uncompiled. `event` gets `compiled` with the seconds
     of the first call, or `not compiled` with a text.

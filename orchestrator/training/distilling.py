@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from iiet.config import DistillationConfig
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.model.config import DistillationConfig
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, Settings

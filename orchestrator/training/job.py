@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from iiet.config import DistillationConfig, ModelConfig
-from iiet.facts import facts_of
 from iiet.freezing import TrainedLayers, trained_part
-from iiet.weights import CONFIG
+from iiet.hf.weights import CONFIG
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.facts import facts_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
 from orchestrator.data.preparation import check_sequence_length, expected_tokens

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iiet.batch import Batch
-from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
-from iiet.distillation import AnswerKeeper, Model, member_loss, student_loss
-from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_entropy_by_source
+from iiet.iiad.distillation import AnswerKeeper, Model, member_loss, student_loss
 from iiet.methods import Evaluation, Layer
-from iiet.schedule import IterationSchedule
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig
+from iiet.model.losses import (
+    batch_cross_entropy,
+    cross_entropy_and_accuracy,
+    cross_entropy_by_source,
+)
+from iiet.model.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.devices import autocast, mean_over_workers, with_all_gradients
 from orchestrator.training.schedules import ScheduleByStep

@@ -14,9 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import inference_cost, member_flops_per_token, training_flops_per_token
-from iiet.schedule import IterationSchedule
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.order import random_bits
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings

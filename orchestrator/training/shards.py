@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
-from iiet.weights import WEIGHTS, safetensors_head
+from iiet.hf.weights import WEIGHTS, safetensors_head
 from orchestrator.models.folder import MOMENTS_PREFIX
 from orchestrator.training.world import World
 from orchestrator.workspace.errors import RunFailed

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from iiet.config import PRESETS, ModelConfig
-from iiet.facts import facts_of
-from iiet.schedule import IterationSchedule
+from iiet.model.config import PRESETS, ModelConfig
+from iiet.model.facts import facts_of
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.store import TOKENIZER_NAME
 from orchestrator.models.folder import is_checkpoint, load_config, stored_recipe
 from orchestrator.models.hub import is_hub_name

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from iiet.config import ModelConfig
+from iiet.model.config import ModelConfig
 from orchestrator.data.mixture import describe_data
 from orchestrator.models.folder import JOB_KEY, load_provenance, weights_key
 from orchestrator.models.labels import model_name

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.distillation import Model, RememberingTeacher
+from iiet.iiad.distillation import Model, RememberingTeacher
+from iiet.model.batch import Batch
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.records.training import TrainingJob, TrainingOutcome

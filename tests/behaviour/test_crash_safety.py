@@ -26,8 +26,8 @@ import torch.distributed as dist
 from sample_texts import tokens_of
 from tokenizers import Tokenizer
 
-from iiet.config import ModelConfig
-from iiet.weights import config_to_json, write_config
+from iiet.hf.weights import config_to_json, write_config
+from iiet.model.config import ModelConfig
 from orchestrator.data.store import is_complete, verify_data
 from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.models.folder import check_checkpoint

@@ -117,7 +117,7 @@ def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path
     space = tmp_path / "space"
     for package in ("iiet", "orchestrator"):
         shutil.copytree(ROOT / package, other_code / package)
-    with (other_code / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
+    with (other_code / "iiet" / "cost.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")
     space.mkdir()
     may_mount = subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0

@@ -7,7 +7,7 @@ import torch
 from live_tensors import LargestTensor
 from torch import Tensor
 
-from iiet.layers import attend
+from iiet.model.layers import attend
 
 HEADS = 8
 KEY_HEADS = 2

@@ -16,13 +16,13 @@ from live_tensors import LiveTensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
+from iiet.decoding.static_steps import StaticSteps
 from iiet.exporting import transformers_model
-from iiet.fast import plain_formulas
-from iiet.losses import next_token_loss
-from iiet.static_steps import StaticSteps
+from iiet.model.config import ModelConfig
+from iiet.model.fast import plain_formulas
+from iiet.model.losses import next_token_loss
 
 SIZES = {
     "vocab_size": 61, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48,

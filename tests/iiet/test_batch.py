@@ -6,7 +6,7 @@ import pytest
 import torch
 from refusals import refused
 
-from iiet.batch import NO_TARGET, Batch
+from iiet.model.batch import NO_TARGET, Batch
 
 TOKENS = torch.arange(12).view(3, 4)
 MASK = torch.tensor([[True, False, True, True], [False, True, False, False], [False] * 4])

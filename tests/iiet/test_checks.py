@@ -17,12 +17,12 @@ from iiet import (
     IterationSchedule,
     ModelConfig,
 )
-from iiet.facts import MethodFacts, MetricFacts
-from iiet.losses import LazyLogits
+from iiet.decoding.sampling import Sampler
+from iiet.decoding.speculative import DraftRecord
+from iiet.iiad.pruning import FamilyMember
 from iiet.methods import METHODS
-from iiet.pruning import FamilyMember
-from iiet.sampling import Sampler
-from iiet.speculative import DraftRecord
+from iiet.model.facts import MethodFacts, MetricFacts
+from iiet.model.losses import LazyLogits
 
 IDS = tokens(2, 4)
 ROWS = ((0.3, 0.1), (0.2,))

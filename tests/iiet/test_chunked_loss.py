@@ -15,10 +15,10 @@ from refusals import refused
 from torch import Tensor, nn
 
 from iiet import Decoder, next_token_loss, plain_formulas, preset
-from iiet.batch import NO_TARGET, Batch
-from iiet.config import DistillationConfig
-from iiet.distillation import distillation_loss, frozen_teacher
-from iiet.losses import LazyLogits, batch_cross_entropy, cross_entropy
+from iiet.iiad.distillation import distillation_loss, frozen_teacher
+from iiet.model.batch import NO_TARGET, Batch
+from iiet.model.config import DistillationConfig
+from iiet.model.losses import LazyLogits, batch_cross_entropy, cross_entropy
 from orchestrator.training.objective import make_objective, validation_metrics
 from orchestrator.training.world import World
 
@@ -31,7 +31,7 @@ ELEMENTS = SEQUENCES * TIME * VOCAB
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
     """Cut 36 positions into chunks of 8, the last one smaller."""
-    monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", 8 * VOCAB)
+    monkeypatch.setattr("iiet.model.losses.CHUNK_ELEMENTS", 8 * VOCAB)
 
 
 def fresh_decoder(*, tied: bool = True) -> Decoder:
@@ -180,7 +180,7 @@ def test_frozen_weights_get_no_gradient(frozen):
 
 @pytest.fixture(params=[8 * VOCAB, 1 << 25], ids=["chunks", "whole"])
 def chunk_elements(request, monkeypatch) -> None:
-    monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr("iiet.model.losses.CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunk_elements")

@@ -16,9 +16,9 @@ from iiet import (
     ModelConfig,
     preset,
 )
-from iiet.config import ATTENTION_OPTIONS
-from iiet.facts import facts_of, metric_facts_of
-from iiet.weights import config_from_json, config_to_json
+from iiet.hf.weights import config_from_json, config_to_json
+from iiet.model.config import ATTENTION_OPTIONS
+from iiet.model.facts import facts_of, metric_facts_of
 
 
 @pytest.mark.parametrize("method", METHODS)

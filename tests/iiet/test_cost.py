@@ -11,8 +11,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from iiet.cache import KeyValueCache
-from iiet.config import ModelConfig, preset
 from iiet.cost import (
     field_parameters,
     inference_cost,
@@ -22,14 +20,16 @@ from iiet.cost import (
     training_flops_per_token,
 )
 from iiet.decoder import Decoder
-from iiet.facts import MethodFacts
-from iiet.fast import plain_formulas
 from iiet.freezing import freeze, trained_part
-from iiet.left_out import decoder_of_kept_layers
-from iiet.losses import next_token_loss
+from iiet.iiad.left_out import decoder_of_kept_layers
 from iiet.methods import METHODS
 from iiet.methods.base import LayerCall
 from iiet.methods.explicit import ExplicitEuler
+from iiet.model.cache import KeyValueCache
+from iiet.model.config import ModelConfig, preset
+from iiet.model.facts import MethodFacts
+from iiet.model.fast import plain_formulas
+from iiet.model.losses import next_token_loss
 
 SMALL = ModelConfig(
     method="vanilla", vocab_size=50, dim=8, num_layers=3, num_heads=2, num_kv_heads=1, ffn_dim=12,

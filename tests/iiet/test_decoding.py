@@ -10,9 +10,9 @@ from model_cases import left_padding, make_model, tokens
 from refusals import refused
 
 from iiet import IterationSchedule, KeyValueCache
-from iiet.context import make_context
-from iiet.layers import attend
-from iiet.sampling import LogitsNotFinite
+from iiet.decoding.sampling import LogitsNotFinite
+from iiet.model.context import make_context
+from iiet.model.layers import attend
 
 PROMPT = tokens(2, 5)
 SHORT = tokens(2, 9)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from model_cases import make_model, tokens
 
-from iiet.batch import NO_TARGET, Batch
-from iiet.config import DistillationConfig
-from iiet.distillation import distillation_loss, frozen_teacher
-from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
-from iiet.schedule import IterationSchedule
+from iiet.iiad.distillation import distillation_loss, frozen_teacher
+from iiet.model.batch import NO_TARGET, Batch
+from iiet.model.config import DistillationConfig
+from iiet.model.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
+from iiet.model.schedule import IterationSchedule
 
 TOKENS = tokens(4, 12)
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iiet import losses
-from iiet.batch import Batch
-from iiet.config import DistillationConfig, ModelConfig
 from iiet.decoder import Decoder
-from iiet.distillation import AnswerKeeper, distillation_loss, member_loss
-from iiet.fast import plain_formulas
-from iiet.losses import batch_cross_entropy
-from iiet.schedule import IterationSchedule
+from iiet.iiad.distillation import AnswerKeeper, distillation_loss, member_loss
+from iiet.model import losses
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.fast import plain_formulas
+from iiet.model.losses import batch_cross_entropy
+from iiet.model.schedule import IterationSchedule
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from model_cases import make_model, tokens
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
-from iiet.context import make_context
-from iiet.fast import (
+from iiet import Decoder, KeyValueCache, next_token_loss, plain_formulas, preset
+from iiet.model import fast
+from iiet.model.context import make_context
+from iiet.model.fast import (
     add_few_rows_product,
     can_use_fast_linear,
     few_rows_product,
@@ -23,8 +24,8 @@ from iiet.fast import (
     rms_norm,
     rotate_in_place,
 )
-from iiet.layers import FeedForward, RMSNorm, Rope, rotate
-from iiet.losses import LazyLogits
+from iiet.model.layers import FeedForward, RMSNorm, Rope, rotate
+from iiet.model.losses import LazyLogits
 
 IDS = tokens(2, 8)
 

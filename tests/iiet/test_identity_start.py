@@ -10,11 +10,11 @@ from plain_models import CASES, config_of, random_model
 from transformers import AutoModelForCausalLM
 
 from iiet import Decoder, decoder_from_published, influence_table, next_token_loss
-from iiet.config import ModelConfig
 from iiet.exporting import export, transformers_model
-from iiet.facts import facts_of
+from iiet.hf.plain_models import config_from_plain
 from iiet.methods import METHODS
-from iiet.plain_models import config_from_plain
+from iiet.model.config import ModelConfig
+from iiet.model.facts import facts_of
 
 LENGTH = 14
 MIXED_SCHEDULE = (0, 3, 2, 1)

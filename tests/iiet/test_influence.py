@@ -20,21 +20,17 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from iiet import INFLUENCE_METRICS
-from iiet.batch import NO_TARGET, Batch
-from iiet.config import preset
 from iiet.decoder import Decoder, decoder_from_published
 from iiet.extensions import ExtensionError
-from iiet.fast import plain_formulas
-from iiet.influence import (
+from iiet.iiad.influence import (
     BatchInfluence,
     Comparison,
     InfluenceMetric,
     influence_table,
     leave_out_one_at_a_time,
 )
-from iiet.left_out import decoder_of_kept_layers
-from iiet.losses import next_token_loss
-from iiet.pruning import (
+from iiet.iiad.left_out import decoder_of_kept_layers
+from iiet.iiad.pruning import (
     InfluenceTable,
     LeavingRound,
     num_passes,
@@ -42,7 +38,11 @@ from iiet.pruning import (
     schedule_family,
     table_of_rounds,
 )
-from iiet.schedule import IterationSchedule
+from iiet.model.batch import NO_TARGET, Batch
+from iiet.model.config import preset
+from iiet.model.fast import plain_formulas
+from iiet.model.losses import next_token_loss
+from iiet.model.schedule import IterationSchedule
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.layers import initial_weights
 from iiet.methods import METHODS
+from iiet.model.config import preset
+from iiet.model.layers import initial_weights
 
 OPTIONS: list[dict[str, Any]] = [
     *({"method": method} for method in METHODS),

@@ -26,9 +26,9 @@ from model_cases import (
 from refusals import refused
 
 from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, plain_formulas
-from iiet.batch import Batch
-from iiet.config import ModelConfig
-from iiet.losses import batch_cross_entropy
+from iiet.model.batch import Batch
+from iiet.model.config import ModelConfig
+from iiet.model.losses import batch_cross_entropy
 
 TIME = 9
 NEAR = {"rtol": 0, "atol": 1e-9}

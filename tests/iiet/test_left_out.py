@@ -26,9 +26,9 @@ from iiet import (
 )
 from iiet.decoder import decoder_from_published
 from iiet.exporting import export
+from iiet.hf.plain_models import MODEL_TYPES
 from iiet.methods import Advance
-from iiet.mix import History
-from iiet.plain_models import MODEL_TYPES
+from iiet.model.mix import History
 
 
 def decoder_of(method="iiet", schedule=(2, 0, 1, 1), seed=0):

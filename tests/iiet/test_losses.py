@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from laws import examples
 from refusals import refused
 
-from iiet import losses
-from iiet.batch import NO_TARGET, Batch
-from iiet.losses import cross_entropy, hidden_state_error, kl_divergence
+from iiet.model import losses
+from iiet.model.batch import NO_TARGET, Batch
+from iiet.model.losses import cross_entropy, hidden_state_error, kl_divergence
 
 KINDS = ("forward", "reverse")
 

@@ -15,12 +15,11 @@ from exported_folder import json_printed_by
 from refusals import refused
 from safetensors.torch import save_file
 
-import iiet
 from iiet import METHODS, Decoder, preset
-from iiet.config import ModelConfig
-from iiet.exporting import export
+from iiet.exporting import export, modeling_file
+from iiet.model.config import ModelConfig
 
-CODE = Path(iiet.__file__).with_name("modeling_explicit.py").read_text(encoding="utf-8")
+CODE = modeling_file("vanilla").read_text(encoding="utf-8")
 PACKAGE = {
     "relaxed_methods/__init__.py": '''\
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from iiet.facts import MethodFacts
+from iiet.model.facts import MethodFacts
 from iiet.methods import Advance, Layer
 
 

@@ -6,7 +6,7 @@ import torch
 from live_tensors import SeenOperations
 
 from iiet import Decoder, next_token_loss, preset
-from iiet.mix import Mix
+from iiet.model.mix import Mix
 
 
 def test_starting_rows_are_means():

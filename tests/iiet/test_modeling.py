@@ -26,7 +26,7 @@ import iiet
 from iiet.decoder import Decoder, decoder_from_published
 from iiet.exporting import export, fast_tokenizer, transformers_model
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 
 END = "<|endoftext|>"
 SENTENCE = "the cat dog sat ran on under a mat tree and then saw it"

@@ -262,8 +262,8 @@ def test_a_model_compiles_as_one_graph(method):
 
 
 def definitions(name):
-    """Return the text of `iiet/NAME.py`, and its class, function or method -> its lines."""
-    text = (Path(iiet.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    """Return the text of `iiet/hf/NAME.py`, and its class, function or method -> its lines."""
+    text = (Path(iiet.__file__).parent / "hf" / f"{name}.py").read_text(encoding="utf-8")
     lines = text.splitlines()
 
     def source(node):
@@ -283,7 +283,7 @@ def definitions(name):
 def test_what_a_file_says_it_copied_is_a_copy(name):
     text, sources = definitions(name)
     _, originals = definitions("modeling_iiet")
-    origins = re.findall(r"^ *# Copied from iiet\.modeling_iiet\.([\w.]+)$", text, re.MULTILINE)
+    origins = re.findall(r"^ *# Copied from iiet\.hf\.modeling_iiet\.([\w.]+)$", text, re.MULTILINE)
     assert len(origins) >= 5
     for origin in origins:
         assert sources[origin] == originals[origin], origin

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from iiet import decoder_from_published, next_token_loss
-from iiet.published import renamed_from_published
+from iiet.hf.published import renamed_from_published
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.json"))

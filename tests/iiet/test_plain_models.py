@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from iiet import ModelConfig, decoder_from_published
 from iiet.decoder import Decoder
 from iiet.exporting import export
-from iiet.plain_models import MODEL_TYPES, config_from_plain, plain_config_json
-from iiet.weights import write_files
+from iiet.hf.plain_models import MODEL_TYPES, config_from_plain, plain_config_json
+from iiet.hf.weights import write_files
 
 OPTIONS = {
     "llama": {},

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from laws import examples
 from refusals import refused
 
-from iiet.config import preset
 from iiet.cost import inference_cost
-from iiet.pruning import (
+from iiet.iiad.pruning import (
     InfluenceTable,
     LeavingRound,
     knapsack,
@@ -25,7 +24,8 @@ from iiet.pruning import (
     spread_over_cost,
     table_of_rounds,
 )
-from iiet.schedule import LEFT_OUT, IterationSchedule
+from iiet.model.config import preset
+from iiet.model.schedule import LEFT_OUT, IterationSchedule
 
 # Few distinct values, so that ties are common; negative ones occur with the loss metric.
 influences = st.lists(

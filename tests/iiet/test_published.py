@@ -4,7 +4,7 @@ import torch
 from refusals import refused
 
 from iiet import Decoder, decoder_from_published
-from iiet.published import config_from_published
+from iiet.hf.published import config_from_published
 
 CONFIG = {
     "kind": "vanilla",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from refusals import refused
 
-from iiet.sampling import Sampler, row_keys
+from iiet.decoding.sampling import Sampler, row_keys
 
 PROBABILITIES = torch.tensor([0.1, 0.5, 0.15, 0.25])
 LOGITS = PROBABILITIES.log()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from iiet.schedule import LEFT_OUT, IterationSchedule
+from iiet.model.schedule import LEFT_OUT, IterationSchedule
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from live_tensors import LiveTensors, SeenOperations
 from model_cases import assert_same, gradients, make_model, tokens
 
 from iiet import Decoder, IterationSchedule, next_token_loss
-from iiet.context import make_context
 from iiet.methods.implicit_euler import fixed_point
+from iiet.model.context import make_context
 
 IDS = tokens(2, 9)
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, IterationSchedule, preset
-from iiet.cache import KeyValueCache
-from iiet.speculative import _CPU_FLOPS_PER_BYTE, DraftRecord, draft_models, step_costs
+from iiet.decoding.speculative import _CPU_FLOPS_PER_BYTE, DraftRecord, draft_models, step_costs
+from iiet.model.cache import KeyValueCache
 
 PROMPTS = tokens(3, 6)
 PADDED = {"attention_mask": left_padding(0, 2, 4, time=6), "max_new_tokens": 16}

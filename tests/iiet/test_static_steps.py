@@ -9,9 +9,10 @@ from live_tensors import SeenOperations
 from model_cases import VOCAB, left_padding, make_model, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from iiet import fast, static_steps
-from iiet.generation import until_all_end
-from iiet.static_steps import StaticSteps, keep_steps, kept_steps
+from iiet.decoding import static_steps
+from iiet.decoding.generation import until_all_end
+from iiet.decoding.static_steps import StaticSteps, keep_steps, kept_steps
+from iiet.model import fast
 
 PROMPTS = tokens(3, 6)
 PADDING = left_padding(0, 2, 2, time=6)

@@ -12,7 +12,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from iiet import Decoder, next_token_loss
-from iiet.weights import lazy_tensors, write_files
+from iiet.hf.weights import lazy_tensors, write_files
 
 IDS = tokens(2, 8)
 

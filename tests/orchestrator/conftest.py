@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sample_trials import sample_trial
 
-from iiet.pruning import schedule_family
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import schedule_family
+from iiet.model.schedule import IterationSchedule
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
 

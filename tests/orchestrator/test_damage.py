@@ -26,7 +26,7 @@ from one_evaluation import evaluate_model
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import newest_checkpoint

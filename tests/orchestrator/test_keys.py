@@ -14,9 +14,9 @@ from lm_eval_tasks import write_choices
 from pydantic import BaseModel
 from sample_texts import add_opening, tokens_of
 
-from iiet.config import DistillationConfig, ModelConfig, RopeScaling
-from iiet.facts import ImplicitEulerOptions
-from iiet.schedule import IterationSchedule
+from iiet.model.config import DistillationConfig, ModelConfig, RopeScaling
+from iiet.model.facts import ImplicitEulerOptions
+from iiet.model.schedule import IterationSchedule
 from orchestrator.evaluation.measuring import ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import load_suite

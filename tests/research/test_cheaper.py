@@ -56,7 +56,7 @@ from cheaper_results import (
 from retrofit_results import NOT_DECIDED
 
 from iiet import ModelConfig
-from iiet.batch import Batch
+from iiet.model.batch import Batch
 
 CONFIG = ModelConfig(
     method="vanilla", vocab_size=49_152, dim=576, num_layers=NUM_LAYERS, num_heads=9,

@@ -28,7 +28,7 @@ from retrofit_study import (
 
 from iiet import IterationSchedule, ModelConfig
 from iiet.cost import training_flops_per_token
-from iiet.facts import ImplicitEulerOptions
+from iiet.model.facts import ImplicitEulerOptions
 from orchestrator import read_settings
 
 CELL = Cell(task="phop_4", num_layers=2, seed=0)

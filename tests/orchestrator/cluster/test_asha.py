@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from iiet.config import ModelConfig
-from iiet.schedule import IterationSchedule
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.cluster.tune import LOSS, STEP, AshaByModel
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob

@@ -58,7 +58,7 @@ def test_code_that_differs_by_a_line_is_another(tmp_path, monkeypatch):
         shutil.copytree(ROOT / package, tmp_path / package)
     monkeypatch.setattr(nodes, "__file__", str(copied))
     assert problem_of_node(None, ours) == "", "another place does not matter"
-    with (tmp_path / "iiet" / "mix.py").open("a", encoding="utf-8") as file:
+    with (tmp_path / "iiet" / "model" / "mix.py").open("a", encoding="utf-8") as file:
         file.write("# another version\n")
     problem = problem_of_node(None, ours)
     assert problem.startswith(f"has {CODE}: ")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sample_texts import save_word_tokenizer
 
-from iiet.batch import NO_TARGET
+from iiet.model.batch import NO_TARGET
 from orchestrator.data.depth import DepthStore
 from orchestrator.data.depth_tasks import (
     NO_ANSWER,

@@ -13,7 +13,7 @@ from kept_progress import KeptProgress
 from refusals import refused
 from sample_texts import save_word_tokenizer
 
-from iiet.batch import NO_TARGET
+from iiet.model.batch import NO_TARGET
 from orchestrator.data.depth_tasks import NUMBER_WORDS
 from orchestrator.data.mixture import MixtureStore, open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared, prepare

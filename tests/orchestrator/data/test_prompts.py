@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from iiet.batch import NO_TARGET
+from iiet.model.batch import NO_TARGET
 from orchestrator.data import text
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import find_prepared, prepare

@@ -11,7 +11,7 @@ import torch
 from refusals import refused
 
 from iiet.decoder import Decoder
-from iiet.sampling import Sampler, row_keys
+from iiet.decoding.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import (
     Sampling,
     answer_settings,

@@ -11,11 +11,11 @@ from pass_clock import clock_of_passes
 from refusals import refused
 from torch import Tensor
 
-from iiet.cache import KeyValueCache
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.schedule import IterationSchedule
+from iiet.model.cache import KeyValueCache
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.decode_timing import (
     DECODING,

@@ -18,9 +18,9 @@ from refusals import refused
 from sample_texts import tokens_of
 from torch import Tensor, nn
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
+from iiet.model.config import ModelConfig
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling, generate_answers

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.exporting import export
+from iiet.model.config import ModelConfig
 from orchestrator.data.preparation import tokens_folder_of
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.load import load_model

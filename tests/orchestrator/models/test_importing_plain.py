@@ -19,7 +19,7 @@ from sample_texts import lines_of
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from iiet.plain_models import MODEL_TYPES
+from iiet.hf.plain_models import MODEL_TYPES
 from orchestrator import cli
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key

@@ -12,7 +12,7 @@ import pytest
 from refusals import assert_names, refused
 from sample_trials import sample_trial
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.models.lookup import Picked, find_pretraining
 from orchestrator.models.open import OpenedModel, open_model, open_models

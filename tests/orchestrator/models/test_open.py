@@ -15,10 +15,10 @@ from plain_models import random_model
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
-from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.exporting import export
-from iiet.schedule import IterationSchedule
+from iiet.model.config import preset
+from iiet.model.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.models.folder import resolve_checkpoint
 from orchestrator.models.load import load_model

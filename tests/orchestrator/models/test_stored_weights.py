@@ -14,9 +14,9 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.weights import WEIGHTS
+from iiet.hf.weights import WEIGHTS
+from iiet.model.config import ModelConfig
 from orchestrator.models.load import load_model, open_weights
 from orchestrator.pipelines import models
 from orchestrator.pipelines.models import export, import_model

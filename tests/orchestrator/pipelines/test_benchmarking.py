@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_tracking import untracked
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator.cluster.work import CPU
 from orchestrator.evaluation.decode_timing import MeasurementSettings
 from orchestrator.models.open import by_label, open_model, open_models

@@ -19,7 +19,7 @@ from one_evaluation import evaluate_model as evaluate
 from read_tokens import ReadTokens, noted_tokens
 from refusals import refused
 
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import JOB_KEY, load_config
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.evaluating import (

@@ -22,10 +22,10 @@ from refusals import refused
 from safetensors.torch import load_file
 from stored_texts import assert_as_stored
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import MANIFEST, weights_key, weights_precision
 from orchestrator.models.load import load_model
 from orchestrator.pipelines.models import (

@@ -11,7 +11,7 @@ from refusals import refused
 
 from iiet import METHODS
 from iiet.extensions import ExtensionError
-from iiet.influence import INFLUENCE_METRICS
+from iiet.iiad.influence import INFLUENCE_METRICS
 from orchestrator.cli import main
 from orchestrator.pipelines.doctor import examine, extension_points
 from orchestrator.settings import Settings, resolve_settings
@@ -21,7 +21,7 @@ from orchestrator.workspace.provenance import extension_packages
 
 GROUPS = {table.group: table for table in extension_points()}
 SOURCE = """
-from iiet.influence import Comparison
+from iiet.iiad.influence import Comparison
 
 
 class Distance(Comparison):
@@ -91,7 +91,7 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(site, capsys, tmp_p
             "the influence metric 'broken' of the package my-extensions 1.0 cannot be imported "
             "from of_mine_broken:Metric (ImportError: libfoo.so is missing); repair the package",
         ),
-        ("influence", "influence.metric=no_class", "iiet.influence:InfluenceMetric, got 1"),
+        ("influence", "influence.metric=no_class", "iiet.iiad.influence:InfluenceMetric, got 1"),
         (
             "influence", "influence.metric=angel",
             "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance' "

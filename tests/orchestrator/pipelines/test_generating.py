@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.schedule import IterationSchedule
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import Sampling
 from orchestrator.models.open import open_model

@@ -14,7 +14,7 @@ from plain_models import config_of, random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iiet.cost import inference_cost
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator import cli
 from orchestrator.models.folder import TOKENIZER, load_config
 from orchestrator.records.influence import StoredInfluence, influence_path

@@ -16,8 +16,8 @@ from read_tokens import noted_tokens
 from refusals import refused
 
 from iiet.cost import inference_cost
-from iiet.influence import influence_table
-from iiet.pruning import InfluenceTable
+from iiet.iiad.influence import influence_table
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.cluster.work import CPU
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import check_checkpoint, load_config

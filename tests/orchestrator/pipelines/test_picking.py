@@ -11,8 +11,8 @@ import pytest
 from refusals import assert_names, refused
 from sample_trials import sample_trial, with_items
 
-from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
 from orchestrator.models.load import load_model
 from orchestrator.models.lookup import load_influence_table

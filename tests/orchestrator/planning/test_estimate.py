@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from iiet.config import preset
 from iiet.cost import training_flops_per_token
-from iiet.schedule import IterationSchedule
-from iiet.weights import WEIGHTS
+from iiet.hf.weights import WEIGHTS
+from iiet.model.config import preset
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import TRAINING_STATE
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate, note_saving

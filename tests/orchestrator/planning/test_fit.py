@@ -11,8 +11,8 @@ import pytest
 import torch
 from refusals import assert_names
 
-from iiet.config import preset
 from iiet.cost import num_parameters
+from iiet.model.config import preset
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from iiet.config import preset
+from iiet.model.config import preset
 from orchestrator.planning import price as pricing
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate

@@ -11,17 +11,17 @@ import pytest
 import torch
 from live_tensors import LiveTensors
 
-from iiet.batch import Batch
-from iiet.config import DistillationConfig, ModelConfig, preset
-from iiet.context import make_context
 from iiet.cost import num_parameters, num_trained_parameters
 from iiet.decoder import Decoder
-from iiet.distillation import AnswerKeeper, distillation_loss, frozen_teacher, member_loss
 from iiet.freezing import TrainedLayers, freeze, trained_part
-from iiet.layers import PassContext
-from iiet.losses import batch_cross_entropy, next_token_loss
+from iiet.iiad.distillation import AnswerKeeper, distillation_loss, frozen_teacher, member_loss
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig, ModelConfig, preset
+from iiet.model.context import make_context
+from iiet.model.layers import PassContext
+from iiet.model.losses import batch_cross_entropy, next_token_loss
+from iiet.model.schedule import IterationSchedule
 from orchestrator.planning.estimate import checkpoint_bytes
 from orchestrator.planning.training_memory import Forms, TrainingStep, training_memory
 from orchestrator.settings import TrainingSettings
@@ -212,7 +212,7 @@ def kept_by_plain_formulas(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) ->
     layer: Any = decoder.model.layers[0]
     x = torch.randn(2, decoder.config.context_length, decoder.config.dim, requires_grad=True)
     kept_bytes = KeptBytes(layer, x)
-    monkeypatch.setattr("iiet.fast.ENABLED", False)
+    monkeypatch.setattr("iiet.model.fast.ENABLED", False)
     monkeypatch.setattr(
         torch.nn.functional, "rms_norm", lambda x, _, weight, __: NormOfGpus.apply(x, weight)
     )

@@ -11,7 +11,7 @@ import pytest
 from refusals import refused
 from sample_trials import sample_trial
 
-from iiet.config import DistillationConfig, ModelConfig
+from iiet.model.config import DistillationConfig, ModelConfig
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.records.training import (
     TrainingJob,

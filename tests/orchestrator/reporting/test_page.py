@@ -14,7 +14,7 @@ from browser import BROWSER, page_text
 from refusals import assert_names
 from sample_trials import sample_front
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.records.metrics import (
     ACCURACY,
     BITS_PER_BYTE,

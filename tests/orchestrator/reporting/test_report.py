@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from refusals import assert_names, refused
 from sample_trials import sample_front, with_items
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.pipelines.models import plan_pick
 from orchestrator.pipelines.reports import report
 from orchestrator.records.evaluation import EvaluationResult, Suite, TaskResult

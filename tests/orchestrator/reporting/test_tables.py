@@ -14,7 +14,7 @@ from rich.text import Text
 from sample_trials import sample_front
 from stored_texts import assert_as_stored
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.evaluation.decode_timing import (
     DECODING,
     FIRST_TOKEN,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from iiet.pruning import InfluenceTable
+from iiet.iiad.pruning import InfluenceTable
 from orchestrator.records.evaluation import Suite
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.students import Students

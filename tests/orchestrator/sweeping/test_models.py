@@ -10,9 +10,9 @@ import pytest
 from refusals import refused
 from sample_texts import tokens_of
 
+from iiet.iiad.pruning import InfluenceTable
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
-from iiet.pruning import InfluenceTable
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.results import result_table, teachers_of

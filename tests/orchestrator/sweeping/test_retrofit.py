@@ -16,7 +16,7 @@ from read_tokens import noted_tokens
 from refusals import refused
 
 from iiet import ModelConfig
-from iiet.weights import WEIGHTS
+from iiet.hf.weights import WEIGHTS
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED

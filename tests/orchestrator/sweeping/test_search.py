@@ -18,9 +18,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from iiet.config import ModelConfig
-from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.trial import SweepTrials, Trial
 from orchestrator.settings import SearchSettings, resolve_settings

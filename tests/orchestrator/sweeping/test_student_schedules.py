@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from refusals import refused
 
-from iiet.config import ModelConfig
-from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.student_schedules import (
     choose_schedules,

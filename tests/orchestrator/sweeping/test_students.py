@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from iiet.pruning import FamilyMember, InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import FamilyMember, InfluenceTable
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob

@@ -15,10 +15,10 @@ from refusals import assert_names, refused
 from rich.console import Console
 from same_run import stop_at
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.pruning import InfluenceTable
-from iiet.schedule import IterationSchedule
+from iiet.iiad.pruning import InfluenceTable
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.planning import price as pricing
 from orchestrator.planning.price import Price, price_of
 from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices

@@ -27,12 +27,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, ModelConfig, next_token_loss, preset
-from iiet.batch import Batch
-from iiet.config import DistillationConfig
-from iiet.distillation import student_loss
+from iiet.iiad.distillation import student_loss
 from iiet.methods import Layer
-from iiet.mix import TERMS_AT_ONCE
-from iiet.schedule import IterationSchedule
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig
+from iiet.model.mix import TERMS_AT_ONCE
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.load import DTYPES, device_precision, use_tf32
 from orchestrator.planning.training_memory import TrainingStep, training_memory
 from orchestrator.records.training import TrainingJob

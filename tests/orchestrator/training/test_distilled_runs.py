@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iiet.decoder import Decoder
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.load import load_model
 from orchestrator.records.training import TrainingJob

@@ -25,7 +25,7 @@ from same_run import (
     workers,
 )
 
-from iiet.config import DistillationConfig
+from iiet.model.config import DistillationConfig
 from orchestrator.data.store import TokenStore
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
@@ -81,7 +81,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 MASKED = """
-from iiet.batch import Batch
+from iiet.model.batch import Batch
 from orchestrator.data.store import TokenStore
 batch = TokenStore.batch
 

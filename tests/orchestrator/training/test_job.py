@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from refusals import refused
 
-from iiet.config import DistillationConfig
+from iiet.model.config import DistillationConfig
 from orchestrator.records.training import StoredJob, TrainingJob
 from orchestrator.training.job import check_job, job_key
 from orchestrator.training.trainer import run_job

@@ -15,16 +15,16 @@ from bare_trainer import BareTrainer
 from refusals import refused
 from torch.nn import functional as F
 
-from iiet.batch import NO_TARGET, Batch
-from iiet.config import DistillationConfig, ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.decoder import Decoder
-from iiet.distillation import RememberingTeacher, distillation_loss, frozen_teacher
-from iiet.facts import facts_of
-from iiet.fast import plain_formulas
 from iiet.freezing import freeze, trained_part
-from iiet.losses import cross_entropy
-from iiet.schedule import IterationSchedule
+from iiet.iiad.distillation import RememberingTeacher, distillation_loss, frozen_teacher
+from iiet.model.batch import NO_TARGET, Batch
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.facts import facts_of
+from iiet.model.fast import plain_formulas
+from iiet.model.losses import cross_entropy
+from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import ModelVariant, settings_of

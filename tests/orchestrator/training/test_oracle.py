@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.config import DistillationConfig, ModelConfig
 from iiet.decoder import Decoder
-from iiet.schedule import IterationSchedule
+from iiet.model.config import DistillationConfig, ModelConfig
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from iiet.config import DistillationConfig, preset
-from iiet.schedule import IterationSchedule
+from iiet.model.config import DistillationConfig, preset
+from iiet.model.schedule import IterationSchedule
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.schedules import (

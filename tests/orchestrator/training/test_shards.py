@@ -27,7 +27,7 @@ from same_run import (
 )
 from torch import Tensor
 
-from iiet.weights import WEIGHTS, write_folder
+from iiet.hf.weights import WEIGHTS, write_folder
 from orchestrator.models.folder import MOMENTS_PREFIX, check_checkpoint, load_config, weights_key
 from orchestrator.training import shards
 from orchestrator.training.shards import ShardSaver, read_shards, write_whole

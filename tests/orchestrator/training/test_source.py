@@ -23,7 +23,7 @@ from same_run import curve
 from sample_texts import lines_of, save_word_tokenizer
 
 from iiet import Decoder, next_token_loss
-from iiet.facts import facts_of
+from iiet.model.facts import facts_of
 from orchestrator.cli import main
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint

@@ -19,10 +19,10 @@ from same_run import curve, events, same_run, state_of, steps_of, stop, stop_at
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from iiet.batch import Batch
-from iiet.config import ModelConfig
-from iiet.losses import next_token_loss
-from iiet.schedule import IterationSchedule
+from iiet.model.batch import Batch
+from iiet.model.config import ModelConfig
+from iiet.model.losses import next_token_loss
+from iiet.model.schedule import IterationSchedule
 from orchestrator.data.order import WindowOrder
 from orchestrator.data.store import gather, open_tokens
 from orchestrator.models.load import load_model

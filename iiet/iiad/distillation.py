@@ -28,10 +28,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from iiet.batch import Batch
-from iiet.config import DistillationConfig
 from iiet.decoder import Decoder
-from iiet.losses import (
+from iiet.model.batch import Batch
+from iiet.model.config import DistillationConfig
+from iiet.model.losses import (
     LazyLogits,
     Logits,
     batch_cross_entropy,
@@ -54,7 +54,7 @@ __all__ = [
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
 A decoder or a wrapped one. Only of a `Decoder` the logits are computed in chunks
-(`iiet.losses`)."""
+(`iiet.model.losses`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from iiet.checks import check_rules, is_integer_from, is_number_from
 from iiet.extensions import ExtensionError
-from iiet.facts import METHODS, MethodFacts, facts_of
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.model.facts import METHODS, MethodFacts, facts_of
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 
 __all__ = [
     "ATTENTION_OPTIONS",
@@ -47,7 +47,7 @@ class RopeScaling:
 
     A pair of channels turns once per wavelength, in tokens. `linear` makes all wavelengths `factor`
     times as long; `llama3` and `yarn` only the long ones, with a ramp between. The formulas are in
-    `iiet.layers`.
+    `iiet.model.layers`.
 
     Raises:
         ValueError: naming every value that is missing, out of range or not read by the type.
@@ -296,7 +296,7 @@ class ModelConfig:
         """Return the config of the model that consists of the layers that a schedule keeps.
 
         `schedule` is relative to the layers of this config; the kept ones make as many corrections
-        as it says (`iiet.left_out`).
+        as it says (`iiet.iiad.left_out`).
 
         Raises:
             ValueError: the schedule does not fit the number of layers, or the method.

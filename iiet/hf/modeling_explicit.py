@@ -1,12 +1,11 @@
-"""PCformer as a model of transformers, in one file that needs torch and transformers alone.
+"""Explicit methods as a model of transformers, in one file that needs torch and transformers alone.
 
 An exported folder contains this file as `modeling_iiet.py`, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where the package is
 not installed. It computes what `iiet.Decoder` computes, under the same names of weights.
 
-A layer's *field* F is its whole Llama block. PCformer predicts with a Runge-Kutta step over F and
-corrects the prediction once. Each layer leaves an *estimate* s_l, and every later layer reads all
-of them through learned rows, the *mix*.
+A layer's *field* F is its whole Llama block. `vanilla` evaluates it once, as a Llama does; the
+Runge-Kutta methods evaluate it two or four times and add the stages to the hidden state.
 
 Each evaluation attends to what the same evaluation left for earlier tokens, so it has a *slot* of
 keys and values of its own. Caches and servers find it as a layer: `config.num_hidden_layers` counts
@@ -15,15 +14,13 @@ the evaluations, `config.num_layers` the layers.
 
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     create_causal_mask,
@@ -50,10 +47,6 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-FULL_LEVEL = 2
-"""The highest level of a layer of `pcformer`, at which it is the published method."""
-EVALUATIONS_OF_RK4 = 5
-
 
 @strict
 class IIETConfig(PreTrainedConfig):
@@ -71,14 +64,13 @@ class IIETConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # No pipeline plan: a layer reads the estimates of all earlier ones.
+    # No pipeline plan: it would divide the evaluations, as if each were a layer.
 
-    method: str = "pcformer"
-    """`pcformer`, or `pcformer_rk4` with a prediction of order 4."""
+    method: str = "ode_rk2"
+    """How a layer advances the hidden state: a key of `LAYERS`."""
     method_options: dict[str, Any] | None = None
-    corrections: list[int] | tuple[int, ...] | int | None = None
-    """The iteration schedule: levels per layer, or one for all layers; None for the full one. There
-    are none of `pcformer_rk4`."""
+    corrections: list[int] | None = None
+    """The iteration schedule, which other methods have."""
     vocab_size: int = 32000
     hidden_size: int = 512
     intermediate_size: int = 1408
@@ -115,7 +107,6 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
-    # Copied from iiet.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -123,55 +114,17 @@ class IIETConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_layers is None:
             self.num_layers = self.num_hidden_layers
-        self.set_corrections(self.corrections)
-        super().__post_init__(**kwargs)
-
-    # Copied from iiet.modeling_iiet.IIETConfig.__setattr__
-    def __setattr__(self, name: str, value: Any) -> None:
-        # After the first time, which is before the number of layers is known.
-        if name == "corrections" and vars(self).get("num_layers") is not None:
-            self.set_corrections(value)
-        else:
-            super().__setattr__(name, value)
-
-    # Copied from iiet.modeling_iiet.IIETConfig.from_dict
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # The base class sets keyword arguments on a config that has counted its evaluations.
-        if "corrections" in kwargs:
-            config_dict = {**config_dict, "corrections": kwargs.pop("corrections")}
-        return super().from_dict(config_dict, **kwargs)
-
-    def set_corrections(self, corrections: int | Sequence[int] | None) -> None:
-        """Take an iteration schedule: one level for all layers, or one for each.
-
-        At level 0 a layer is its prediction of order 1, at level 1 this is corrected, and at level
-        2 the prediction has order 2: one, two and three evaluations.
-        """
-        highest = FULL_LEVEL if self.method == "pcformer" else 0
-        if corrections is None:
-            corrections = highest
-        if isinstance(corrections, list | tuple):
-            schedule = list(corrections)
-        else:
-            schedule = [corrections] * self.num_layers
-        are_levels = all(isinstance(level, int) and 0 <= level <= highest for level in schedule)
-        if len(schedule) != self.num_layers or not are_levels:
-            raise ValueError(
-                f"corrections must be one level from 0 to {highest}, or one for each of "
-                f"{self.num_layers} layers, got {corrections!r}"
-            )
-        super().__setattr__("corrections", schedule)
+        if self.method not in LAYERS:
+            raise ValueError(f"method must be one of {', '.join(LAYERS)}, got {self.method!r}")
         self.set_slots()
+        super().__post_init__(**kwargs)
 
     @property
     def evaluations_per_layer(self) -> list[int]:
-        """The stages of the prediction and the correction of each layer."""
-        if self.method == "pcformer_rk4":
-            return [EVALUATIONS_OF_RK4] * self.num_layers
-        return [1 + level for level in self.corrections]
+        """The stages of each layer."""
+        return [LAYERS[self.method].num_evaluations] * self.num_layers
 
-    # Copied from iiet.modeling_iiet.IIETConfig.set_slots
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.set_slots
     def set_slots(self) -> None:
         """Count the evaluations, one layer after the other, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
@@ -188,7 +141,7 @@ class IIETConfig(PreTrainedConfig):
             for _ in range(count)
         ]
 
-    # Copied from iiet.modeling_iiet.IIETConfig.window_sizes
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -196,8 +149,8 @@ class IIETConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the validation that `@strict` runs."""
-        if self.method not in ("pcformer", "pcformer_rk4"):
-            raise ValueError(f"this file computes pcformer and pcformer_rk4, not {self.method!r}")
+        if any(self.corrections or ()):
+            raise ValueError(f"method {self.method!r} makes no corrections")
         if self.method_options:
             raise ValueError(
                 f"method {self.method!r} has no option {', '.join(self.method_options)}"
@@ -208,7 +161,7 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
-# Copied from iiet.modeling_iiet.IIETAttention
+# Copied from iiet.hf.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -292,94 +245,10 @@ class IIETAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
-# Copied from iiet.modeling_iiet.at_least_float32
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return a float32 or float64 tensor as it is, and any other as float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# Copied from iiet.modeling_iiet.KeepsFloat32
-class KeepsFloat32(nn.Module):
-    """A module whose own parameters stay float32 when the model is moved to half precision."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFloat32":
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            half = (torch.bfloat16, torch.float16)
-            is_rounded = result.dtype in half and tensor.dtype not in half
-            return tensor.to(result.device, torch.float32) if is_rounded else result
-
-        return super()._apply(moved, recurse)
-
-
-# Copied from iiet.modeling_iiet.IIETEstimateNorm
-class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
-    """The LayerNorm that makes an estimate of a field's output, at least in float32."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = at_least_float32(self.weight)
-        bias = at_least_float32(self.bias)
-        return nn.functional.layer_norm(
-            at_least_float32(hidden_states), self.normalized_shape, weight, bias, self.eps
-        )
-
-
-# Copied from iiet.modeling_iiet.IIETMix
-class IIETMix(KeepsFloat32):
-    """A layer's rows of two matrices: the inner one gives the field's points, the outer h_l."""
-
-    def __init__(self, layer_idx: int) -> None:
-        super().__init__()
-        self.inner = nn.Parameter(torch.full((layer_idx + 2,), 1.0 / (layer_idx + 2)))
-        self.outer = nn.Parameter(torch.full((layer_idx + 2,), 1.0 / (layer_idx + 2)))
-
-    @staticmethod
-    def sum(row: Tensor, estimates: Sequence[Tensor]) -> Tensor:
-        """Sum the estimates, each (batch, time, dim), by the first weights of a row."""
-        weights = at_least_float32(row).unbind()
-        total = weights[0] * estimates[0]
-        for weight, estimate in zip(weights[1:], estimates[1:], strict=False):
-            total = torch.addcmul(total, weight, estimate)
-        return total
-
-
-class IIETPredictor(KeepsFloat32):
-    """The prediction from the stages of a Runge-Kutta step, which all layers share.
-
-    p = h + sum_j a (1 - a)^(n - j) k_j,   k_j = R_j(F(...)),   n stages
-    """
-
-    def __init__(self, config: IIETConfig) -> None:
-        super().__init__()
-        order = 2 if config.method == "pcformer" else 4
-        self.norms = nn.ModuleList(
-            IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(order)
-        )
-        self.alpha = nn.Parameter(torch.full((1,), 0.5))
-
-    def forward(self, hidden_states: Tensor, stages: list[Tensor]) -> Tensor:
-        prediction = hidden_states
-        for number, stage in enumerate(stages, start=1):
-            weight = self.alpha * (1 - self.alpha) ** (len(stages) - number)
-            prediction = prediction + weight * stage
-        return prediction
-
-
-STEPS = {1: (0.0,), 2: (0.0, 1.0), 4: (0.0, 0.5, 0.5, 1.0)}
-"""Number of stages -> how much of the stage before is added to h where each one is evaluated."""
-
-
 class IIETDecoderLayer(GradientCheckpointingLayer):
-    """Predict with a Runge-Kutta step, correct once.
+    """h = F(h), as in a Llama; the base of the other methods."""
 
-        k1  = R_1(F(h_{l-1}));   k2 = R_2(F(h_{l-1} + k1))
-        p   = h_{l-1} + a (1-a) k1 + a k2                       prediction
-        s_l = N(F(sum_{k<l} A[l,k] s_k + A[l,l] P(p)))          correction
-        h_l = sum_{k<=l} C[l,k] s_k
-
-    That has three evaluations. With two, the prediction is h + a k1; with one, it is not corrected.
-    With five it has the four stages of the classical method.
-    """
+    num_evaluations: ClassVar[int] = 1
 
     def __init__(self, config: IIETConfig, layer_idx: int) -> None:
         super().__init__()
@@ -388,11 +257,7 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-        self.prediction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.correction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mix = IIETMix(layer_idx)
-
-    # Copied from iiet.modeling_iiet.IIETDecoderLayer.field
+    # Copied from iiet.hf.modeling_iiet.IIETDecoderLayer.field
     def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
         """Evaluate F, the Llama block, with keys and values in a slot."""
         residual = hidden_states
@@ -406,36 +271,70 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        *estimates: Tensor,
-        slots: range,
-        predictor: IIETPredictor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor]:
-        """Return the hidden state and the estimate of this layer.
+        self, hidden_states: Tensor, slots: range, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
+        """Return the hidden state, (batch, time, dim).
 
         Args:
-            hidden_states: h_{l-1}, (batch, time, dim).
-            estimates: s_0, ..., s_{l-1}. Positional, so that checkpointing differentiates them.
-            slots: those of the stages, and of the correction if there are two or more.
-            predictor: shared by all layers.
+            hidden_states: of the layer before.
+            slots: one for each evaluation.
             kwargs: of `IIETAttention`.
         """
-        is_corrected = len(slots) > 1
-        stage_slots = slots[:-1] if is_corrected else slots
+        return self.field(hidden_states, slots[0], **kwargs)
+
+
+class IIETRungeKutta2Layer(IIETDecoderLayer):
+    """h = h + sum_j b_j k_j;   k_1 = K(h), k_2 = K(h + k_1), with K(x) = F(x) - x."""
+
+    num_evaluations = 2
+    steps: ClassVar[tuple[float, ...]] = (0.0, 1.0)
+    """How much of the stage before is added to h where each stage is evaluated."""
+    coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
+
+    def forward(
+        self, hidden_states: Tensor, slots: range, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
         stages: list[Tensor] = []
-        for slot, step, norm in zip(
-            stage_slots, STEPS[len(stage_slots)], predictor.norms, strict=False
-        ):
+        for slot, step in zip(slots, self.steps, strict=True):
             point = hidden_states + step * stages[-1] if stages else hidden_states
-            stages.append(norm(self.field(point.to(hidden_states.dtype), slot, **kwargs)))
-        estimate = self.prediction_norm(predictor(hidden_states, stages))
-        if is_corrected:
-            point = self.mix.sum(self.mix.inner, [*estimates, estimate]).to(hidden_states.dtype)
-            estimate = self.correction_norm(self.field(point, slots[-1], **kwargs))
-        mixed = self.mix.sum(self.mix.outer, [*estimates, estimate])
-        return mixed.to(hidden_states.dtype), estimate
+            stages.append(self.field(point, slot, **kwargs) - point)
+        return self.combine(hidden_states, stages)
+
+    def combine(self, hidden_states: Tensor, stages: list[Tensor]) -> Tensor:
+        """Add the stages to the hidden state."""
+        for coefficient, stage in zip(self.coefficients, stages, strict=True):
+            hidden_states = hidden_states + coefficient * stage
+        return hidden_states
+
+
+class IIETRungeKutta4Layer(IIETRungeKutta2Layer):
+    """The classical Runge-Kutta method of order 4."""
+
+    num_evaluations = 4
+    steps = (0.0, 0.5, 0.5, 1.0)
+    coefficients = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+
+
+class IIETGatedLayer(IIETRungeKutta2Layer):
+    """h = h + g k_1 + (1 - g) k_2, with a gate g for each token: sigmoid(W [k_1, k_2] + b)."""
+
+    def __init__(self, config: IIETConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate = nn.Linear(2 * config.hidden_size, 1)
+
+    def combine(self, hidden_states: Tensor, stages: list[Tensor]) -> Tensor:
+        first, second = stages
+        gate = torch.sigmoid(self.gate(torch.cat(stages, -1)))
+        return hidden_states + torch.lerp(second, first, gate.to(first.dtype))
+
+
+LAYERS: dict[str, type[IIETDecoderLayer]] = {
+    "vanilla": IIETDecoderLayer,
+    "ode_rk2": IIETRungeKutta2Layer,
+    "ode_rk4": IIETRungeKutta4Layer,
+    "ode_rk2_gated": IIETGatedLayer,
+}
+"""Method -> its layers."""
 
 
 class IIETPreTrainedModel(PreTrainedModel):
@@ -444,8 +343,7 @@ class IIETPreTrainedModel(PreTrainedModel):
     config: IIETConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # Layers read each other's estimates, so a model stays on one device.
-    _no_split_modules = ["IIETModel"]
+    _no_split_modules = ["IIETDecoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -456,16 +354,6 @@ class IIETPreTrainedModel(PreTrainedModel):
         "hidden_states": OutputRecorder(IIETDecoderLayer, num_hidden_layers_key="num_layers"),
         "attentions": IIETAttention,
     }
-    # What from_pretrained(dtype=torch.bfloat16) leaves in float32.
-    _keep_in_fp32_modules_strict = ("prediction_norm", "correction_norm", "mix", "shared")
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, IIETMix):
-            for row in (module.inner, module.outer):
-                init.constant_(row, 1.0 / len(row))
-        elif isinstance(module, IIETPredictor):
-            init.constant_(module.alpha, 0.5)
 
 
 class IIETModel(IIETPreTrainedModel):
@@ -478,9 +366,8 @@ class IIETModel(IIETPreTrainedModel):
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            IIETDecoderLayer(config, layer_idx) for layer_idx in range(config.num_layers)
+            LAYERS[config.method](config, layer_idx) for layer_idx in range(config.num_layers)
         )
-        self.shared = IIETPredictor(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -503,7 +390,7 @@ class IIETModel(IIETPreTrainedModel):
         """Compute the last hidden states; arguments and results are those of a Llama.
 
         `hidden_states` has the embeddings and one entry for each layer, `attentions` one for each
-        evaluation. A cache is used under the iteration schedule that filled it.
+        evaluation.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -527,7 +414,6 @@ class IIETModel(IIETPreTrainedModel):
         )
 
         hidden_states = inputs_embeds
-        estimates = [at_least_float32(inputs_embeds)]
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
         first_slot = 0
@@ -536,11 +422,9 @@ class IIETModel(IIETPreTrainedModel):
         ):
             slots = range(first_slot, first_slot + num_evaluations)
             layer_type = self.config.layer_types[first_slot]
-            hidden_states, estimate = decoder_layer(
+            hidden_states = decoder_layer(
                 hidden_states,
-                *estimates,
                 slots=slots,
-                predictor=self.shared,
                 attention_mask=causal_masks.get(
                     decoder_layer.self_attn.sliding_window, causal_masks[layer_type]
                 ),
@@ -550,13 +434,12 @@ class IIETModel(IIETPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-            estimates.append(estimate)
             first_slot = slots.stop
 
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    # Copied from iiet.modeling_iiet.IIETModel.make_causal_masks
+    # Copied from iiet.hf.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -579,7 +462,7 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
-    # Copied from iiet.modeling_iiet.IIETModel.check_one_window
+    # Copied from iiet.hf.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -588,7 +471,7 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
-    # Copied from iiet.modeling_iiet.IIETModel.check_server
+    # Copied from iiet.hf.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -599,7 +482,6 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
-# Copied from iiet.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -615,6 +497,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
 
         self.post_init()
 
+    # Copied from iiet.hf.modeling_iiet.IIETForCausalLM.forward
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -657,19 +540,8 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def with_schedule(self, corrections: int | Sequence[int]) -> "IIETForCausalLM":
-        """Return a model with the same weights, shared, under another iteration schedule.
 
-        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule(0))`.
-        """
-        config = copy.deepcopy(self.config)
-        config.set_corrections(corrections)
-        # Copies of the modules around the same tensors, all of them with the new config.
-        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        return copy.deepcopy(self, {id(self.config): config, **shared})
-
-
-# Copied from iiet.modeling_iiet.IIETForSequenceClassification
+# Copied from iiet.hf.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

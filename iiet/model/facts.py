@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from iiet.checks import check_rules, is_integer_from, is_number_from
 from iiet.extensions import ExtensionTable
-from iiet.schedule import IterationSchedule
+from iiet.model.schedule import IterationSchedule
 
 __all__ = [
     "INFLUENCE_METRICS", "METHODS", "ImplicitEulerOptions", "LayerCounts", "MethodFacts",
@@ -307,10 +307,10 @@ class MetricFacts:
 
 _OWN_METRICS: dict[str, tuple[str, MetricFacts]] = {
     # Version 2 compares what damped corrections leave, and no longer what their fields return.
-    "cosine": ("iiet.influence:Cosine", MetricFacts(version=2)),
-    "relative": ("iiet.influence:Relative", MetricFacts(version=2)),
+    "cosine": ("iiet.iiad.influence:Cosine", MetricFacts(version=2)),
+    "relative": ("iiet.iiad.influence:Relative", MetricFacts(version=2)),
     "loss": (
-        "iiet.influence:LossRise",
+        "iiet.iiad.influence:LossRise",
         MetricFacts(needs_targets=True, may_be_negative=True, is_of_stopping=True),
     ),
 }
@@ -318,7 +318,7 @@ INFLUENCE_METRICS: ExtensionTable[Any] = ExtensionTable(
     "iiet.influence_metrics",
     "influence metric",
     {name: place for name, (place, _) in _OWN_METRICS.items()},
-    "iiet.influence:InfluenceMetric",
+    "iiet.iiad.influence:InfluenceMetric",
 )
 """Influence metrics; the names are the values of the setting `influence.metric`."""
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from iiet.config import ModelConfig, RopeScaling
-from iiet.weights import CONFIG_NAMES
+from iiet.hf.weights import CONFIG_NAMES
+from iiet.model.config import ModelConfig, RopeScaling
 
 __all__ = [
     "MODEL_TYPES",

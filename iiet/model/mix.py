@@ -23,8 +23,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iiet.facts import StartKind
-from iiet.layers import KeepsFloat32, at_least_float32
+from iiet.model.facts import StartKind
+from iiet.model.layers import KeepsFloat32, at_least_float32
 
 __all__ = ["BlendedNorm", "EstimateNorm", "History", "Mix", "PartialSum"]
 

@@ -2,14 +2,14 @@
 
 Prompts of different lengths are padded on the left. A row that has ended repeats its last token;
 generation ends when all rows have ended. The seed alone determines what is sampled
-(`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows. Where
-none is given, PyTorch's generator draws one.
+(`iiet.decoding.sampling`); with a seed for each row, a row's tokens do not depend on the other
+rows. Where none is given, PyTorch's generator draws one.
 
-On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
-all rows have ended, or logits are not finite, is read every `STOP_INTERVAL` steps, and what was
-computed after the end is dropped, so the results are the same.
+On a GPU, steps have fixed shapes (`iiet.decoding.static_steps`), and no step waits for the device.
+Whether all rows have ended, or logits are not finite, is read every `STOP_INTERVAL` steps, and what
+was computed after the end is dropped, so the results are the same.
 
-With a draft, the tokens are the same ones, from fewer passes (`iiet.speculative`).
+With a draft, the tokens are the same ones, from fewer passes (`iiet.decoding.speculative`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from iiet.request import GenerationOptions, GenerativeModel, Request
-from iiet.sampling import LogitsNotFinite, not_finite
-from iiet.speculative import DraftRecord, draft_models, drafted_steps
-from iiet.static_steps import StaticSteps, keep_steps, kept_steps
+from iiet.decoding.request import GenerationOptions, GenerativeModel, Request
+from iiet.decoding.sampling import LogitsNotFinite, not_finite
+from iiet.decoding.speculative import DraftRecord, draft_models, drafted_steps
+from iiet.decoding.static_steps import StaticSteps, keep_steps, kept_steps
 
 __all__ = ["STOP_INTERVAL", "does_not_fit", "stream", "until_all_end"]
 

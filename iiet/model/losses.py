@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.batch import NO_TARGET, Batch, Count
-from iiet.config import DivergenceKind
-from iiet.layers import at_least_float32, product_dtype
+from iiet.model.batch import NO_TARGET, Batch, Count
+from iiet.model.config import DivergenceKind
+from iiet.model.layers import at_least_float32, product_dtype
 
 __all__ = [
     "CHUNK_ELEMENTS",

@@ -1,15 +1,16 @@
-"""Looped models as a model of transformers, in one file that needs torch and transformers alone.
+"""PCformer as a model of transformers, in one file that needs torch and transformers alone.
 
 An exported folder contains this file as `modeling_iiet.py`, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where the package is
 not installed. It computes what `iiet.Decoder` computes, under the same names of weights.
 
-A layer is a Llama block. The stack of layers runs `1 + r` times, each run on what the one before
-returned; the *iteration schedule* (`config.corrections`) says r.
+A layer's *field* F is its whole Llama block. PCformer predicts with a Runge-Kutta step over F and
+corrects the prediction once. Each layer leaves an *estimate* s_l, and every later layer reads all
+of them through learned rows, the *mix*.
 
-Each layer of each run attends to what the same run left for earlier tokens, so it has a *slot* of
+Each evaluation attends to what the same evaluation left for earlier tokens, so it has a *slot* of
 keys and values of its own. Caches and servers find it as a layer: `config.num_hidden_layers` counts
-the runs of layers, `config.num_layers` the layers.
+the evaluations, `config.num_layers` the layers.
 """
 
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
@@ -22,6 +23,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     create_causal_mask,
@@ -46,7 +48,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+FULL_LEVEL = 2
+"""The highest level of a layer of `pcformer`, at which it is the published method."""
+EVALUATIONS_OF_RK4 = 5
 
 
 @strict
@@ -65,12 +71,14 @@ class IIETConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # No pipeline plan: the first layer reads what the last one returned.
+    # No pipeline plan: a layer reads the estimates of all earlier ones.
 
-    method: str = "looped"
+    method: str = "pcformer"
+    """`pcformer`, or `pcformer_rk4` with a prediction of order 4."""
     method_options: dict[str, Any] | None = None
-    corrections: list[int] | tuple[int, ...] | int = 1
-    """The iteration schedule: how often the stack runs again, the same number for all layers."""
+    corrections: list[int] | tuple[int, ...] | int | None = None
+    """The iteration schedule: levels per layer, or one for all layers; None for the full one. There
+    are none of `pcformer_rk4`."""
     vocab_size: int = 32000
     hidden_size: int = 512
     intermediate_size: int = 1408
@@ -107,7 +115,7 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
-    # Copied from iiet.modeling_iiet.IIETConfig.__post_init__
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -118,7 +126,7 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
-    # Copied from iiet.modeling_iiet.IIETConfig.__setattr__
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.__setattr__
     def __setattr__(self, name: str, value: Any) -> None:
         # After the first time, which is before the number of layers is known.
         if name == "corrections" and vars(self).get("num_layers") is not None:
@@ -126,7 +134,7 @@ class IIETConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
-    # Copied from iiet.modeling_iiet.IIETConfig.from_dict
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.from_dict
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets keyword arguments on a config that has counted its evaluations.
@@ -134,28 +142,38 @@ class IIETConfig(PreTrainedConfig):
             config_dict = {**config_dict, "corrections": kwargs.pop("corrections")}
         return super().from_dict(config_dict, **kwargs)
 
-    def set_corrections(self, corrections: int | Sequence[int]) -> None:
-        """Take an iteration schedule: how often the stack runs again, perhaps for each layer."""
+    def set_corrections(self, corrections: int | Sequence[int] | None) -> None:
+        """Take an iteration schedule: one level for all layers, or one for each.
+
+        At level 0 a layer is its prediction of order 1, at level 1 this is corrected, and at level
+        2 the prediction has order 2: one, two and three evaluations.
+        """
+        highest = FULL_LEVEL if self.method == "pcformer" else 0
+        if corrections is None:
+            corrections = highest
         if isinstance(corrections, list | tuple):
             schedule = list(corrections)
         else:
             schedule = [corrections] * self.num_layers
-        are_counts = all(isinstance(count, int) and count >= 0 for count in schedule)
-        if len(schedule) != self.num_layers or not are_counts or len(set(schedule)) > 1:
+        are_levels = all(isinstance(level, int) and 0 <= level <= highest for level in schedule)
+        if len(schedule) != self.num_layers or not are_levels:
             raise ValueError(
-                f"corrections must be one number from 0, or the same for each of "
+                f"corrections must be one level from 0 to {highest}, or one for each of "
                 f"{self.num_layers} layers, got {corrections!r}"
             )
         super().__setattr__("corrections", schedule)
         self.set_slots()
 
     @property
-    def num_runs(self) -> int:
-        """How often the stack of layers runs."""
-        return 1 + self.corrections[0]
+    def evaluations_per_layer(self) -> list[int]:
+        """The stages of the prediction and the correction of each layer."""
+        if self.method == "pcformer_rk4":
+            return [EVALUATIONS_OF_RK4] * self.num_layers
+        return [1 + level for level in self.corrections]
 
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.set_slots
     def set_slots(self) -> None:
-        """Count the layers of all runs, and say what each attends to."""
+        """Count the evaluations, one layer after the other, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_layers:
@@ -163,13 +181,14 @@ class IIETConfig(PreTrainedConfig):
         windows = self.sliding_windows or [None] * self.num_layers
         # A config of transformers has one window; `IIETModel` makes the masks of several itself.
         self.sliding_window = self.window_sizes[0] if len(self.window_sizes) == 1 else None
-        self.num_hidden_layers = self.num_runs * self.num_layers
-        self.layer_types = self.num_runs * [
+        self.num_hidden_layers = sum(self.evaluations_per_layer)
+        self.layer_types = [
             "sliding_attention" if window and self.sliding_window else "full_attention"
-            for window in windows
+            for window, count in zip(windows, self.evaluations_per_layer, strict=True)
+            for _ in range(count)
         ]
 
-    # Copied from iiet.modeling_iiet.IIETConfig.window_sizes
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -177,8 +196,8 @@ class IIETConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the validation that `@strict` runs."""
-        if self.method != "looped":
-            raise ValueError(f"this file computes the method 'looped', not {self.method!r}")
+        if self.method not in ("pcformer", "pcformer_rk4"):
+            raise ValueError(f"this file computes pcformer and pcformer_rk4, not {self.method!r}")
         if self.method_options:
             raise ValueError(
                 f"method {self.method!r} has no option {', '.join(self.method_options)}"
@@ -189,7 +208,7 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
-# Copied from iiet.modeling_iiet.IIETAttention
+# Copied from iiet.hf.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -273,8 +292,94 @@ class IIETAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
+# Copied from iiet.hf.modeling_iiet.at_least_float32
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a float32 or float64 tensor as it is, and any other as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Copied from iiet.hf.modeling_iiet.KeepsFloat32
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay float32 when the model is moved to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFloat32":
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            half = (torch.bfloat16, torch.float16)
+            is_rounded = result.dtype in half and tensor.dtype not in half
+            return tensor.to(result.device, torch.float32) if is_rounded else result
+
+        return super()._apply(moved, recurse)
+
+
+# Copied from iiet.hf.modeling_iiet.IIETEstimateNorm
+class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
+    """The LayerNorm that makes an estimate of a field's output, at least in float32."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = at_least_float32(self.weight)
+        bias = at_least_float32(self.bias)
+        return nn.functional.layer_norm(
+            at_least_float32(hidden_states), self.normalized_shape, weight, bias, self.eps
+        )
+
+
+# Copied from iiet.hf.modeling_iiet.IIETMix
+class IIETMix(KeepsFloat32):
+    """A layer's rows of two matrices: the inner one gives the field's points, the outer h_l."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.full((layer_idx + 2,), 1.0 / (layer_idx + 2)))
+        self.outer = nn.Parameter(torch.full((layer_idx + 2,), 1.0 / (layer_idx + 2)))
+
+    @staticmethod
+    def sum(row: Tensor, estimates: Sequence[Tensor]) -> Tensor:
+        """Sum the estimates, each (batch, time, dim), by the first weights of a row."""
+        weights = at_least_float32(row).unbind()
+        total = weights[0] * estimates[0]
+        for weight, estimate in zip(weights[1:], estimates[1:], strict=False):
+            total = torch.addcmul(total, weight, estimate)
+        return total
+
+
+class IIETPredictor(KeepsFloat32):
+    """The prediction from the stages of a Runge-Kutta step, which all layers share.
+
+    p = h + sum_j a (1 - a)^(n - j) k_j,   k_j = R_j(F(...)),   n stages
+    """
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__()
+        order = 2 if config.method == "pcformer" else 4
+        self.norms = nn.ModuleList(
+            IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(order)
+        )
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, hidden_states: Tensor, stages: list[Tensor]) -> Tensor:
+        prediction = hidden_states
+        for number, stage in enumerate(stages, start=1):
+            weight = self.alpha * (1 - self.alpha) ** (len(stages) - number)
+            prediction = prediction + weight * stage
+        return prediction
+
+
+STEPS = {1: (0.0,), 2: (0.0, 1.0), 4: (0.0, 0.5, 0.5, 1.0)}
+"""Number of stages -> how much of the stage before is added to h where each one is evaluated."""
+
+
 class IIETDecoderLayer(GradientCheckpointingLayer):
-    """A Llama block."""
+    """Predict with a Runge-Kutta step, correct once.
+
+        k1  = R_1(F(h_{l-1}));   k2 = R_2(F(h_{l-1} + k1))
+        p   = h_{l-1} + a (1-a) k1 + a k2                       prediction
+        s_l = N(F(sum_{k<l} A[l,k] s_k + A[l,l] P(p)))          correction
+        h_l = sum_{k<=l} C[l,k] s_k
+
+    That has three evaluations. With two, the prediction is h + a k1; with one, it is not corrected.
+    With five it has the four stages of the classical method.
+    """
 
     def __init__(self, config: IIETConfig, layer_idx: int) -> None:
         super().__init__()
@@ -283,9 +388,13 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, slot: int, **kwargs: Unpack[TransformersKwargs]
-    ) -> Tensor:
+        self.prediction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.correction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mix = IIETMix(layer_idx)
+
+    # Copied from iiet.hf.modeling_iiet.IIETDecoderLayer.field
+    def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
+        """Evaluate F, the Llama block, with keys and values in a slot."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states, slot=slot, **kwargs)
@@ -296,6 +405,38 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *estimates: Tensor,
+        slots: range,
+        predictor: IIETPredictor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden state and the estimate of this layer.
+
+        Args:
+            hidden_states: h_{l-1}, (batch, time, dim).
+            estimates: s_0, ..., s_{l-1}. Positional, so that checkpointing differentiates them.
+            slots: those of the stages, and of the correction if there are two or more.
+            predictor: shared by all layers.
+            kwargs: of `IIETAttention`.
+        """
+        is_corrected = len(slots) > 1
+        stage_slots = slots[:-1] if is_corrected else slots
+        stages: list[Tensor] = []
+        for slot, step, norm in zip(
+            stage_slots, STEPS[len(stage_slots)], predictor.norms, strict=False
+        ):
+            point = hidden_states + step * stages[-1] if stages else hidden_states
+            stages.append(norm(self.field(point.to(hidden_states.dtype), slot, **kwargs)))
+        estimate = self.prediction_norm(predictor(hidden_states, stages))
+        if is_corrected:
+            point = self.mix.sum(self.mix.inner, [*estimates, estimate]).to(hidden_states.dtype)
+            estimate = self.correction_norm(self.field(point, slots[-1], **kwargs))
+        mixed = self.mix.sum(self.mix.outer, [*estimates, estimate])
+        return mixed.to(hidden_states.dtype), estimate
+
 
 class IIETPreTrainedModel(PreTrainedModel):
     """What the models have in common."""
@@ -303,19 +444,32 @@ class IIETPreTrainedModel(PreTrainedModel):
     config: IIETConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["IIETDecoderLayer"]
+    # Layers read each other's estimates, so a model stays on one device.
+    _no_split_modules = ["IIETModel"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
 
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    # Hidden states are those of the last run alone, which `IIETModel` collects itself.
-    _can_record_outputs = {"attentions": IIETAttention}
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(IIETDecoderLayer, num_hidden_layers_key="num_layers"),
+        "attentions": IIETAttention,
+    }
+    # What from_pretrained(dtype=torch.bfloat16) leaves in float32.
+    _keep_in_fp32_modules_strict = ("prediction_norm", "correction_norm", "mix", "shared")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, IIETMix):
+            for row in (module.inner, module.outer):
+                init.constant_(row, 1.0 / len(row))
+        elif isinstance(module, IIETPredictor):
+            init.constant_(module.alpha, 0.5)
 
 
 class IIETModel(IIETPreTrainedModel):
-    """Embed, run the stack of layers as often as the schedule says, norm."""
+    """Embed, advance L times, norm."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -326,6 +480,7 @@ class IIETModel(IIETPreTrainedModel):
         self.layers = nn.ModuleList(
             IIETDecoderLayer(config, layer_idx) for layer_idx in range(config.num_layers)
         )
+        self.shared = IIETPredictor(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -343,14 +498,12 @@ class IIETModel(IIETPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Compute the last hidden states; arguments and results are those of a Llama.
 
-        `hidden_states` has the embeddings and one entry for each layer, in the last run, and
-        `attentions` one for each layer of each run. A cache is used under the iteration schedule
-        that filled it.
+        `hidden_states` has the embeddings and one entry for each layer, `attentions` one for each
+        evaluation. A cache is used under the iteration schedule that filled it.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -374,38 +527,36 @@ class IIETModel(IIETPreTrainedModel):
         )
 
         hidden_states = inputs_embeds
+        estimates = [at_least_float32(inputs_embeds)]
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        for run in range(self.config.num_runs):
-            all_hidden_states = [inputs_embeds]
-            for layer_idx, decoder_layer in enumerate(self.layers):
-                slot = run * self.config.num_layers + layer_idx
-                layer_type = self.config.layer_types[slot]
-                hidden_states = decoder_layer(
-                    hidden_states,
-                    slot=slot,
-                    attention_mask=causal_masks.get(
-                        decoder_layer.self_attn.sliding_window, causal_masks[layer_type]
-                    ),
-                    position_embeddings=position_embeddings,
-                    position_ids=position_ids,
-                    cache=cache,
-                    use_cache=use_cache,
-                    **kwargs,
-                )
-                all_hidden_states.append(hidden_states)
+        first_slot = 0
+        for decoder_layer, num_evaluations in zip(
+            self.layers, self.config.evaluations_per_layer, strict=True
+        ):
+            slots = range(first_slot, first_slot + num_evaluations)
+            layer_type = self.config.layer_types[first_slot]
+            hidden_states, estimate = decoder_layer(
+                hidden_states,
+                *estimates,
+                slots=slots,
+                predictor=self.shared,
+                attention_mask=causal_masks.get(
+                    decoder_layer.self_attn.sliding_window, causal_masks[layer_type]
+                ),
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            estimates.append(estimate)
+            first_slot = slots.stop
 
         hidden_states = self.norm(hidden_states)
-        all_hidden_states[-1] = hidden_states
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            cache=cache,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    # Copied from iiet.modeling_iiet.IIETModel.make_causal_masks
+    # Copied from iiet.hf.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -428,7 +579,7 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
-    # Copied from iiet.modeling_iiet.IIETModel.check_one_window
+    # Copied from iiet.hf.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -437,7 +588,7 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
-    # Copied from iiet.modeling_iiet.IIETModel.check_server
+    # Copied from iiet.hf.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -448,7 +599,7 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
-# Copied from iiet.modeling_iiet.IIETForCausalLM
+# Copied from iiet.hf.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -518,7 +669,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         return copy.deepcopy(self, {id(self.config): config, **shared})
 
 
-# Copied from iiet.modeling_iiet.IIETForSequenceClassification
+# Copied from iiet.hf.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

@@ -11,7 +11,7 @@ the embeddings, if no layer before d is kept), and every row keeps its sum:
 
 Methods without a mix lose the layer and nothing else. The result is a model like any other: passes,
 caches, costs and exports know nothing of layers that were left out. Which layers to leave out,
-`iiet.pruning` says. Source: Men et al. 2024 (ShortGPT); the rule for the mix: this project.
+`iiet.iiad.pruning` says. Source: Men et al. 2024 (ShortGPT); the rule for the mix: this project.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from iiet.decoder import Decoder
-from iiet.mix import Mix
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.model.mix import Mix
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["decoder_of_kept_layers"]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from iiet.backbone import Backbone
-from iiet.config import ModelConfig
-from iiet.plain_models import config_from_plain
-from iiet.schedule import IterationSchedule
-from iiet.weights import LazyTensor, non_finite
+from iiet.hf.plain_models import config_from_plain
+from iiet.hf.weights import LazyTensor, non_finite
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule
 
 __all__ = [
     "config_from_published",
@@ -71,7 +71,7 @@ def config_from_published(
     Args:
         config: keys that do not concern the model are ignored. `kind` is the method (vanilla, iiet,
             pcformer); without it, the names of the weights show the method, and a model that is
-            plain has a `model_type` of `iiet.plain_models.MODEL_TYPES`.
+            plain has a `model_type` of `iiet.hf.plain_models.MODEL_TYPES`.
         weight_names: the published names of the weights.
 
     Raises:

@@ -3,9 +3,9 @@
 To decode one token, a GPU runs over a thousand kernels. Starting each of them takes the CPU longer
 than the kernel runs. A CUDA graph is a recorded list of kernels that start together, always with
 the same arguments and shapes. So values that change from token to token are stored on the device
-(`iiet.cache.Window`), and attention reads the cache up to a multiple of `WINDOW` tokens. There is
-one graph for each decoder (with its iteration schedule), batch size and multiple. A decoder keeps
-the graphs that were used last, also after a generation.
+(`iiet.model.cache.Window`), and attention reads the cache up to a multiple of `WINDOW` tokens.
+There is one graph for each decoder (with its iteration schedule), batch size and multiple. A
+decoder keeps the graphs that were used last, also after a generation.
 
 A matrix product needs scratch memory, its workspace. PyTorch keeps one workspace per CUDA stream,
 and frees it when any graph that was captured on the stream is destroyed (pytorch#193402); other
@@ -26,9 +26,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from iiet.cache import KeyValueCache, KvStrategy, Window
-from iiet.fast import may_read_weights
-from iiet.request import GenerativeModel
+from iiet.decoding.request import GenerativeModel
+from iiet.model.cache import KeyValueCache, KvStrategy, Window
+from iiet.model.fast import may_read_weights
 
 __all__ = ["Capture", "StaticSteps", "capture_graph", "keep_steps", "kept_steps"]
 

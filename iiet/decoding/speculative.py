@@ -6,7 +6,8 @@
                  any row, and the model's choice after them
 
 The output is what the model alone generates from the same seed, token for token, up to rounding:
-each token is the model's choice, and its noise belongs to row and position (`iiet.sampling`).
+each token is the model's choice, and its noise belongs to row and position
+(`iiet.decoding.sampling`).
 
 A draft with no more corrections in any layer reads and writes the model's own cache, in the slots
 of its evaluations, and verification overwrites what it wrote: no second cache, no second prefill.
@@ -34,14 +35,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iiet.cache import KeyValueCache
 from iiet.checks import check_rules, is_integer_from
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.facts import facts_of
-from iiet.request import GenerativeModel, Request
-from iiet.sampling import LogitsNotFinite, not_finite
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.decoding.request import GenerativeModel, Request
+from iiet.decoding.sampling import LogitsNotFinite, not_finite
+from iiet.model.cache import KeyValueCache
+from iiet.model.config import ModelConfig
+from iiet.model.facts import facts_of
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 
 __all__ = [
     "MAX_DRAFT_TOKENS",

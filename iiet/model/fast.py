@@ -1,4 +1,4 @@
-"""Faster CPU forms of what `iiet.layers` computes, and when they apply.
+"""Faster CPU forms of what `iiet.model.layers` computes, and when they apply.
 
     rms_norm             keeps its input only: PyTorch has no fused kernel for it on a CPU, and its
                          operations keep the normalized input, too
@@ -262,7 +262,7 @@ def normalize_few_rows(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Do `iiet.layers.rotate` in place, for tables of the same dtype."""
+    """Do `iiet.model.layers.rotate` in place, for tables of the same dtype."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     heads.mul_(cos).addcmul_(swapped, sin)
 

@@ -1,9 +1,9 @@
 """Iteration schedules: how many corrections each layer makes, and which layers are left out.
 
 A schedule is a plain value without torch, so that configs, cost counts and sweeps can share it.
-`iiet.pruning` derives schedules from an influence table. A schedule that leaves layers out is one
-relative to a larger model: `iiet.left_out` makes the model of the kept layers, which is all that
-runs. Source: this project.
+`iiet.iiad.pruning` derives schedules from an influence table. A schedule that leaves layers out is
+one relative to a larger model: `iiet.iiad.left_out` makes the model of the kept layers, which is
+all that runs. Source: this project.
 """
 
 from __future__ import annotations

@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from iiet import facts
-from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
-from iiet.facts import MetricFacts, metric_facts_of
-from iiet.left_out import decoder_of_kept_layers
-from iiet.losses import cross_entropy_and_accuracy
+from iiet.iiad.left_out import decoder_of_kept_layers
+from iiet.iiad.pruning import InfluenceTable, LeavingRound, Rows, num_passes_one_at_a_time
 from iiet.methods import Evaluation
-from iiet.pruning import InfluenceTable, LeavingRound, Rows, num_passes_one_at_a_time
-from iiet.schedule import IterationSchedule
+from iiet.model import facts
+from iiet.model.batch import Batch
+from iiet.model.facts import MetricFacts, metric_facts_of
+from iiet.model.losses import cross_entropy_and_accuracy
+from iiet.model.schedule import IterationSchedule
 
 __all__ = [
     "INFLUENCE_METRICS",
@@ -305,7 +305,7 @@ def influence_table(
         cosine     1 - cos(y(i-1), y(i));         of the layer: 1 - cos(h_{l-1}, h_l)
         relative   |y(i) - y(i-1)| / |y(i)|;      of the layer: |h_l - h_{l-1}| / |h_l|
         loss       rise of the loss when the layer stops after i-1 corrections, all else full;
-                   of the layer: when it is left out (`iiet.left_out`)
+                   of the layer: when it is left out (`iiet.iiad.left_out`)
 
     `loss` also measures the accuracy that is lost, unless the batches are text.
 
@@ -317,7 +317,7 @@ def influence_table(
         whole_layers: whether to measure whole layers, too: for `loss` a pass without each layer.
             None: where this takes no further pass, and where the model makes no corrections.
         progress: called after each forward pass with the number of passes done, in all of
-            `iiet.pruning.num_passes` of each batch.
+            `iiet.iiad.pruning.num_passes` of each batch.
 
     Returns:
         The table, with one row per layer; rows are empty where a method makes no corrections.
@@ -384,7 +384,7 @@ def leave_out_one_at_a_time(
     """Leave layers out one after the other, each time that of least influence, measured again.
 
     What a layer's leaving adds depends on which others are gone: of two layers of which either may
-    go, perhaps not both may. `iiet.pruning.table_of_rounds` makes a table of the rounds.
+    go, perhaps not both may. `iiet.iiad.pruning.table_of_rounds` makes a table of the rounds.
 
     Args:
         decoder: with all layers, under its own iteration schedule.
@@ -393,7 +393,7 @@ def leave_out_one_at_a_time(
         num_leaving: how many layers leave, at most all but one.
         rounds: those that were made already, of the same decoder, batches and metric.
         progress: called after each forward pass with the number of passes done in all rounds, those
-            made already included; in all `iiet.pruning.num_passes_one_at_a_time` of each batch.
+            made already included; in all `num_passes_one_at_a_time` of each batch.
 
     Yields:
         Each further round, when it is made.

@@ -1,7 +1,7 @@
 """Positions and mask of one forward pass.
 
 Neither depends on layer or correction, so both are computed once per pass, and all evaluations
-share them (`iiet.layers.PassContext`). Positions do not count padding. A cache remembers its
+share them (`iiet.model.layers.PassContext`). Positions do not count padding. A cache remembers its
 padding, so later passes need no mask, and a mask that contradicts the cache is refused. Most passes
 need no mask at all: the kernel has a causal one.
 """
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iiet.cache import KeyValueCache
-from iiet.layers import Block, PassContext, Rope, StepWeights
+from iiet.model.cache import KeyValueCache
+from iiet.model.layers import Block, PassContext, Rope, StepWeights
 
 __all__ = ["make_context"]
 

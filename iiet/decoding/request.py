@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from iiet.backbone import Backbone
-from iiet.cache import KeyValueCache, KvStrategy
 from iiet.checks import check_rules, is_integer_from
-from iiet.config import ModelConfig
-from iiet.sampling import Sampler, Seed, row_keys, sampling_rules
-from iiet.schedule import IterationSchedule, ScheduleLike
+from iiet.decoding.sampling import Sampler, Seed, row_keys, sampling_rules
+from iiet.model.cache import KeyValueCache, KvStrategy
+from iiet.model.config import ModelConfig
+from iiet.model.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["GenerationOptions", "GenerativeModel", "Request"]
 

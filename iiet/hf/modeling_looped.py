@@ -1,21 +1,22 @@
-"""Explicit methods as a model of transformers, in one file that needs torch and transformers alone.
+"""Looped models as a model of transformers, in one file that needs torch and transformers alone.
 
 An exported folder contains this file as `modeling_iiet.py`, so
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where the package is
 not installed. It computes what `iiet.Decoder` computes, under the same names of weights.
 
-A layer's *field* F is its whole Llama block. `vanilla` evaluates it once, as a Llama does; the
-Runge-Kutta methods evaluate it two or four times and add the stages to the hidden state.
+A layer is a Llama block. The stack of layers runs `1 + r` times, each run on what the one before
+returned; the *iteration schedule* (`config.corrections`) says r.
 
-Each evaluation attends to what the same evaluation left for earlier tokens, so it has a *slot* of
+Each layer of each run attends to what the same run left for earlier tokens, so it has a *slot* of
 keys and values of its own. Caches and servers find it as a layer: `config.num_hidden_layers` counts
-the evaluations, `config.num_layers` the layers.
+the runs of layers, `config.num_layers` the layers.
 """
 
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -45,7 +46,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 
 @strict
@@ -64,13 +65,12 @@ class IIETConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # No pipeline plan: it would divide the evaluations, as if each were a layer.
+    # No pipeline plan: the first layer reads what the last one returned.
 
-    method: str = "ode_rk2"
-    """How a layer advances the hidden state: a key of `LAYERS`."""
+    method: str = "looped"
     method_options: dict[str, Any] | None = None
-    corrections: list[int] | None = None
-    """The iteration schedule, which other methods have."""
+    corrections: list[int] | tuple[int, ...] | int = 1
+    """The iteration schedule: how often the stack runs again, the same number for all layers."""
     vocab_size: int = 32000
     hidden_size: int = 512
     intermediate_size: int = 1408
@@ -107,6 +107,7 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -114,19 +115,47 @@ class IIETConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_layers is None:
             self.num_layers = self.num_hidden_layers
-        if self.method not in LAYERS:
-            raise ValueError(f"method must be one of {', '.join(LAYERS)}, got {self.method!r}")
-        self.set_slots()
+        self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
-    @property
-    def evaluations_per_layer(self) -> list[int]:
-        """The stages of each layer."""
-        return [LAYERS[self.method].num_evaluations] * self.num_layers
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.__setattr__
+    def __setattr__(self, name: str, value: Any) -> None:
+        # After the first time, which is before the number of layers is known.
+        if name == "corrections" and vars(self).get("num_layers") is not None:
+            self.set_corrections(value)
+        else:
+            super().__setattr__(name, value)
 
-    # Copied from iiet.modeling_iiet.IIETConfig.set_slots
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.from_dict
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The base class sets keyword arguments on a config that has counted its evaluations.
+        if "corrections" in kwargs:
+            config_dict = {**config_dict, "corrections": kwargs.pop("corrections")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def set_corrections(self, corrections: int | Sequence[int]) -> None:
+        """Take an iteration schedule: how often the stack runs again, perhaps for each layer."""
+        if isinstance(corrections, list | tuple):
+            schedule = list(corrections)
+        else:
+            schedule = [corrections] * self.num_layers
+        are_counts = all(isinstance(count, int) and count >= 0 for count in schedule)
+        if len(schedule) != self.num_layers or not are_counts or len(set(schedule)) > 1:
+            raise ValueError(
+                f"corrections must be one number from 0, or the same for each of "
+                f"{self.num_layers} layers, got {corrections!r}"
+            )
+        super().__setattr__("corrections", schedule)
+        self.set_slots()
+
+    @property
+    def num_runs(self) -> int:
+        """How often the stack of layers runs."""
+        return 1 + self.corrections[0]
+
     def set_slots(self) -> None:
-        """Count the evaluations, one layer after the other, and say what each attends to."""
+        """Count the layers of all runs, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_layers:
@@ -134,14 +163,13 @@ class IIETConfig(PreTrainedConfig):
         windows = self.sliding_windows or [None] * self.num_layers
         # A config of transformers has one window; `IIETModel` makes the masks of several itself.
         self.sliding_window = self.window_sizes[0] if len(self.window_sizes) == 1 else None
-        self.num_hidden_layers = sum(self.evaluations_per_layer)
-        self.layer_types = [
+        self.num_hidden_layers = self.num_runs * self.num_layers
+        self.layer_types = self.num_runs * [
             "sliding_attention" if window and self.sliding_window else "full_attention"
-            for window, count in zip(windows, self.evaluations_per_layer, strict=True)
-            for _ in range(count)
+            for window in windows
         ]
 
-    # Copied from iiet.modeling_iiet.IIETConfig.window_sizes
+    # Copied from iiet.hf.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -149,8 +177,8 @@ class IIETConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the validation that `@strict` runs."""
-        if any(self.corrections or ()):
-            raise ValueError(f"method {self.method!r} makes no corrections")
+        if self.method != "looped":
+            raise ValueError(f"this file computes the method 'looped', not {self.method!r}")
         if self.method_options:
             raise ValueError(
                 f"method {self.method!r} has no option {', '.join(self.method_options)}"
@@ -161,7 +189,7 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
-# Copied from iiet.modeling_iiet.IIETAttention
+# Copied from iiet.hf.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -246,9 +274,7 @@ class IIETAttention(nn.Module):
 
 
 class IIETDecoderLayer(GradientCheckpointingLayer):
-    """h = F(h), as in a Llama; the base of the other methods."""
-
-    num_evaluations: ClassVar[int] = 1
+    """A Llama block."""
 
     def __init__(self, config: IIETConfig, layer_idx: int) -> None:
         super().__init__()
@@ -257,9 +283,9 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    # Copied from iiet.modeling_iiet.IIETDecoderLayer.field
-    def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
-        """Evaluate F, the Llama block, with keys and values in a slot."""
+    def forward(
+        self, hidden_states: Tensor, slot: int, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states, slot=slot, **kwargs)
@@ -269,72 +295,6 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
-
-    def forward(
-        self, hidden_states: Tensor, slots: range, **kwargs: Unpack[TransformersKwargs]
-    ) -> Tensor:
-        """Return the hidden state, (batch, time, dim).
-
-        Args:
-            hidden_states: of the layer before.
-            slots: one for each evaluation.
-            kwargs: of `IIETAttention`.
-        """
-        return self.field(hidden_states, slots[0], **kwargs)
-
-
-class IIETRungeKutta2Layer(IIETDecoderLayer):
-    """h = h + sum_j b_j k_j;   k_1 = K(h), k_2 = K(h + k_1), with K(x) = F(x) - x."""
-
-    num_evaluations = 2
-    steps: ClassVar[tuple[float, ...]] = (0.0, 1.0)
-    """How much of the stage before is added to h where each stage is evaluated."""
-    coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
-
-    def forward(
-        self, hidden_states: Tensor, slots: range, **kwargs: Unpack[TransformersKwargs]
-    ) -> Tensor:
-        stages: list[Tensor] = []
-        for slot, step in zip(slots, self.steps, strict=True):
-            point = hidden_states + step * stages[-1] if stages else hidden_states
-            stages.append(self.field(point, slot, **kwargs) - point)
-        return self.combine(hidden_states, stages)
-
-    def combine(self, hidden_states: Tensor, stages: list[Tensor]) -> Tensor:
-        """Add the stages to the hidden state."""
-        for coefficient, stage in zip(self.coefficients, stages, strict=True):
-            hidden_states = hidden_states + coefficient * stage
-        return hidden_states
-
-
-class IIETRungeKutta4Layer(IIETRungeKutta2Layer):
-    """The classical Runge-Kutta method of order 4."""
-
-    num_evaluations = 4
-    steps = (0.0, 0.5, 0.5, 1.0)
-    coefficients = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-
-
-class IIETGatedLayer(IIETRungeKutta2Layer):
-    """h = h + g k_1 + (1 - g) k_2, with a gate g for each token: sigmoid(W [k_1, k_2] + b)."""
-
-    def __init__(self, config: IIETConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.gate = nn.Linear(2 * config.hidden_size, 1)
-
-    def combine(self, hidden_states: Tensor, stages: list[Tensor]) -> Tensor:
-        first, second = stages
-        gate = torch.sigmoid(self.gate(torch.cat(stages, -1)))
-        return hidden_states + torch.lerp(second, first, gate.to(first.dtype))
-
-
-LAYERS: dict[str, type[IIETDecoderLayer]] = {
-    "vanilla": IIETDecoderLayer,
-    "ode_rk2": IIETRungeKutta2Layer,
-    "ode_rk4": IIETRungeKutta4Layer,
-    "ode_rk2_gated": IIETGatedLayer,
-}
-"""Method -> its layers."""
 
 
 class IIETPreTrainedModel(PreTrainedModel):
@@ -350,14 +310,12 @@ class IIETPreTrainedModel(PreTrainedModel):
 
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(IIETDecoderLayer, num_hidden_layers_key="num_layers"),
-        "attentions": IIETAttention,
-    }
+    # Hidden states are those of the last run alone, which `IIETModel` collects itself.
+    _can_record_outputs = {"attentions": IIETAttention}
 
 
 class IIETModel(IIETPreTrainedModel):
-    """Embed, advance L times, norm."""
+    """Embed, run the stack of layers as often as the schedule says, norm."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -366,7 +324,7 @@ class IIETModel(IIETPreTrainedModel):
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            LAYERS[config.method](config, layer_idx) for layer_idx in range(config.num_layers)
+            IIETDecoderLayer(config, layer_idx) for layer_idx in range(config.num_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -385,12 +343,14 @@ class IIETModel(IIETPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Compute the last hidden states; arguments and results are those of a Llama.
 
-        `hidden_states` has the embeddings and one entry for each layer, `attentions` one for each
-        evaluation.
+        `hidden_states` has the embeddings and one entry for each layer, in the last run, and
+        `attentions` one for each layer of each run. A cache is used under the iteration schedule
+        that filled it.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -416,30 +376,36 @@ class IIETModel(IIETPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        first_slot = 0
-        for decoder_layer, num_evaluations in zip(
-            self.layers, self.config.evaluations_per_layer, strict=True
-        ):
-            slots = range(first_slot, first_slot + num_evaluations)
-            layer_type = self.config.layer_types[first_slot]
-            hidden_states = decoder_layer(
-                hidden_states,
-                slots=slots,
-                attention_mask=causal_masks.get(
-                    decoder_layer.self_attn.sliding_window, causal_masks[layer_type]
-                ),
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            first_slot = slots.stop
+        for run in range(self.config.num_runs):
+            all_hidden_states = [inputs_embeds]
+            for layer_idx, decoder_layer in enumerate(self.layers):
+                slot = run * self.config.num_layers + layer_idx
+                layer_type = self.config.layer_types[slot]
+                hidden_states = decoder_layer(
+                    hidden_states,
+                    slot=slot,
+                    attention_mask=causal_masks.get(
+                        decoder_layer.self_attn.sliding_window, causal_masks[layer_type]
+                    ),
+                    position_embeddings=position_embeddings,
+                    position_ids=position_ids,
+                    cache=cache,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+                all_hidden_states.append(hidden_states)
 
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
+        all_hidden_states[-1] = hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            cache=cache,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+        )
 
-    # Copied from iiet.modeling_iiet.IIETModel.make_causal_masks
+    # Copied from iiet.hf.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -462,7 +428,7 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
-    # Copied from iiet.modeling_iiet.IIETModel.check_one_window
+    # Copied from iiet.hf.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -471,7 +437,7 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
-    # Copied from iiet.modeling_iiet.IIETModel.check_server
+    # Copied from iiet.hf.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -482,6 +448,7 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
+# Copied from iiet.hf.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -497,7 +464,6 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
 
         self.post_init()
 
-    # Copied from iiet.modeling_iiet.IIETForCausalLM.forward
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -540,8 +506,19 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def with_schedule(self, corrections: int | Sequence[int]) -> "IIETForCausalLM":
+        """Return a model with the same weights, shared, under another iteration schedule.
 
-# Copied from iiet.modeling_iiet.IIETForSequenceClassification
+        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule(0))`.
+        """
+        config = copy.deepcopy(self.config)
+        config.set_corrections(corrections)
+        # Copies of the modules around the same tensors, all of them with the new config.
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        return copy.deepcopy(self, {id(self.config): config, **shared})
+
+
+# Copied from iiet.hf.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
-from iiet.config import ATTENTION_OPTIONS, ModelConfig
-from iiet.facts import facts_of
+from iiet.model.config import ATTENTION_OPTIONS, ModelConfig
+from iiet.model.facts import facts_of
 
 if TYPE_CHECKING:
     import torch

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iiet.cache import KeyValueCache
-from iiet.config import ModelConfig, RopeScaling
-from iiet.fast import (
+from iiet.model.cache import KeyValueCache
+from iiet.model.config import ModelConfig, RopeScaling
+from iiet.model.fast import (
     add_few_rows_product,
     can_use_fast_linear,
     can_use_rms_norm,
@@ -239,7 +239,7 @@ class PassContext:
     cache: KeyValueCache | None
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
     step_weights: Mapping[Block, StepWeights] | None = None
-    """By layer, what its field reads in a decoding step that `iiet.fast` computes; else None."""
+    """By layer, what its field reads in a decoding step of `iiet.model.fast`; else None."""
     window_masks: Mapping[int, Tensor | None] = field(default_factory=dict)
     """Sliding window, in tokens -> the mask of layers that have it, for the latest tokens that such
     a layer reads; None where it sees all of these."""

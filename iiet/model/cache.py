@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from iiet.config import ModelConfig
+from iiet.model.config import ModelConfig
 
 __all__ = ["KeyValueCache", "KvStrategy", "Window", "check_kv_strategy", "evaluation_slots"]
 

@@ -26,9 +26,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from iiet.checks import check_rules, is_integer_from, is_nan, is_number_from
-from iiet.facts import metric_facts_of
-from iiet.schedule import LEFT_OUT, IterationSchedule
-from iiet.tables import SmallTable
+from iiet.iiad.tables import SmallTable
+from iiet.model.facts import metric_facts_of
+from iiet.model.schedule import LEFT_OUT, IterationSchedule
 
 __all__ = [
     "Cost",
@@ -308,7 +308,7 @@ def table_of_rounds(table: InfluenceTable, rounds: Sequence[LeavingRound]) -> In
 
 
 def num_passes(metric: str, schedule: IterationSchedule, *, whole_layers: bool) -> int:
-    """Count the forward passes per batch that `iiet.influence.influence_table` takes.
+    """Count the forward passes per batch that `iiet.iiad.influence.influence_table` takes.
 
     Args:
         metric: a key of `iiet.INFLUENCE_METRICS`. One that stops layers early and leaves layers
@@ -323,7 +323,7 @@ def num_passes(metric: str, schedule: IterationSchedule, *, whole_layers: bool) 
 
 
 def num_passes_one_at_a_time(metric: str, num_layers: int, num_leaving: int) -> int:
-    """Count the forward passes per batch that `iiet.influence.leave_out_one_at_a_time` takes.
+    """Count the forward passes per batch that `iiet.iiad.influence.leave_out_one_at_a_time` takes.
 
     Args:
         metric: as in `num_passes`.
