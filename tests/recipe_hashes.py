@@ -26,7 +26,7 @@ from iiet import METHODS, Decoder, IterationSchedule, preset
 from iiet.model.config import ATTENTION_OPTIONS, DistillationConfig
 from orchestrator.data.depth import write_depth
 from orchestrator.data.mixture import open_data
-from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
+from orchestrator.data.order import ComponentOrder, WindowOrder, positions_of_step
 from orchestrator.data.split import is_validation
 from orchestrator.records.evaluation import Suite
 from orchestrator.records.training import TrainingJob
@@ -111,7 +111,7 @@ def _sections(settings: Settings) -> dict[str, Any]:
 def _orders() -> dict[str, str]:
     windows = [WindowOrder(10_007, CONTEXT, seed).starts(POSITIONS) for seed in (0, 1)]
     shares = [positions_of_step(3, global_batch=7, rank=r, world_size=2) for r in (0, 1)]
-    sources = SourceOrder.of_shares((0.5, 0.3, 0.2)).split(POSITIONS, key=1)
+    sources = ComponentOrder.of_shares((0.5, 0.3, 0.2)).split(POSITIONS, key=1)
     texts = map("document {}".format, range(200))
     elastic = TrainingSettings(num_steps=100, elastic=ElasticSettings(num_drawn=2))
     drawn = drawn_by_step(IterationSchedule((3, 2)), elastic)

@@ -82,7 +82,7 @@ def prepare(
     ] = None,
     address: Annotated[str | None, setting("cluster.address")] = None,
 ) -> "Output":
-    """Read a corpus, train or load its tokenizer, and write token shards.
+    """Read a corpus, train or load its tokenizer, and write token files.
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
     """

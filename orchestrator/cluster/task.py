@@ -1,4 +1,4 @@
-"""Where training jobs run, and shards of text are tokenized: under Ray, or in this process.
+"""Where training jobs run, and parts of text are tokenized: under Ray, or in this process.
 
 Jobs in this process, for debuggers and profilers, have bitwise the losses that they have under Ray
 with one worker.
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from orchestrator.cluster.placement import alive_nodes
 from orchestrator.cluster.ray import ray_cluster, ray_environment
-from orchestrator.data.text_shards import OpenRunner, ReportTokens, ShardRunner
+from orchestrator.data.text_parts import OpenRunner, PartRunner, ReportTokens
 from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
@@ -90,26 +90,26 @@ def lack_of_resources(
     return None
 
 
-# Shards of text
+# Parts of text
 
 
-def shard_runner(cluster: ClusterSettings) -> OpenRunner | None:
-    """Return what tokenizes shards on all nodes of the cluster that the settings name, which must
+def part_runner(cluster: ClusterSettings) -> OpenRunner | None:
+    """Return what tokenizes parts on all nodes of the cluster that the settings name, which must
     be joined while it runs; None on one machine, whose threads need no Ray."""
-    return None if cluster.ray_address == LOCAL else _shard_tasks
+    return None if cluster.ray_address == LOCAL else _part_tasks
 
 
 @contextmanager
-def _shard_tasks() -> Iterator[ShardRunner]:
-    tasks = _ShardTasks(sum(node.cpus for node in alive_nodes()))
+def _part_tasks() -> Iterator[PartRunner]:
+    tasks = _PartTasks(sum(node.cpus for node in alive_nodes()))
     try:
         yield tasks
     finally:
         tasks.end()
 
 
-class _ShardTasks:
-    """Runs work on shards as Ray tasks of one CPU each. A task's reports come when it ends."""
+class _PartTasks:
+    """Runs work on parts as Ray tasks of one CPU each. A task's reports come when it ends."""
 
     def __init__(self, num_cpus: int) -> None:
         import ray
@@ -154,14 +154,14 @@ class _ShardTasks:
                 result.set_exception(
                     RunFailed(f"a task on a node failed ({reason}); run the same command again")
                 )
-            except Exception as error:  # `report` raises after an error of another shard.
+            except Exception as error:  # `report` raises after an error of another part.
                 result.set_exception(error)
 
         reference.future().add_done_callback(take_result)
         return result
 
     def end(self) -> None:
-        """End what still runs, after an error or Ctrl-C; a shard at work is written again."""
+        """End what still runs, after an error or Ctrl-C; a part at work is written again."""
         import ray
 
         running = list(self._at_work)

@@ -1,1 +1,1 @@
-"""From a source of text to a folder of tokens, and from tokens to batches for each step."""
+"""From a data source to a folder of tokens, and from tokens to the batch of each step."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from orchestrator.data.depth_tasks import NO_ANSWER, DepthTask, DepthTasks, Sequences
 from orchestrator.data.depth_tokenizer import depth_tokenizer
-from orchestrator.data.order import SourceOrder, random_bits
+from orchestrator.data.order import ComponentOrder, random_bits
 from orchestrator.data.store import PreparedData, finish_folder, is_complete
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
@@ -111,7 +111,7 @@ class DepthStore(PreparedData):
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
         targets = np.full_like(ids, NO_TARGET)
         # Each task has the same share.
-        order = SourceOrder.of_shares([1.0] * len(self.tasks))
+        order = ComponentOrder.of_shares([1.0] * len(self.tasks))
         parts = order.split(positions, content_number("order", stream, seed))
         for task, (rows, numbers) in zip(self.tasks, parts, strict=True):
             symbols, answers = _generate(task, numbers, stream, seed)

@@ -1,8 +1,8 @@
-"""From whole shards to a token folder: choose the documents that are kept, then write them.
+"""From tokenized parts to a token folder: choose the documents to keep, then write them.
 
-Training reads the shards' files one after the other: they get a second name in the final folder.
-The few held-out documents are appended to one file. So neither the number of shards nor how many
-were at work at once changes the order of a token.
+Training reads the parts' token files one after the other; hard links give them names in the final
+folder. The few held-out documents are appended to one file. So the order of the tokens depends
+neither on the number of parts nor on how many were tokenized at the same time.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from orchestrator.data.store import (
     targets_name,
     train_name,
 )
-from orchestrator.data.text_shards import (
+from orchestrator.data.text_parts import (
     PROMPTS,
     RECORDS,
     SUMS,
     TEXTS,
     TRAIN,
     VALIDATION,
+    PartRunner,
     Plan,
-    ShardRunner,
     dtype_of,
     num_documents,
 )
@@ -55,19 +55,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ShardDocuments:
-    """The documents of a shard that are kept: all, or the first ones."""
+class PartDocuments:
+    """The kept documents of a part: all, or the first ones."""
 
     folder: Path
     num_kept: int
 
     def records(self) -> np.ndarray:
-        """Read what is known of the documents, as values of `RECORD`."""
+        """Read the records of the documents, of dtype `RECORD`."""
         records: np.ndarray = np.load(self.folder / RECORDS)
         return records[: self.num_kept]
 
     def prompt_lengths(self) -> np.ndarray:
-        """Read the number of tokens that a document begins with that are no targets."""
+        """Read the number of prompt tokens of each document, which are no targets."""
         if (self.folder / PROMPTS).exists():
             lengths: np.ndarray = np.load(self.folder / PROMPTS)
             return lengths[: self.num_kept]
@@ -75,15 +75,15 @@ class ShardDocuments:
 
     @property
     def has_training_documents(self) -> bool:
-        """Whether not all documents are held out."""
+        """Whether at least one document is for training."""
         return not self.records()["held_out"].all()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenDocuments:
-    """All documents that are kept, in their order."""
+    """All kept documents, in their order."""
 
-    shards: list[ShardDocuments]
+    parts: list[PartDocuments]
     train: SplitCounts
     validation: SplitCounts
     has_prompts: bool
@@ -91,41 +91,41 @@ class ChosenDocuments:
     """Hash of the documents and their split."""
 
 
-def choose_documents(shard_folders: Sequence[Path], plan: Plan) -> ChosenDocuments:
-    """Choose the documents that are kept, of whole shards that hold them.
+def choose_documents(part_folders: Sequence[Path], plan: Plan) -> ChosenDocuments:
+    """Choose the documents to keep from tokenized parts.
 
     Raises:
         UserError: If there are too few to hold some out.
     """
-    shards = _first_documents(shard_folders, plan.settings.max_documents)
-    has_prompts = any(shard.prompt_lengths().any() for shard in shards)
+    parts = _first_documents(part_folders, plan.settings.max_documents)
+    has_prompts = any(part.prompt_lengths().any() for part in parts)
     train = SplitCounts()
     validation = SplitCounts()
     content = hashlib.sha256()
-    for shard in shards:
-        records = shard.records()
+    for part in parts:
+        records = part.records()
         content.update(records.tobytes())
         is_held_out = records["held_out"]
         train += _counts(records[~is_held_out])
         validation += _counts(records[is_held_out])
     if has_prompts:
-        for shard in shards:
-            content.update(shard.prompt_lengths().tobytes())
+        for part in parts:
+            content.update(part.prompt_lengths().tobytes())
     num_kept = train.documents + validation.documents
     if num_kept == 1:
         raise UserError(
             f"the corpus is a single document of {train.tokens + validation.tokens} tokens, too "
-            "little to train on one part and to hold out another; give more text, or cut a "
+            "few to split into training and held-out text; give more text, or cut a "
             "long document by --set data.passage_characters=4000"
         )
     if not (train.documents and validation.documents):
         name = "validation" if train.documents else "training"
         raise UserError(
-            f"none of the {num_kept} documents falls to {name} with "
+            f"with {num_kept} documents, the {name} text is empty at "
             f"data.validation_fraction={plan.fraction:g}; choose another fraction or give more text"
         )
     return ChosenDocuments(
-        shards=shards,
+        parts=parts,
         train=train,
         validation=validation,
         has_prompts=has_prompts,
@@ -133,15 +133,15 @@ def choose_documents(shard_folders: Sequence[Path], plan: Plan) -> ChosenDocumen
     )
 
 
-def _first_documents(folders: Sequence[Path], max_documents: int | None) -> list[ShardDocuments]:
-    """Choose the first documents of all shards; only the last shard may lose some."""
-    shards: list[ShardDocuments] = []
+def _first_documents(folders: Sequence[Path], max_documents: int | None) -> list[PartDocuments]:
+    """Choose the first documents of all parts; only the last part may be kept incompletely."""
+    parts: list[PartDocuments] = []
     remaining = math.inf if max_documents is None else max_documents
     for folder in folders:
         num_kept = int(min(num_documents(folder), remaining))
-        shards.append(ShardDocuments(folder, num_kept))
+        parts.append(PartDocuments(folder, num_kept))
         remaining -= num_kept
-    return shards
+    return parts
 
 
 def _counts(records: np.ndarray) -> SplitCounts:
@@ -160,27 +160,27 @@ def write_documents(
     folder: Path,
     settings: DataSettings,
     tokenizer: Tokenizer,
-    runner: ShardRunner,
+    runner: PartRunner,
 ) -> None:
-    """Write a token folder, whose name is its fingerprint; it appears when it is whole."""
+    """Write a token folder, named by its fingerprint; it gets its name when it is complete."""
     dtype = dtype_of(tokenizer)
-    shards_to_train_on = [shard for shard in chosen.shards if shard.has_training_documents]
-    num_files = len(shards_to_train_on)
+    parts_to_train_on = [part for part in chosen.parts if part.has_training_documents]
+    num_files = len(parts_to_train_on)
     names = [train_name(number, num_files) for number in range(num_files)]
     with new_folder(folder) as temporary:
         works = (
             partial(
                 _write_training_tokens,
-                shard,
+                part,
                 temporary / name,
                 dtype,
                 has_prompts=chosen.has_prompts,
             )
-            for shard, name in zip(shards_to_train_on, names, strict=True)
+            for part, name in zip(parts_to_train_on, names, strict=True)
         )
         checksums: dict[str, str] = {}
-        for checksums_of_shard in _results(runner, works):
-            checksums |= checksums_of_shard
+        for checksums_of_part in _results(runner, works):
+            checksums |= checksums_of_part
         _write_validation(chosen, temporary, dtype)
         finish_folder(
             temporary,
@@ -194,8 +194,9 @@ def write_documents(
         )
 
 
-def _results(runner: ShardRunner, works: Iterator[Callable[[], T]]) -> Iterator[T]:
-    """Yield the results of some works in their order; as many run as the runner takes at once."""
+def _results(runner: PartRunner, works: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """Yield the results of works in their order; the runner decides how many run at the same
+    time."""
     at_work: deque[Future[T]] = deque()
     for work in works:
         if len(at_work) >= runner.num_at_once:
@@ -206,30 +207,30 @@ def _results(runner: ShardRunner, works: Iterator[Callable[[], T]]) -> Iterator[
 
 
 def _write_training_tokens(
-    shard: ShardDocuments, file: Path, dtype: np.dtype, *, has_prompts: bool
+    part: PartDocuments, file: Path, dtype: np.dtype, *, has_prompts: bool
 ) -> dict[str, str]:
-    """Write the training tokens of a shard's kept documents; return name -> SHA-256.
+    """Write the training tokens of a part's kept documents; return name -> SHA-256.
 
-    Where all are kept, the shard's own file gets a second name.
+    If all documents are kept, the new file is a hard link to the part's own file.
     """
-    records = shard.records()
+    records = part.records()
     is_training = ~records["held_out"]
-    stored = shard.folder / TRAIN
+    stored = part.folder / TRAIN
     num_bytes = int(records["tokens"][is_training].sum(dtype=np.int64)) * dtype.itemsize
-    file.unlink(missing_ok=True)  # Of a task whose worker was lost, and which is done again.
+    file.unlink(missing_ok=True)  # A task that is repeated after the loss of its worker.
     if num_bytes == stored.stat().st_size:
         try:
             file.hardlink_to(stored)
-        except OSError:  # Some file systems have no second names.
+        except OSError:  # Some file systems have no hard links.
             shutil.copyfile(stored, file)
-        checksums = {file.name: (read_json(shard.folder / SUMS) or {})[TRAIN]}
+        checksums = {file.name: (read_json(part.folder / SUMS) or {})[TRAIN]}
     else:
         shutil.copyfile(stored, file)
         os.truncate(file, num_bytes)
         checksums = {file.name: file_digest(file)}
     if has_prompts:
         targets = file.with_name(targets_name(file.name))
-        targets.write_bytes(_targets_of(shard, is_training))
+        targets.write_bytes(_targets_of(part, is_training))
         checksums[targets.name] = file_digest(targets)
     return checksums
 
@@ -240,28 +241,29 @@ def _write_validation(chosen: ChosenDocuments, folder: Path, dtype: np.dtype) ->
         (folder / VALIDATION_NAME).open("wb") as validation_file,
         (folder / TEXTS_NAME).open("wb") as texts,
     ):
-        for shard in chosen.shards:
-            num_held_out = int(shard.records()["held_out"].sum())
-            with (shard.folder / TEXTS).open("rb") as rows:
+        for part in chosen.parts:
+            num_held_out = int(part.records()["held_out"].sum())
+            with (part.folder / TEXTS).open("rb") as rows:
                 texts.writelines(islice(rows, num_held_out))
-            with (shard.folder / VALIDATION).open("rb") as tokens:
+            with (part.folder / VALIDATION).open("rb") as tokens:
                 shutil.copyfileobj(tokens, validation_file)
-        # Of the last shard, only the first documents may be kept.
+        # The last part may be kept only in part.
         validation_file.truncate(chosen.validation.tokens * dtype.itemsize)
     if chosen.has_prompts:
         with (folder / VALIDATION_TARGETS_NAME).open("wb") as targets:
-            for shard in chosen.shards:
-                targets.write(_targets_of(shard, shard.records()["held_out"]))
+            for part in chosen.parts:
+                targets.write(_targets_of(part, part.records()["held_out"]))
 
 
-def _targets_of(shard: ShardDocuments, is_chosen: np.ndarray) -> bytes:
-    """Return for each token of the chosen documents whether it is a target, a byte each."""
-    num_tokens = shard.records()["tokens"][is_chosen]
-    return _is_target(num_tokens, shard.prompt_lengths()[is_chosen]).tobytes()
+def _targets_of(part: PartDocuments, is_chosen: np.ndarray) -> bytes:
+    """Return one byte for each token of the chosen documents: whether it is a target."""
+    num_tokens = part.records()["tokens"][is_chosen]
+    return _is_target(num_tokens, part.prompt_lengths()[is_chosen]).tobytes()
 
 
 def _is_target(num_tokens: np.ndarray, num_prompt_tokens: np.ndarray) -> np.ndarray:
-    """Return for each token of some documents whether it is a target: it follows the prompt."""
+    """Return for each token of some documents whether it is a target, which prompt tokens are
+    not."""
     ends = np.cumsum(num_tokens, dtype=np.int64)
     starts = np.repeat(ends - num_tokens, num_tokens)
     place_in_document = np.arange(len(starts)) - starts

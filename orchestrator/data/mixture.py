@@ -1,12 +1,12 @@
-"""A mixture: training sequences of several sources, each at its share, in one vocabulary.
+"""A mixture: training sequences of several components, each at its share, in one vocabulary.
 
-A mixture is a view: the position of a sequence alone decides its source and its number there. A
-text gives the sequences that it gives alone, a depth task those that it gives alone with a marker
-in front. The folder of a mixture holds a tokenizer for all sources and the names of the texts'
-folders beside it, so mixtures at other shares or with other tasks read the same tokens.
+A component is a text or a depth task. A mixture stores no sequences: the position of a sequence
+determines its component and its number there. A text has the same sequences as by itself; those of
+a depth task begin with a marker. The folder of a mixture holds a tokenizer for all components and
+the names of the texts' folders, so mixtures at other shares or with other tasks share the tokens.
 
-Symbols of depth tasks are tokens after those of the text. A text that happens to hold the letters
-of a symbol must not turn into it; so texts are tokenized by the tokenizer without the symbols.
+Symbols of depth tasks are tokens after those of the text. Texts are tokenized without them, so that
+a text which happens to contain the characters of a symbol does not get its token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from orchestrator.data.depth import GENERATOR_VERSION, DepthStore, content_number
 from orchestrator.data.depth_tasks import DepthTasks
 from orchestrator.data.depth_tokenizer import add_symbols, check_words, depth_tokenizer
-from orchestrator.data.order import SourceOrder
+from orchestrator.data.order import ComponentOrder
 from orchestrator.data.store import (
     PreparedData,
     SplitCounts,
@@ -37,7 +37,7 @@ from orchestrator.data.store import (
 )
 from orchestrator.models.tokenizer import num_token_ids
 from orchestrator.settings import DataSettings
-from orchestrator.settings.data import source_order
+from orchestrator.settings.data import component_order
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.provenance import content_key
@@ -53,34 +53,34 @@ MIXTURE_VERSION = 1
 class MixtureStore(PreparedData):
     """A prepared mixture."""
 
-    sources: Mapping[str, TokenStore | DepthStore]
-    """Each source by itself, in the order of `order`. A depth task is a source of its own."""
-    order: SourceOrder
+    components: Mapping[str, TokenStore | DepthStore]
+    """Component -> its data, in the order of `order`."""
+    order: ComponentOrder
 
     @property
     def parts(self) -> tuple[PreparedData, ...]:
-        return tuple(self.sources.values())
+        return tuple(self.components.values())
 
     @property
     def texts(self) -> list[TokenStore]:
-        """The text sources."""
-        return [data for data in self.sources.values() if isinstance(data, TokenStore)]
+        """The components that are texts."""
+        return [data for data in self.components.values() if isinstance(data, TokenStore)]
 
     @property
-    def source_names(self) -> tuple[str, ...]:
-        return tuple(self.sources)
+    def component_names(self) -> tuple[str, ...]:
+        return tuple(self.components)
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """The share of each source, as its sequences are counted."""
+        """Component -> its share of the sequences."""
         total = sum(self.order.counts)
-        counts = zip(self.sources, self.order.counts, strict=True)
+        counts = zip(self.components, self.order.counts, strict=True)
         return {name: count / total for name, count in counts}
 
     @property
     def profile(self) -> dict[str, Any]:
         profile: dict[str, Any] = {"source": "mixture"}
-        for name, data in self.sources.items():
+        for name, data in self.components.items():
             profile[f"{name}_share"] = self.shares[name]
             if isinstance(data, TokenStore):
                 for size in ("train_tokens", "validation_tokens"):
@@ -95,18 +95,18 @@ class MixtureStore(PreparedData):
 
     @property
     def num_validation_tokens(self) -> int | None:
-        # All sources are held out at their shares. So the text that has held out least for its
-        # share limits the whole.
+        # Held-out sequences have the shares of training. So the text with the fewest held-out
+        # tokens for its share limits the whole.
         limits = [
             int(data.num_validation_tokens / self.shares[name])
-            for name, data in self.sources.items()
+            for name, data in self.components.items()
             if data.num_validation_tokens is not None
         ]
         return min(limits, default=None)
 
     def describe(self) -> str:
         parts: list[str] = []
-        for name, data in self.sources.items():
+        for name, data in self.components.items():
             if isinstance(data, TokenStore):
                 text = f"{name} ({data.describe()})"
             else:
@@ -115,7 +115,7 @@ class MixtureStore(PreparedData):
         return ", ".join(parts)
 
     def check_length(self, context_length: int) -> None:
-        for data in self.sources.values():
+        for data in self.components.values():
             data.check_length(context_length)
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
@@ -126,37 +126,37 @@ class MixtureStore(PreparedData):
         shape = (len(positions), context_length)
         ids = torch.empty(shape, dtype=torch.int64)
         targets = torch.empty_like(ids)
-        sources = torch.empty_like(ids)
+        component_numbers = torch.empty_like(ids)
         has_prompts = any(text.train_targets is not None for text in self.texts)
         mask = torch.ones(shape, dtype=torch.bool) if has_prompts else None
         parts = self.order.split(positions, content_number("mixture", seed))
-        for source, (data, (is_of_source, numbers)) in enumerate(
-            zip(self.sources.values(), parts, strict=True)
+        for component, (data, (is_of_component, numbers)) in enumerate(
+            zip(self.components.values(), parts, strict=True)
         ):
-            rows = torch.from_numpy(is_of_source)
+            rows = torch.from_numpy(is_of_component)
             part = data.sequences(numbers, context_length=context_length, seed=seed)
             ids[rows] = part.input_ids
             targets[rows] = part.targets
-            sources[rows] = source
+            component_numbers[rows] = component
             if mask is not None and part.mask is not None:
                 mask[rows] = part.mask
-        # A teacher has nothing to say about the padding of depth tasks.
-        is_text = len(self.texts) == len(self.sources)
-        return Batch(ids, targets, mask, is_text=is_text, sources=sources)
+        # The padding of depth tasks has no predictions to learn from a teacher.
+        is_text = len(self.texts) == len(self.components)
+        return Batch(ids, targets, mask, is_text=is_text, sources=component_numbers)
 
     def validation_batches(
         self, *, context_length: int, num_tokens: int, batch_size: int
     ) -> Iterator[Batch]:
-        """Yield fixed held-out sequences, source by source, at the shares of training.
+        """Yield fixed held-out sequences, component by component, at the shares of training.
 
-        Each source gives at least one sequence, and each batch is of one source.
+        Each component has at least one sequence, and each batch is of one component.
         """
         import torch
 
         limit = self.num_validation_tokens
         if limit is not None:
             num_tokens = min(num_tokens, limit)
-        for source, (name, data) in enumerate(self.sources.items()):
+        for component, (name, data) in enumerate(self.components.items()):
             num_sequences = max(1, round(num_tokens / context_length * self.shares[name]))
             batches = data.validation_batches(
                 context_length=context_length,
@@ -164,18 +164,18 @@ class MixtureStore(PreparedData):
                 batch_size=batch_size,
             )
             for batch in batches:
-                yield replace(batch, sources=torch.full_like(batch.input_ids, source))
+                yield replace(batch, sources=torch.full_like(batch.input_ids, component))
 
 
 def mixture_tokenizer(settings: DataSettings, text_tokenizer: Tokenizer | None) -> Tokenizer:
-    """Return the tokenizer of all sources of a mixture.
+    """Return the tokenizer of all components of a mixture.
 
     Args:
-        text_tokenizer: The tokenizer of its texts; None if it has no texts.
+        text_tokenizer: The tokenizer of its texts; None without texts.
 
     Raises:
-        UserError: If the tokenizer of the texts has the symbols of the tasks, or a word of them is
-            not one token.
+        UserError: If the tokenizer of the texts already has the symbols of the tasks, or one of
+            their words is not one token.
     """
     if text_tokenizer is None:
         return depth_tokenizer(settings)
@@ -183,7 +183,7 @@ def mixture_tokenizer(settings: DataSettings, text_tokenizer: Tokenizer | None) 
     if tasks.in_words:
         check_words(tasks, text_tokenizer, settings.tokenizer)
     symbols = tasks.added_tokens
-    # A copy: texts are tokenized without the symbols.
+    # Texts are tokenized without the symbols, so the symbols are added to another instance.
     tokenizer = Tokenizer.from_str(text_tokenizer.to_str())
     add_symbols(tokenizer, symbols)
     first_new_id = num_token_ids(text_tokenizer)
@@ -203,15 +203,15 @@ def write_mixture(
     """Write the folder of a mixture, unless it exists; its texts are written.
 
     Args:
-        texts: Text source -> its folder.
-        tokenizer: The tokenizer of all sources, from `mixture_tokenizer`.
+        texts: Name of a text -> its folder.
+        tokenizer: The tokenizer of all components, from `mixture_tokenizer`.
     """
     folder_names = {source: path.name for source, path in texts.items()}
     fingerprint = content_key(
         "mixture",
         MIXTURE_VERSION,
         GENERATOR_VERSION,
-        dict(zip(source_order(settings.shares), _order_of(settings).counts, strict=True)),
+        dict(zip(component_order(settings.shares), _order_of(settings).counts, strict=True)),
         folder_names,
         settings.tasks.to_key(),
         tokenizer.to_str(),
@@ -236,17 +236,17 @@ def write_mixture(
     return folder
 
 
-def _order_of(settings: DataSettings) -> SourceOrder:
+def _order_of(settings: DataSettings) -> ComponentOrder:
     shares = settings.shares
-    return SourceOrder.of_shares([shares[name] for name in source_order(shares)])
+    return ComponentOrder.of_shares([shares[name] for name in component_order(shares)])
 
 
 def open_data(folder: Path | str) -> PreparedData:
     """Open a folder of any prepared data and verify its files, see `verify_data`.
 
     Raises:
-        UserError: If the folder is missing or damaged, or the package of a mixture's source is not
-            installed.
+        UserError: If the folder is missing or damaged, or a package that adds one of its data
+            sources is not installed.
     """
     folder = Path(folder)
     manifest = verify_data(folder)
@@ -254,7 +254,7 @@ def open_data(folder: Path | str) -> PreparedData:
         return open_tokens(folder)
     try:
         settings = DataSettings.model_validate(manifest.settings)
-    except ValidationError as error:  # The package of a text's source is not installed.
+    except ValidationError as error:  # A package that adds the data source is not installed.
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"cannot read the data in {folder}: {reason}") from None
     tasks = DepthTasks.of(settings)
@@ -262,14 +262,14 @@ def open_data(folder: Path | str) -> PreparedData:
         return DepthStore(folder, manifest, tasks)
     text_folders = manifest.text_folders(folder)
     tasks_by_name = {task.name: task for task in tasks.tasks}
-    sources: dict[str, TokenStore | DepthStore] = {}
-    for name in source_order(settings.shares):
+    components: dict[str, TokenStore | DepthStore] = {}
+    for name in component_order(settings.shares):
         if name in text_folders:
-            sources[name] = open_tokens(text_folders[name])
+            components[name] = open_tokens(text_folders[name])
         else:
             one_task = tasks._replace(tasks=(tasks_by_name[name],))
-            sources[name] = DepthStore(folder, manifest, one_task)
-    return MixtureStore(folder, manifest, sources, _order_of(settings))
+            components[name] = DepthStore(folder, manifest, one_task)
+    return MixtureStore(folder, manifest, components, _order_of(settings))
 
 
 @lru_cache(maxsize=64)
@@ -283,7 +283,7 @@ def describe_data(folder: Path | str) -> tuple[str, str, dict[str, Any]]:
     profile = data.profile
     name = (
         profile.get("tasks")  # Of depth tasks alone.
-        or ", ".join(data.source_names)  # Of a mixture.
+        or ", ".join(data.component_names)  # Of a mixture.
         or profile.get("hub_name")
         or profile["source"]
     )

@@ -1,9 +1,9 @@
 """Choose the sequences of each training step by arithmetic on their positions, without state.
 
-Sequences are numbered through all steps, so the step number is the whole position of a run. A
+Sequences are numbered through all steps, so the step number is all that a resumed run needs. A
 step's global batch does not depend on the number of workers: each takes its slice. Random numbers
-and permutations are computed from a key: element n needs no element before it, no memory, and no
-library whose versions might differ.
+and permutations follow from a key, without earlier elements, memory, or a library whose versions
+could differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from orchestrator.workspace.errors import UserError
 
 BLOCK_LENGTH = 1000
-"""Shares are rounded to a thousandth. Changing it changes which sequences runs are trained on."""
+"""Shares are rounded to a thousandth. A change of this number changes the order of the data."""
 _FEISTEL_ROUNDS = 6
 _MASK = (1 << 64) - 1
 # Odd numbers: multiples of one, modulo 2^64, differ for all positions.
@@ -131,7 +131,7 @@ class WindowOrder:
         """Return where the sequences with these numbers (from 0) start, int64."""
         starts = np.empty_like(positions)
         epochs = positions // self.num_windows
-        # Tokens that the windows leave over: an epoch may begin so much later.
+        # Tokens that are left after the last window: an epoch may start later by up to so many.
         slack = self.num_tokens - self.num_windows * self.context_length
         for epoch in np.unique(epochs):
             is_in_epoch = epochs == epoch
@@ -143,45 +143,47 @@ class WindowOrder:
 
 
 @dataclass(frozen=True)
-class SourceOrder:
-    """The sources of an endless series of sequences, each at its share, at random places.
+class ComponentOrder:
+    """Which component each sequence of a mixture belongs to, at random and at its share.
 
-    Sequences are taken in blocks. A block holds a whole number of each source's sequences, in an
-    order that a key permutes; so source and number of any sequence follow from its position.
+    Sequences are taken in blocks. A block holds a whole number of each component's sequences, in
+    an order that a key permutes. So the position of a sequence determines its component and its
+    number there.
     """
 
     counts: tuple[int, ...]
-    """Sequences of each source in one block."""
+    """Sequences of each component in one block."""
 
     @classmethod
-    def of_shares(cls, shares: Sequence[float]) -> SourceOrder:
-        """Return the order for shares; each source has at least one sequence of a block."""
-        # The sums are rounded, not the shares: so the counts sum to the block's length.
+    def of_shares(cls, shares: Sequence[float]) -> ComponentOrder:
+        """Return the order for shares; each component has at least one sequence in a block."""
+        # Cumulative sums are rounded, so that the counts sum to the length of a block.
         ends = np.cumsum(shares) / sum(shares)
         edges = [0, *(round(float(end) * BLOCK_LENGTH) for end in ends)]
         counts = [max(1, end - start) for start, end in pairwise(edges)]
         return cls(tuple(counts))
 
     def split(self, positions: np.ndarray, key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield for each source a mask of its positions, and the numbers of its sequences there.
+        """Split positions by component.
 
         Args:
             positions: Numbers of sequences, int64.
             key: Chooses the order.
 
         Yields:
-            A mask of the positions, and the numbers of the source's sequences there, int64.
+            For each component a mask of its positions, and the numbers of its sequences there,
+            int64.
         """
         length = sum(self.counts)
         blocks = positions // length
-        places = np.empty_like(positions)
+        permuted_positions = np.empty_like(positions)
         for block in np.unique(blocks):
             is_in_block = blocks == block
             permuted = permute(positions[is_in_block] % length, length, mix(key + int(block)))
-            places[is_in_block] = permuted
-        # The first source has the first places of a permuted block, and so on.
+            permuted_positions[is_in_block] = permuted
+        # The first component has the first positions of a permuted block, and so on.
         first = 0
         for count in self.counts:
-            is_of_source = (places >= first) & (places < first + count)
-            yield is_of_source, blocks[is_of_source] * count + places[is_of_source] - first
+            is_own = (permuted_positions >= first) & (permuted_positions < first + count)
+            yield is_own, blocks[is_own] * count + permuted_positions[is_own] - first
             first += count

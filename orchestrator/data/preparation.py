@@ -1,8 +1,7 @@
-"""Prepare data: turn the source that settings name into a folder of prepared data, once; and find
-the data of settings or of a model.
+"""Prepare data, and find the prepared data of settings or of a model.
 
-A small file maps a source's key, a hash of the settings and of names, sizes and times of files, to
-the folder of the data, which is named by the fingerprint of the content.
+A data source has a key: the hash of its settings and of the names, sizes and times of its files. A
+small file maps the key to the folder of prepared data, named by the fingerprint of the content.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from orchestrator.data.store import (
     verify_data,
 )
 from orchestrator.data.text import find_files, source_state, text_source, unread_note
-from orchestrator.data.text_shards import OpenRunner
+from orchestrator.data.text_parts import OpenRunner
 from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, sample_texts, write_text
 from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.models.hub import is_hub_name
@@ -49,7 +48,8 @@ from orchestrator.workspace.locks import lock_file, lock_holder
 from orchestrator.workspace.provenance import content_key, file_key
 
 ASSUMED_VOCABULARY = 32000
-"""Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
+"""Vocabulary that plans assume for a tokenizer on the Hugging Face hub: that of the paper's
+models."""
 ASSUMED_TEXT_BYTES_PER_TOKEN = 4
 
 
@@ -64,9 +64,9 @@ def prepare(
     """Return the token folder for these settings; create it if it is missing.
 
     Args:
-        verify: Compare the hashes of existing tokens even if size and time of the files are
-            unchanged since the last time.
-        open_runner: Where the shards of a text are tokenized; in this process when unset.
+        verify: Compare the checksums of existing token files even if their sizes and times have
+            not changed.
+        open_runner: What tokenizes the parts of a text; this process when unset.
 
     Raises:
         UserError: If the source is missing, empty or unreadable, or existing tokens are damaged.
@@ -76,7 +76,7 @@ def prepare(
     folder = find_prepared(settings, parent)
     if folder is None:
         with _lock_corpus(source_key(settings), parent, progress):
-            # Another process may have prepared it while this one waited.
+            # Another process may have prepared the data while this one waited.
             folder = find_prepared(settings, parent)
             if folder is None:
                 folder = _write(settings, parent, progress, open_runner)
@@ -91,7 +91,7 @@ def prepare(
 def _write(
     settings: DataSettings, parent: Path, progress: Progress, open_runner: OpenRunner | None
 ) -> Path:
-    """Write the folder of prepared data and the file that names it; the lock is held."""
+    """Write the folder of prepared data and the file that maps the key to it; the lock is held."""
     key = source_key(settings)
     if settings.source == "depth":
         progress.start("corpus")
@@ -105,13 +105,14 @@ def _write(
     if settings.source == "mixture":
         texts: dict[str, Path] = {}
         tokenizer = _tokenizer_of_texts(settings, progress) if settings.texts else None
-        # Made before the texts are tokenized for hours, as it may refuse words of the tasks.
+        # Before the texts are tokenized for hours: this may refuse words of the tasks.
         whole_tokenizer = mixture_tokenizer(settings, tokenizer)
         for name, text_settings in settings.texts.items():
             assert tokenizer is not None
-            # A text has the mixture's tokenizer, so its tokens are not those that it has alone.
+            # The text's tokens are those of the mixture's tokenizer, not those that it has by
+            # itself.
             text_key = source_key(text_settings, "mixture", tokenizer.to_str())
-            # Other mixtures may have this text with this tokenizer, too.
+            # Another mixture may have prepared this text with this tokenizer.
             with _lock_corpus(text_key, parent, progress):
                 texts[name] = find_folder(text_key, parent) or write_text(
                     text_settings, parent, text_key, progress, tokenizer, open_runner=open_runner
@@ -127,7 +128,7 @@ def _write(
 
 @contextmanager
 def _lock_corpus(key: str, parent: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of a source's key: two processes would write the same files."""
+    """Hold the lock of a data source's key, so that two processes do not write the same files."""
     lock = parent / SOURCES_NAME / f"{key}{CORPUS_LOCK_SUFFIX}"
     with ExitStack() as stack:
         if not stack.enter_context(lock_file(lock, seconds=0.0)):
@@ -141,7 +142,7 @@ def _lock_corpus(key: str, parent: Path, progress: Progress) -> Iterator[None]:
 def _tokenizer_of_texts(settings: DataSettings, progress: Progress) -> Tokenizer:
     if settings.tokenizer != "train":
         return load_tokenizer(settings.tokenizer)
-    # Each text gives its share of the characters: the first must not use up all of them.
+    # Each text contributes its share of the characters.
     total_share = sum(settings.shares[name] for name in settings.texts)
     texts: list[str] = []
     progress.start("corpus")
@@ -174,8 +175,8 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     Raises:
         UserError: If the source's files do not exist, or the file of the source's key is damaged.
     """
-    # The folder of symbols follows from the settings. That of words is named after their
-    # tokenizer, which a plan may not have yet; a source's key holds the tokenizer's name alone.
+    # The settings determine the folder of tasks with symbols. A folder of tasks with words is
+    # named after their tokenizer, which a plan may not have yet; so it is found by the key.
     if settings.source == "depth" and not settings.depth.in_words:
         folder = depth_folder(settings, parent)
         return folder if is_complete(folder) else None
@@ -183,10 +184,10 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
 
 
 def source_key(settings: DataSettings, *more: Any) -> str:
-    """Return the key of a source; reads no content.
+    """Return the key of a data source; reads no content.
 
     Args:
-        more: What else determines the data, as JSON values.
+        more: Further JSON values that determine the data.
 
     Raises:
         UserError: If the source's files do not exist, or the settings name no source.
@@ -198,7 +199,7 @@ def source_key(settings: DataSettings, *more: Any) -> str:
         state = ["depth", GENERATOR_VERSION]
     else:
         state = source_state(settings)
-    # The settings hold the tokenizer's name, but not whether its file has changed.
+    # The settings have the tokenizer's name, which does not tell whether its file has changed.
     tokenizer_state = None
     is_path = settings.tokenizer != "train" and not is_hub_name(settings.tokenizer)
     if is_path and (path := expand_user(settings.tokenizer)).is_file():
@@ -207,7 +208,7 @@ def source_key(settings: DataSettings, *more: Any) -> str:
 
 
 def find_folder(key: str, parent: Path) -> Path | None:
-    """Return the complete folder in `parent` of a source's data, or None.
+    """Return the complete folder in `parent` of a data source, or None.
 
     Raises:
         UserError: If the file that names the folder is damaged.
@@ -232,9 +233,9 @@ def _index_file(key: str, parent: Path) -> Path:
 
 
 def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
-    """Return the folder of the tokens that a checkpoint was trained on.
+    """Return the folder of a checkpoint's training tokens.
 
-    For an imported checkpoint: the newest tokens made with its tokenizer.
+    For an imported checkpoint, these are the newest tokens that were made with its tokenizer.
 
     Raises:
         UserError: If the tokens are not in this workspace, or damaged.
@@ -246,7 +247,7 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     folder = workspace.tokens / str(fingerprint)
     if not is_valid_name(fingerprint) or not folder.is_dir():
         raise UserError(
-            f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
+            f"the training tokens of {checkpoint} ({fingerprint or 'unknown'}) are not in "
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
         )
     verify_data(folder)
@@ -254,8 +255,8 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
 
 
 def reads_tokens(checkpoint: Path, folder: Path) -> bool:
-    """Return whether a checkpoint was trained on prepared tokens, or, if it was imported, has their
-    tokenizer."""
+    """Return whether these are a checkpoint's training tokens; for an imported one, whether the
+    tokenizers agree."""
     provenance = load_provenance(checkpoint)
     if "imported" not in provenance:
         return bool(provenance.get("tokens") == open_data(folder).fingerprint)
@@ -267,7 +268,7 @@ def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
     """Return the workspace's newest tokens, for models that were not trained on its tokens.
 
     Args:
-        tokenizer: The `tokenizer.json` of the model, if the tokens must have been made with it.
+        tokenizer: The model's `tokenizer.json`, if the tokens must have been made with it.
 
     Raises:
         UserError: If the workspace has no such tokens.
@@ -300,13 +301,13 @@ class ExpectedTokens:
 
     vocab_size: int
     origin: str
-    """Where `vocab_size` comes from, for display."""
+    """Text that says where `vocab_size` comes from."""
     num_train_tokens: int | None
     """Training tokens; None if they are not prepared yet."""
     context_length: int | None = None
-    """Length of the sequences, where the data have one; None for text."""
+    """Tokens of a sequence, if the data fix it; None for text."""
     new_bytes: int
-    """Estimate of the bytes that preparation will write; 0 if it is done."""
+    """Estimated bytes that the preparation will write; 0 after it."""
 
 
 def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTokens:
@@ -349,20 +350,20 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
 
 
 def sequence_length(settings: DataSettings) -> int | None:
-    """Return the length in tokens of the data's sequences; None for text, which has any length.
+    """Return the tokens of a sequence if the data fix it; None for text, which allows any length.
 
     Raises:
-        UserError: If depth tasks are wanted, and none is named or a sequence cannot hold one.
+        UserError: If no depth task is named where one is needed, or a sequence is too short for it.
     """
     has_text = settings.source not in ("depth", "mixture") or settings.texts
     return None if has_text else DepthTasks.of(settings).sequence_length
 
 
 def check_sequence_length(settings: DataSettings, num_tokens: int) -> None:
-    """Check that a training sequence holds the sequences of depth tasks, prepared or not.
+    """Check that the sequences of depth tasks, prepared or not, fit into a training sequence.
 
     Raises:
-        UserError: If the training sequence is too short, or one of the tasks' cannot hold its task.
+        UserError: If a training sequence is too short, or a task's own sequence is.
     """
     if settings.source in ("depth", "mixture"):
         DepthTasks.of(settings).check_length(num_tokens)
@@ -380,6 +381,6 @@ def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
     text_bytes = text_source(settings).num_bytes()
     num_tokens = text_bytes // ASSUMED_TEXT_BYTES_PER_TOKEN
     token_bytes = np.dtype(token_dtype(vocab_size)).itemsize
-    held_out_bytes = int(text_bytes * settings.validation_fraction)  # Stored as text, too.
-    # Held-out documents are copied from the shards, which are deleted at the end.
+    held_out_bytes = int(text_bytes * settings.validation_fraction)  # Also stored as text.
+    # Held-out tokens exist twice until the parts are deleted at the end.
     return num_tokens * token_bytes + 2 * held_out_bytes

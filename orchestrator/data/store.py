@@ -44,9 +44,9 @@ MAPS_KEPT = 256
 """Files of one side of the split that are mapped at the same time; each takes a file descriptor."""
 
 
-def train_name(shard: int, num_shards: int) -> str:
+def train_name(number: int, num_files: int) -> str:
     """Return the name of a file of training tokens."""
-    return TRAIN_NAME if num_shards == 1 else f"train_{shard:06}.bin"
+    return TRAIN_NAME if num_files == 1 else f"train_{number:06}.bin"
 
 
 def targets_name(train_file: str) -> str:
@@ -115,7 +115,7 @@ class PreparedData(ABC):
         return self.manifest.vocab_size
 
     @property
-    def source_names(self) -> tuple[str, ...]:
+    def component_names(self) -> tuple[str, ...]:
         """Names of the sources that `Batch.sources` numbers; empty if there is one source."""
         return ()
 

@@ -1,6 +1,6 @@
 """Documents of text sources: Python's help topics, the user's files, data sets of the hub.
 
-A source has shards, which threads share; a shard gives its documents always in the same order.
+A source has parts, which threads share; a part gives its documents always in the same order.
 The split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
 
 A record of a `.jsonl` or `.parquet` file is a document; one of a `.jsonl` file may be a prompt with
@@ -35,8 +35,8 @@ from orchestrator.workspace.errors import UserError, quoted, shortened
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.provenance import content_key
 
-SHARD_BYTES = 64 << 20
-"""Files are divided into shards of about this size."""
+PART_BYTES = 64 << 20
+"""Files are divided into parts of about this size."""
 DOCUMENT_MARK = "<|endoftext|>"
 TITLE_CHARACTERS = 100
 ASSUMED_BYTES_PER_DOCUMENT = 4000
@@ -103,13 +103,13 @@ class TextSource(ABC):
             UserError: If the source does not exist, or its settings do not fit together.
         """
 
-    def shards(self) -> Sequence[Any]:
+    def parts(self) -> Sequence[Any]:
         """Return the parts of the source in their order, as JSON values; threads share them."""
         return [None]
 
     @abstractmethod
-    def documents(self, shard: Any, /) -> Iterator[Document]:
-        """Yield the documents of a shard as they are written, always in the same order.
+    def documents(self, part: Any, /) -> Iterator[Document]:
+        """Yield the documents of a part as they are written, always in the same order.
 
         `data.validation_fraction` of the documents are held out, so a book should be several:
         `data.passage_characters` cuts it.
@@ -136,7 +136,7 @@ class PythonTopics(TextSource):
     def state(self) -> Any:
         return ["pydoc topics", content_key(topics)]
 
-    def documents(self, _shard: Any, /) -> Iterator[Document]:
+    def documents(self, _part: Any, /) -> Iterator[Document]:
         names: dict[str, str] = {}  # Some topics have two names: `if` is also `else`.
         for name in sorted(topics):
             names.setdefault(topics[name], name)
@@ -146,7 +146,7 @@ class PythonTopics(TextSource):
 
 
 class TextFiles(TextSource):
-    """The files that `data.files` names; a shard is a list of pieces (path, first, end)."""
+    """The files that `data.files` names; a part is a list of pieces (path, first, end)."""
 
     version = 2
 
@@ -156,20 +156,20 @@ class TextFiles(TextSource):
             files |= _template_files(self.settings.tokenizer)
         return ["files", _stamps(files)]
 
-    def shards(self) -> Sequence[Any]:
-        shards: list[list[Any]] = []
-        shard_bytes = SHARD_BYTES  # As after a full shard: the first piece begins a new one.
+    def parts(self) -> Sequence[Any]:
+        parts: list[list[Any]] = []
+        part_bytes = PART_BYTES  # As after a full part: the first piece begins a new one.
         for path in find_files(self.settings):
             for first, end, num_bytes in _pieces(path):
-                if shard_bytes >= SHARD_BYTES:
-                    shards.append([])
-                    shard_bytes = 0
-                shards[-1].append([str(path), first, end])
-                shard_bytes += num_bytes
-        return shards
+                if part_bytes >= PART_BYTES:
+                    parts.append([])
+                    part_bytes = 0
+                parts[-1].append([str(path), first, end])
+                part_bytes += num_bytes
+        return parts
 
-    def documents(self, shard: Any) -> Iterator[Document]:
-        for name, first, end in shard:
+    def documents(self, part: Any) -> Iterator[Document]:
+        for name, first, end in part:
             for document in read_file(Path(name), self.settings.text_field, first, end):
                 if document.prompt_characters is None:
                     for passage in self._passages(document.text):
@@ -194,7 +194,7 @@ class TextFiles(TextSource):
 
 
 class HubDataset(TextSource):
-    """The data set `data.hub_name` of the hub, streamed; its shards are those of the data set."""
+    """The data set `data.hub_name` of the hub, streamed; its parts are those of the data set."""
 
     version = 2
 
@@ -210,22 +210,22 @@ class HubDataset(TextSource):
                 raise UserError(f"{path} needs {package}; run `pip install {package}`")
         return [*state, _stamps({str(path.relative_to(folder)): path for path in files})]
 
-    def shards(self) -> Sequence[Any]:
+    def parts(self) -> Sequence[Any]:
         return range(self._stream.num_shards)
 
-    def documents(self, shard: Any) -> Iterator[Document]:
+    def documents(self, part: Any) -> Iterator[Document]:
         number = 0
         stream = self._stream
         try:
-            for record in stream.shard(num_shards=stream.num_shards, index=shard):
+            for record in stream.shard(num_shards=stream.num_shards, index=part):
                 number += 1
                 text = record_text(record, self.settings.text_field)
                 for passage in self._passages(text):
                     yield Document(passage, self._name)
         except RecordError as error:
-            raise UserError(f"{self._name}, record {number} of shard {shard}: {error}") from None
+            raise UserError(f"{self._name}, record {number} of part {part}: {error}") from None
         except Exception as error:  # The hub's client raises dozens of kinds.
-            raise self._unreadable(error, f", shard {shard}, after record {number}") from None
+            raise self._unreadable(error, f", part {part}, after record {number}") from None
 
     def num_bytes(self) -> int:
         return (self.settings.max_documents or 0) * ASSUMED_BYTES_PER_DOCUMENT
@@ -296,8 +296,8 @@ def source_state(settings: DataSettings) -> Any:
     return [source.version, source.state()]
 
 
-def read_documents(source: TextSource, shard: Any) -> Iterator[Document]:
-    """Yield the documents of a shard that are not empty, as valid UTF-8.
+def read_documents(source: TextSource, part: Any) -> Iterator[Document]:
+    """Yield the documents of a part that are not empty, as valid UTF-8.
 
     Texts are stripped; the spaces between a prompt and its completion belong to them and stay.
 
@@ -305,7 +305,7 @@ def read_documents(source: TextSource, shard: Any) -> Iterator[Document]:
         UserError: If a file is missing, unreadable or of an unknown kind, `text_field` is wrong, or
             the hub cannot be reached.
     """
-    for document in source.documents(shard):
+    for document in source.documents(part):
         is_pair = document.prompt_characters is not None
         text = document.text if is_pair else document.text.strip()
         # JSON can hold lone surrogates, which UTF-8 cannot. Each is replaced by one character.
@@ -394,9 +394,9 @@ def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
     """
     size = path.stat().st_size
     if path.suffix == ".jsonl":
-        for first in range(0, max(1, size), SHARD_BYTES):
-            yield first, first + SHARD_BYTES, min(SHARD_BYTES, size - first)
-    elif path.suffix == ".parquet" and size > SHARD_BYTES:
+        for first in range(0, max(1, size), PART_BYTES):
+            yield first, first + PART_BYTES, min(PART_BYTES, size - first)
+    elif path.suffix == ".parquet" and size > PART_BYTES:
         metadata = _parquet(path).metadata
         for group in range(metadata.num_row_groups):
             yield group, group + 1, metadata.row_group(group).total_byte_size

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from iiet.model.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
-from orchestrator.cluster.task import job_runner, joined_cluster, lack_of_resources, shard_runner
+from orchestrator.cluster.task import job_runner, joined_cluster, lack_of_resources, part_runner
 from orchestrator.data.preparation import (
     ExpectedTokens,
     expected_tokens,
@@ -94,7 +94,7 @@ def prepare(
             space,
             context.progress,
             verify=True,
-            open_runner=shard_runner(cluster),
+            open_runner=part_runner(cluster),
         )
 
 
@@ -504,7 +504,7 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
                 settings.data,
                 context.workspace,
                 context.progress,
-                open_runner=None if plan.local else shard_runner(cluster),
+                open_runner=None if plan.local else part_runner(cluster),
             )
             if str(tokens) != next(iter(plan.jobs.values())).tokens_folder:
                 plan = plan_models(

@@ -45,7 +45,7 @@ TEXT_SOURCES = ("python", "files", "hub")
 """Text sources; `data/text.py` has their classes."""
 
 
-def source_order(names: Iterable[str]) -> list[str]:
+def component_order(names: Iterable[str]) -> list[str]:
     """Return the sources of a mixture in their order: texts first, then tasks by name."""
     return sorted(names, key=lambda name: (name not in TEXT_SOURCES, name))
 
@@ -164,7 +164,7 @@ class DataSettings(Section):
         }
         return {
             name: self.model_copy(update=unread[name] | {"source": name})
-            for name in source_order(self.shares)
+            for name in component_order(self.shares)
             if name in TEXT_SOURCES
         }
 
@@ -177,7 +177,7 @@ class DataSettings(Section):
     @property
     def tasks(self) -> DepthSettings:
         """The depth tasks of a mixture, with their options."""
-        names = (name for name in source_order(self.shares) if name not in TEXT_SOURCES)
+        names = (name for name in component_order(self.shares) if name not in TEXT_SOURCES)
         return self.depth.model_copy(update={"tasks": tuple(names)})
 
     def read_by_source(self) -> dict[str, Any]:

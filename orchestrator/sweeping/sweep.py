@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from iiet.iiad.pruning import InfluenceTable
-from orchestrator.cluster.task import joined_cluster, shard_runner
+from orchestrator.cluster.task import joined_cluster, part_runner
 from orchestrator.cluster.work import sweep_executor
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare as prepare_tokens
@@ -215,7 +215,7 @@ def _with_data(plan: SweepPlan, progress: Progress) -> SweepPlan:
     if plan.teacher is not None:
         return plan
     tokens = prepare_tokens(
-        settings.data, plan.workspace, progress, open_runner=shard_runner(settings.cluster)
+        settings.data, plan.workspace, progress, open_runner=part_runner(settings.cluster)
     )
     if str(tokens) != plan.trials.tokens_folder:
         plan = plan_from_tokens(plan, tokens)

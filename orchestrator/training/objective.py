@@ -55,15 +55,15 @@ def make_objective(
     schedule_at: ScheduleByStep,
     teacher: Model | None = None,
     distillation: DistillationConfig | None = None,
-    source_names: Sequence[str] = (),
+    component_names: Sequence[str] = (),
 ) -> Objective:
     """Return the loss under the schedule of the step: cross-entropy, or IIAD with a teacher.
 
     Args:
         teacher: The frozen teacher.
         distillation: What the student learns from it.
-        source_names: Components of a mixture. Without a teacher, the parts then hold what
-            `mean_by_source` reads.
+        component_names: Components of a mixture. Without a teacher, the parts then hold what
+            `mean_by_component` reads.
     """
     config = distillation or DistillationConfig()
 
@@ -76,19 +76,19 @@ def make_objective(
                 loss_fn=student_loss(teacher, batch, config=config, step=step),
             )
             return distilled
-        if not source_names:
+        if not component_names:
             return student(loss_fn=partial(batch_cross_entropy, batch=batch)), {}
-        by_source = partial(cross_entropy_by_source, batch=batch, num_sources=len(source_names))
+        by_source = partial(cross_entropy_by_source, batch=batch, num_sources=len(component_names))
         loss, losses, shares = student(loss_fn=by_source)
         parts: dict[str, Tensor] = {}
-        for name, of_source, share in zip(source_names, losses, shares, strict=True):
+        for name, of_source, share in zip(component_names, losses, shares, strict=True):
             parts |= {LOSS + name: of_source, SHARE + name: share}
         return loss, parts
 
     return loss_of
 
 
-def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:
+def mean_by_component(numbers: Mapping[str, float]) -> dict[str, float]:
     """Return the numbers of a step, with the mean loss of each component instead of its parts.
 
     A component without targets in this step is left out.
@@ -244,7 +244,7 @@ def validation_metrics(
     *,
     precision: str,
     world: World,
-    source_names: Sequence[str] = (),
+    component_names: Sequence[str] = (),
     before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Return loss and accuracy on held-out batches, by name of the metric.
@@ -254,8 +254,8 @@ def validation_metrics(
     without counting it. The decoder's mode (training or evaluation) is restored afterwards.
 
     Args:
-        source_names: Components of a mixture; each batch is of one component. Without names there
-            are no numbers by component.
+        component_names: Components of a mixture; each batch is of one component. Without names
+            there are no numbers by component.
         before_batch: Called before each batch, for example to end here when a stop is requested.
 
     Returns:
@@ -263,7 +263,7 @@ def validation_metrics(
         over the targets that are not text, if there are any. Of a mixture also both for each
         component, such as `validation/loss_python` and `validation/accuracy_phop_6`.
     """
-    names = [f"_{name}" for name in source_names] or [""]
+    names = [f"_{name}" for name in component_names] or [""]
     sums = {kind + name: 0.0 for name in names for kind in _SUMS}
     was_training = decoder.training
     decoder.eval()
@@ -274,7 +274,7 @@ def validation_metrics(
         batch = batches[min(number, len(batches) - 1)]
         num_targets = batch.num_targets
         name = names[0]
-        if source_names and batch.sources is not None:
+        if component_names and batch.sources is not None:
             name = names[int(batch.sources[0, 0])]  # The whole batch is of one component.
         batch = batch.to(world.device)
         with autocast(precision, world):

@@ -74,7 +74,7 @@ from orchestrator.training.objective import (
     losses_of,
     make_objective,
     make_optimizer,
-    mean_by_source,
+    mean_by_component,
     output_sizes,
     set_learning_rate,
     validation_metrics,
@@ -272,7 +272,7 @@ class Trainer:
             self.event("resumed", step=self.position.step, path=str(checkpoint), **hardware)
 
         self.objective = make_objective(
-            self.schedule_at, self.teacher, self.distillation, self.data.source_names
+            self.schedule_at, self.teacher, self.distillation, self.data.component_names
         )
         self.replicas = Replicas(self.decoder, world)
         self.meter = ThroughputMeter(self.position, world, recipe.precision)
@@ -374,7 +374,7 @@ class Trainer:
 
                 # The update, if loss and gradient are good.
                 sums = {name: agreed[name] for name in totals}
-                numbers = mean_by_source(sums)
+                numbers = mean_by_component(sums)
                 numbers["learning_rate"] = learning_rate
                 if self._accept_step(numbers):
                     self.optimizer.step()
@@ -391,7 +391,7 @@ class Trainer:
                     self.report(step, {"train/skipped_steps": position.num_skipped})
                 elif is_last or step % record_every == 0 or agreed["late"]:
                     recorded_at = time.monotonic()
-                    means = mean_by_source(position.end_window())
+                    means = mean_by_component(position.end_window())
                     means["learning_rate"] = learning_rate
                     means |= {"tokens": position.num_tokens, "flops": position.flops}
                     metrics = {f"train/{name}": number for name, number in means.items()}
@@ -608,7 +608,7 @@ class Trainer:
             batches,
             precision=recipe.precision,
             world=self.world,
-            source_names=self.data.source_names,
+            component_names=self.data.component_names,
         )
         schedule = self.schedule_at(last_step)
         metrics = metrics_of(schedule)

@@ -1,4 +1,4 @@
-"""Shards of text are tokenized on all nodes of a cluster, to the tokens of one process."""
+"""Parts of text are tokenized on all nodes of a cluster, to the tokens of one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretended_cluster import run_driver
 from pretended_ray import idle_ray
 from sample_texts import lines_of
 
-from orchestrator.cluster.task import shard_runner
+from orchestrator.cluster.task import part_runner
 from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.data.tokenize import write_text
 from orchestrator.planning.machine import Node
@@ -43,24 +43,24 @@ nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboar
 for _ in range(2):
     nodes.add_node(**small)
 os.environ["RAY_ADDRESS"] = nodes.address
-text.SHARD_BYTES = 2000
+text.PART_BYTES = 2000
 checks.ANSWER_SECONDS = 200.0  # A busy machine starts the nodes' processes slowly.
 
 plain = task.with_reported
 
 def on_three_nodes(work):
-    # The first shards wait for each other: each node has one CPU, so they are on three nodes.
+    # The first parts wait for each other: each node has one CPU, so they are on three nodes.
     import ray
     (folder / "nodes" / ray.get_runtime_context().get_node_id()).touch()
     while len([*(folder / "nodes").iterdir()]) < 3:
         time.sleep(0.05)
     if getattr(work.func, "__name__", "") == "write":
-        (folder / "shards" / str(work.args[0])).touch(exist_ok=False)
+        (folder / "parts" / str(work.args[0])).touch(exist_ok=False)
         if work.args[0] == 6 and not (folder / "failed").exists():
             (folder / "failed").touch()
-            (folder / "shards" / "6").unlink()
+            (folder / "parts" / "6").unlink()
             from orchestrator.workspace.errors import UserError
-            raise UserError("shard 6 cannot be read")
+            raise UserError("part 6 cannot be read")
     return plain(work)
 
 class Notes(Progress):
@@ -69,7 +69,7 @@ class Notes(Progress):
 
 notes = []
 task.with_reported = on_three_nodes
-for name in ("nodes", "shards"):
+for name in ("nodes", "parts"):
     (folder / name).mkdir()
 data = {"source": "files", "files": [files], "vocab_size": 300, "validation_fraction": 0.2}
 settings = resolve_settings({"data": data})
@@ -79,7 +79,7 @@ except UserError as error:
     refused = str(error)
 # What has ended is kept, and what was cut off is not there.
 tokenized = [path.name for path in folder.glob("tokens/*/tokenized/[0-9]*")]
-for number in (folder / "shards").iterdir():
+for number in (folder / "parts").iterdir():
     if f"{int(number.name):06}" not in tokenized:
         number.unlink()
 tokens = prepare(settings, workspace=folder, progress=Notes())
@@ -105,7 +105,7 @@ def test_three_nodes_write_the_tokens_of_one_process(tmp_path):
     patient = {"RAY_raylet_start_wait_time_s": "120"}  # A busy machine starts nodes slowly.
     output = run_driver(DRIVER, str(workspace), files, timeout=400, variables=patient)
     report = json.loads(output.splitlines()[-1])
-    assert report["refused"] == "shard 6 cannot be read"
+    assert report["refused"] == "part 6 cannot be read"
     assert report["kept"] > 0
     assert report["notes"][0].startswith("resuming after ")
     store = open_tokens(Path(report["tokens"]))
@@ -142,7 +142,7 @@ def test_a_task_on_a_node_reports_the_sums_of_its_tokens_and_of_its_bytes(monkey
 
     monkeypatch.setattr(ray, "remote", lambda **_: start)
     reports: list[tuple[int, int]] = []
-    open_runner = shard_runner(ClusterSettings(address="10.0.0.1:6379"))
+    open_runner = part_runner(ClusterSettings(address="10.0.0.1:6379"))
     assert open_runner
     with open_runner() as runner:
         future = runner.submit_reporting(write, lambda *report: reports.append(report))
@@ -151,5 +151,5 @@ def test_a_task_on_a_node_reports_the_sums_of_its_tokens_and_of_its_bytes(monkey
 
 
 def test_one_machine_tokenizes_without_ray():
-    assert shard_runner(ClusterSettings()) is None
-    assert shard_runner(ClusterSettings(address="10.0.0.1:6379")) is not None
+    assert part_runner(ClusterSettings()) is None
+    assert part_runner(ClusterSettings(address="10.0.0.1:6379")) is not None

@@ -37,7 +37,7 @@ def test_finished_work_is_reused(workspace, settings):
     verify_data(folder, always=True)
     assert folder == workspace.tokens / open_tokens(folder).fingerprint
     assert expected.vocab_size == expected_tokens(settings, folder).vocab_size == 300
-    # The estimate holds the files of the shards, too.
+    # The estimate holds the files of the parts, too.
     assert expected.new_bytes > 2 * (folder / "validation.jsonl").stat().st_size
     progress = KeptProgress()
     assert prepare(settings, workspace, progress) == folder

@@ -105,21 +105,21 @@ def test_plain_text_beside_prompts_is_learned_whole(tmp_path, workspace):
     assert not (alone.folder / targets_name(TRAIN_NAME)).exists()
 
 
-def test_the_targets_of_many_shards_are_those_of_one(tmp_path, monkeypatch):
+def test_the_targets_of_many_parts_are_those_of_one(tmp_path, monkeypatch):
     plain = [{"text": f"Number {i} is a story of its own."} for i in range(40)]
-    pairs = [*PAIRS, *PAIRS[:20]]  # Copies, which shards of their own drop at the end.
+    pairs = [*PAIRS, *PAIRS[:20]]  # Copies, which parts of their own drop at the end.
     settings = settings_of(*(
         write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", plain), ("b", pairs))
     ))  # fmt: skip
-    in_one_shard = token_store(settings, Workspace(tmp_path / "whole"))
-    monkeypatch.setattr(text, "SHARD_BYTES", 900)
-    in_shards = token_store(settings, Workspace(tmp_path / "in shards"))
-    assert len(in_shards.manifest.train_files) > 5
-    assert in_shards.fingerprint == in_one_shard.fingerprint
-    assert documents(in_shards) == documents(in_one_shard)
+    in_one_part = token_store(settings, Workspace(tmp_path / "whole"))
+    monkeypatch.setattr(text, "PART_BYTES", 900)
+    in_parts = token_store(settings, Workspace(tmp_path / "in parts"))
+    assert len(in_parts.manifest.train_files) > 5
+    assert in_parts.fingerprint == in_one_part.fingerprint
+    assert documents(in_parts) == documents(in_one_part)
     batches = [
         store.sequences(np.arange(60), context_length=24, seed=1).counted.tolist()
-        for store in (in_one_shard, in_shards)
+        for store in (in_one_part, in_parts)
     ]
     assert batches[0] == batches[1]
 

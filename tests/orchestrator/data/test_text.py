@@ -1,4 +1,4 @@
-"""Documents of each source and kind of file, in shards, and what a user is told about bad ones."""
+"""Documents of each source and kind of file, in parts, and what a user is told about bad ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.data.text import (
     split_text_file,
     text_source,
 )
-from orchestrator.data.text_shards import thread_runner
+from orchestrator.data.text_parts import thread_runner
 from orchestrator.data.tokenize import write_text
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
@@ -45,8 +45,8 @@ def hub(name: Path | str, **options: Any) -> DataSettings:
 
 def texts(settings: DataSettings) -> list[str]:
     source = text_source(settings)
-    shards = (read_documents(source, shard) for shard in source.shards())
-    return [document.text for document in chain.from_iterable(shards)]
+    parts = (read_documents(source, part) for part in source.parts())
+    return [document.text for document in chain.from_iterable(parts)]
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path):
@@ -67,7 +67,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     assert texts(files(tmp_path / "b.jsonl")) == ["bad ? half"]
 
 
-def test_shards_of_any_size_hold_the_same_documents(tmp_path, monkeypatch):
+def test_parts_of_any_size_hold_the_same_documents(tmp_path, monkeypatch):
     expected = [f"Text {i} says {'fish ' * (i % 7)}." for i in range(40)]
     rows = [{"text": line} for line in expected]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows[:20])) + "\n")
@@ -75,9 +75,9 @@ def test_shards_of_any_size_hold_the_same_documents(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet", row_group_size=3)
     (tmp_path / "c.txt").write_text("<|endoftext|>".join(expected[30:]))
     settings = files(tmp_path)
-    for shard_bytes in (1, 37, 100, 500):
-        monkeypatch.setattr(text, "SHARD_BYTES", shard_bytes)
-        assert len(text_source(settings).shards()) > 2
+    for part_bytes in (1, 37, 100, 500):
+        monkeypatch.setattr(text, "PART_BYTES", part_bytes)
+        assert len(text_source(settings).parts()) > 2
         assert texts(settings) == expected
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n' * 100 + '{"text": "cut\n')
     with refused(UserError, "d.jsonl, line 101", "JSON"):
@@ -156,7 +156,7 @@ def test_a_wrong_path_and_a_bad_file_are_named_with_the_line(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_data_set_is_opened_once_however_many_shards_it_has(tmp_path, monkeypatch):
+def test_a_data_set_is_opened_once_however_many_parts_it_has(tmp_path, monkeypatch):
     import datasets
 
     (tmp_path / "set").mkdir()
@@ -189,14 +189,14 @@ def test_a_data_set_is_streamed_file_by_file(tmp_path):
     for part in range(3):
         lines = lines_of(f"Document {number} of {part}. {WORDS}" for number in range(50))
         (tmp_path / f"{part}.jsonl").write_text(lines)
-    assert len(text_source(hub(tmp_path)).shards()) == 3
+    assert len(text_source(hub(tmp_path)).parts()) == 3
     assert texts(hub(tmp_path)) == texts(files(tmp_path / "*.jsonl"))
 
 
 def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
-    with refused(UserError, "set", "record 1 of shard 0", "'body'"):
+    with refused(UserError, "set", "record 1 of part 0", "'body'"):
         texts(hub(tmp_path / "set", text_field="body"))
     (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"te')
     with refused(UserError, "set"):
@@ -205,7 +205,7 @@ def test_a_data_set_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     with refused(UserError, "some/name", "data.source=files"):
         texts(hub("some/name"))
     with pytest.raises(UserError, match=r"^the data set some/name needs the hub"):
-        # A process that did not list the shards.
+        # A process that did not list the parts.
         next(text_source(hub("some/name")).documents(0))
     with refused(UserError, "data.hub_name"):
         texts(hub(""))

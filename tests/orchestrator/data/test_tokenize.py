@@ -1,4 +1,4 @@
-"""Token folders: the same bytes from any number of shards, threads and interruptions."""
+"""Token folders: the same bytes from any number of parts, threads and interruptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sample_texts import lines_of, tokens_of
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from orchestrator.data import text, text_shards, tokenize
+from orchestrator.data import text, text_parts, tokenize
 from orchestrator.data.split import is_validation
 from orchestrator.data.store import (
     MANIFEST_NAME,
@@ -34,7 +34,7 @@ from orchestrator.data.store import (
     open_tokens,
     verify_data,
 )
-from orchestrator.data.text_shards import ShardRunner, thread_runner
+from orchestrator.data.text_parts import PartRunner, thread_runner
 from orchestrator.data.tokenize import write_text
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
@@ -62,31 +62,31 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != VERIFIED_NAME}
 
 
-# A text counts as often as it is written: in one shard, and in several.
+# A text counts as often as it is written: in one part, and in several.
 SEVERAL = [
     [*TEXTS[number * 80 : number * 80 + 120], TEXTS[5], TEXTS[number * 80 + 7]]
     for number in range(3)
 ]
 
 
-def in_one_shard(folder: Path, **settings: Any) -> Path:
+def in_one_part(folder: Path, **settings: Any) -> Path:
     """Return the token folder of the texts of `several`, which are in one file there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "SHARD_BYTES", 10**9)
+        patch.setattr(text, "PART_BYTES", 10**9)
         return tokens_of(chain.from_iterable(SEVERAL), folder, **OPTIONS, **settings)
 
 
 @pytest.fixture
 def several(tmp_path, monkeypatch) -> DataSettings:
-    """Settings of three files in many shards."""
+    """Settings of three files in many parts."""
     for number, part in enumerate(SEVERAL):
         (tmp_path / f"{number}.jsonl").write_text(lines_of(part))
-    monkeypatch.setattr(text, "SHARD_BYTES", 1500)
+    monkeypatch.setattr(text, "PART_BYTES", 1500)
     return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
 
 
 class WatchedThreads:
-    """Threads that call functions when they begin a shard, and when they have written it."""
+    """Threads that call functions when they begin a part, and when they have written it."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class WatchedThreads:
         self.on_end = on_end
 
     @contextmanager
-    def opened(self) -> Iterator[ShardRunner]:
+    def opened(self) -> Iterator[PartRunner]:
         with thread_runner(self.num_at_once) as self.runner:
             yield self
 
@@ -144,7 +144,7 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
 
 
 def test_the_tokens_are_the_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_shards, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr(text_parts, "DOCUMENTS_PER_BATCH", 7)
     texts = [*TEXTS, *(f"Ένα κείμενο {number}." for number in range(20))]
     texts += texts[:50]
     store = open_tokens(tokens_of(texts, tmp_path, **OPTIONS))
@@ -220,8 +220,8 @@ def test_a_tokenizer_is_trained_on_each_part_of_a_sorted_corpus(tmp_path, monkey
     corpus = [*TEXTS, *greek]
     whole = load_tokenizer(tokens_of(corpus, tmp_path, **options))
     monkeypatch.setattr(tokenize, "TOKENIZER_CHARACTERS", 3000)
-    monkeypatch.setattr(tokenize, "MAX_SHARDS_SAMPLED", num_sampled)
-    monkeypatch.setattr(text, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(tokenize, "MAX_PARTS_SAMPLED", num_sampled)
+    monkeypatch.setattr(text, "PART_BYTES", 2000)
     files = {
         name: (tokens_of(texts, tmp_path / name, **options) / "tokenizer.json").read_bytes()
         for name, texts in {"sorted": corpus, "again": corpus, "reversed": corpus[::-1]}.items()
@@ -234,7 +234,7 @@ def test_a_tokenizer_is_trained_on_each_part_of_a_sorted_corpus(tmp_path, monkey
         )
         assert num_tokens < 1.1 * num_by_whole
     assert files["again"] == files["sorted"]
-    if num_sampled == 100:  # All shards are read: the order of the documents does not matter.
+    if num_sampled == 100:  # All parts are read: the order of the documents does not matter.
         assert files["reversed"] == files["sorted"]
     else:
         assert files["reversed"] != files["sorted"]
@@ -252,16 +252,16 @@ def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path):
 
 
 def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
-    one_shard = in_one_shard(tmp_path / "whole")
+    one_part = in_one_part(tmp_path / "whole")
     for number in (1, 3):
         parent = tmp_path / f"by {number}"
         folder = write_text(
             several, parent, "key", Progress(), open_runner=partial(thread_runner, number)
         )
-        assert folder.name == one_shard.name
-        assert open_tokens(folder).train[:].tolist() == open_tokens(one_shard).train[:].tolist()
+        assert folder.name == one_part.name
+        assert open_tokens(folder).train[:].tolist() == open_tokens(one_part).train[:].tolist()
         for name in ("validation.bin", "tokenizer.json"):
-            assert (folder / name).read_bytes() == (one_shard / name).read_bytes(), (number, name)
+            assert (folder / name).read_bytes() == (one_part / name).read_bytes(), (number, name)
         assert [path.name for path in parent.iterdir()] == [folder.name]
     (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
     with refused(UserError, "2.jsonl, line 51", "'text'"):
@@ -271,7 +271,7 @@ def test_several_threads_give_the_same_bytes_as_one(several, tmp_path):
 
 
 @pytest.mark.parametrize("max_documents", [None, 150])
-def test_shards_stay_shards_and_only_the_last_is_copied_for_its_first_documents(
+def test_parts_stay_parts_and_only_the_last_is_copied_for_its_first_documents(
     several, tmp_path, monkeypatch, max_documents
 ):
     linked: list[str] = []
@@ -289,40 +289,40 @@ def test_shards_stay_shards_and_only_the_last_is_copied_for_its_first_documents(
     names = list(store.manifest.train_files)
     assert len(names) > 2
     assert sorted(linked) == (names[:-1] if max_documents else names)
-    one_shard = open_tokens(in_one_shard(tmp_path / "whole", max_documents=max_documents))
-    assert one_shard.manifest.train_files == ("train.bin",)
-    assert one_shard.fingerprint == store.fingerprint
+    one_part = open_tokens(in_one_part(tmp_path / "whole", max_documents=max_documents))
+    assert one_part.manifest.train_files == ("train.bin",)
+    assert one_part.fingerprint == store.fingerprint
     for name in ("validation.bin", "tokenizer.json"):
-        assert (folder / name).read_bytes() == (one_shard.folder / name).read_bytes()
-    for length in (16, 333):  # A shard has some 400 tokens.
+        assert (folder / name).read_bytes() == (one_part.folder / name).read_bytes()
+    for length in (16, 333):  # A part has some 400 tokens.
         windows = [
             tokens.sequences(np.arange(90), context_length=length, seed=3).input_ids.tolist()
-            for tokens in (store, one_shard)
+            for tokens in (store, one_part)
         ]
         assert windows[0] == windows[1]
 
 
-def test_shards_of_another_node_may_be_seen_late(several, tmp_path, monkeypatch):
+def test_parts_of_another_node_may_be_seen_late(several, tmp_path, monkeypatch):
     expected = write_text(several, tmp_path / "at once", "key", Progress())
     seen: list[Path] = []
     hidden: list[Path] = []
 
     def hide() -> None:
-        for shard in (tmp_path / "late").glob(f"{TEMPORARY_PREFIX}*/tokenized/[0-9]*"):
-            if shard not in seen:
-                shard.rename(tmp_path / shard.name)
-                hidden.append(shard)
+        for part in (tmp_path / "late").glob(f"{TEMPORARY_PREFIX}*/tokenized/[0-9]*"):
+            if part not in seen:
+                part.rename(tmp_path / part.name)
+                hidden.append(part)
 
     def show(_: float) -> None:
         while hidden:
-            shard = hidden.pop()
-            (tmp_path / shard.name).rename(shard)
-            seen.append(shard)
+            part = hidden.pop()
+            (tmp_path / part.name).rename(part)
+            seen.append(part)
 
     monkeypatch.setattr(time, "sleep", show)
     runner = WatchedThreads(1, on_end=hide)
     folder = write_text(several, tmp_path / "late", "key", Progress(), open_runner=runner.opened)
-    assert len(seen) == len(text.text_source(several).shards())
+    assert len(seen) == len(text.text_source(several).parts())
     assert contents(folder) == contents(expected)
 
 
@@ -372,7 +372,7 @@ def test_tokens_of_an_earlier_version_are_read(tmp_path):
 
 
 def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_path):
-    num_shards = len(text.text_source(several).shards())
+    num_parts = len(text.text_source(several).parts())
     started = []
     for num_documents in (7, 60, 150, 10_000):
         settings = several.model_copy(update={"max_documents": num_documents})
@@ -385,12 +385,12 @@ def test_several_threads_read_no_more_documents_than_are_wanted(several, tmp_pat
             tokens.append(open_tokens(folder).train[:].tolist())
             if num_threads == 1:
                 num_needed = len(started)
-            assert len(started) <= num_needed + 1, "threads begin shards that nobody needs"
+            assert len(started) <= num_needed + 1, "threads begin parts that nobody needs"
         assert tokens[0] == tokens[1]
         manifest = Manifest.read(folder / MANIFEST_NAME)
         num_tokenized = manifest.train.documents + manifest.validation.documents
         assert num_tokenized == min(num_documents, sum(map(len, SEVERAL)))
-    assert num_needed == num_shards
+    assert num_needed == num_parts
 
 
 KILLED = """
@@ -398,13 +398,13 @@ import os, signal, sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from orchestrator.data import text, text_shards, tokenize
+from orchestrator.data import text, text_parts, tokenize
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & ignores it.
-text.SHARD_BYTES = 1500
-text_shards.DOCUMENTS_PER_BATCH = 5
+text.PART_BYTES = 1500
+text_parts.DOCUMENTS_PER_BATCH = 5
 reports = 0
 class Killed(Progress):
     def advance(self, done, text="", **_):
@@ -413,7 +413,7 @@ class Killed(Progress):
         if done == 3 and "tokens" in text and reports > 20:
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 settings = DataSettings.model_validate_json(sys.argv[2])
-one_thread = partial(text_shards.thread_runner, 1)
+one_thread = partial(text_parts.thread_runner, 1)
 tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), open_runner=one_thread)
 """
 
@@ -428,10 +428,10 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(several, tmp_path
     )
     assert done.returncode == -getattr(signal, name), done.stderr
     (unfinished,) = parent.glob(f"{TEMPORARY_PREFIX}*")
-    stored_shards = sorted(unfinished.glob("tokenized/[0-9]*"))
-    # After Ctrl-C, the thread at work may still finish its shard.
-    assert len(stored_shards) >= 3
-    damaged = stored_shards[1] / "train.bin"
+    stored_parts = sorted(unfinished.glob("tokenized/[0-9]*"))
+    # After Ctrl-C, the thread at work may still finish its part.
+    assert len(stored_parts) >= 3
+    damaged = stored_parts[1] / "train.bin"
     damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
 
     started = []
@@ -441,8 +441,8 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(several, tmp_path
         patch.setattr(Tokenizer, "train_from_iterator", pytest.fail)  # It was trained before.
         folder = write_text(several, parent, "key", progress, open_runner=runner.opened)
     verify_data(folder, always=True)
-    num_missing = len(text.text_source(several).shards()) - len(stored_shards)
-    assert len(started) == 1 + num_missing, "whole shards are not tokenized again"
+    num_missing = len(text.text_source(several).parts()) - len(stored_parts)
+    assert len(started) == 1 + num_missing, "whole parts are not tokenized again"
     assert_names(progress.notes[0], "000001", "train.bin")
     assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
     uninterrupted = write_text(

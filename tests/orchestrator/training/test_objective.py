@@ -220,7 +220,7 @@ def test_validation_weighs_batches_by_their_targets(source):
 
 def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total():
     names = ("files", "phop_2")
-    objective = make_objective(lambda _: SCHEDULE, source_names=names)
+    objective = make_objective(lambda _: SCHEDULE, component_names=names)
     decoder, numbers = trained(of_two_sources, objective, per_pass=3)
     objective = make_objective(lambda _: SCHEDULE)
     plain, plain_numbers = trained(of_two_sources, objective, per_pass=3)
@@ -248,7 +248,7 @@ def test_validation_by_source_weighs_up_to_the_total():
         for batch in source(0).split(3)
     ]
     options: dict[str, Any] = {"precision": "fp32", "world": World()}
-    metrics = validation_metrics(decoder, batches, SCHEDULE, **options, source_names=names)
+    metrics = validation_metrics(decoder, batches, SCHEDULE, **options, component_names=names)
     metrics_of_sources = {
         name: validation_metrics(decoder, [source(0)], SCHEDULE, **options)
         for name, source in zip(names, (completions, answers), strict=False)

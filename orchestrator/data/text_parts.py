@@ -1,12 +1,12 @@
-"""The shards of a text: each is tokenized into a folder of its own, several at once.
+"""Tokenize the parts of a text, several at the same time, each into a folder of its own.
 
-A folder is whole or absent, so an interrupted command continues with the shards that are missing.
-It holds the tokens of the shard's training documents in their order, those of the held-out ones,
-these also as text, and a record of a few bytes for each document. No more than the documents at
-work are in memory.
+A folder is complete or absent, so an interrupted command continues with the missing parts. It holds
+the tokens of the part's training documents in their order, the tokens and texts of the held-out
+documents, and a record of a few bytes for each document. Only the documents that are being
+tokenized are in memory.
 
-Shards are written by threads, which use all CPUs of this machine since the tokenizer works outside
-of Python's lock; or by whatever else runs functions (`ShardRunner`), such as Ray on all nodes.
+A `PartRunner` runs the work: threads, which use all CPUs because the tokenizer releases Python's
+global lock, or Ray tasks on all nodes.
 """
 
 from __future__ import annotations
@@ -46,65 +46,65 @@ from orchestrator.workspace.provenance import file_digest
 
 DOCUMENTS_PER_BATCH = 1024
 SEEN_SECONDS = 60.0
-"""Longest wait for a shard of another node; NFS may answer from its memory for so long."""
+"""Longest wait for a part of another node; NFS may answer from its cache for so long."""
 SECONDS_BETWEEN_LOOKS = 0.2
 RECORD = np.dtype([("hash", "V16"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")])
-"""What is known of a document."""
-# Beside the tokenizer, what a preparation has stored: its plan, and the folder of its shards.
+"""Record of a document."""
+# What an unfinished preparation has stored besides the tokenizer: its plan and its parts.
 PLAN_NAME = "plan.json"
-SHARDS_NAME = "tokenized"
-# Files of each shard.
+PARTS_NAME = "tokenized"
+# Files of each part.
 TRAIN = "train.bin"
 VALIDATION = "validation.bin"
 TEXTS = "held_out.jsonl"
 RECORDS = "records.npy"
 PROMPTS = "prompts.npy"
-"""Of a shard with prompts: the number of tokens that each document begins with as its prompt."""
+"""File of a part with prompts: the number of prompt tokens of each document."""
 SUMS = "sha256.json"
 
 T = TypeVar("T")
 ReportTokens = Callable[[int, int], None]
-"""Takes the tokens and the bytes of text that were tokenized since the last call."""
+"""Gets the tokens and the bytes of text that were tokenized since the last call."""
 
 
 class Plan(Record):
-    """What the shards of one preparation share, with the tokenizer beside it."""
+    """What the parts of one preparation share, except the tokenizer."""
 
     settings: DataSettings
-    shards: list[Any]
-    """Parts of the source, see `TextSource.shards`."""
+    parts: list[Any]
+    """Parts of the source, see `TextSource.parts`."""
     fraction: float
-    """Share of the documents that is held out."""
+    """Held-out share of the documents."""
 
 
 # What runs the work
 
 
-class ShardRunner(Protocol):
-    """Runs work on shards, several at once."""
+class PartRunner(Protocol):
+    """Runs work on parts, several at the same time."""
 
     @property
     def num_at_once(self) -> int:
-        """How many works run at once."""
+        """How many works run at the same time."""
         ...
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Run work, which can be pickled, somewhere."""
+        """Start work, which can be pickled."""
         ...
 
     def submit_reporting(
         self, work: Callable[[ReportTokens], T], report: ReportTokens
     ) -> Future[T]:
-        """Likewise; what the work reports arrives as calls of `report` in this process."""
+        """Start work that reports; `report` is called in this process."""
         ...
 
 
-OpenRunner = Callable[[], AbstractContextManager[ShardRunner]]
-"""Opens a runner for a block, at whose end nothing of it runs any more."""
+OpenRunner = Callable[[], AbstractContextManager[PartRunner]]
+"""Opens a runner until the end of a block, when all of its work has ended."""
 
 
 @contextmanager
-def thread_runner(number: int) -> Iterator[ShardRunner]:
+def thread_runner(number: int) -> Iterator[PartRunner]:
     """Open the runner of this process, with this many threads."""
     pool = ThreadPoolExecutor(number)
     try:
@@ -127,7 +127,7 @@ class _Threads:
         return self.pool.submit(work, report)
 
 
-# One shard
+# One part
 
 
 class TokenizedDocument(NamedTuple):
@@ -136,42 +136,42 @@ class TokenizedDocument(NamedTuple):
     document: Document
     ids: list[int]
     num_prompt_tokens: int
-    """Tokens that it begins with as its prompt; 0 if it has none."""
+    """Tokens of the prompt at its beginning; 0 without a prompt."""
     num_bytes: int
     """Length of its text in UTF-8."""
 
 
-class ShardWriter:
-    """Tokenizes any shard of a plan; a process has one, which its threads share."""
+class PartWriter:
+    """Tokenizes any part of a plan; the threads of a process share one."""
 
     def __init__(self, folder: Path, source: TextSource | None = None) -> None:
         """Read the plan in a folder.
 
         Args:
-            folder: Holds plan and tokenizer, and will hold the shards.
-            source: The source of the plan, if it is open already.
+            folder: Holds plan and tokenizer, and will hold the parts.
+            source: The data source of the plan, if it is already open.
         """
         plan = Plan.read(folder / PLAN_NAME)
-        assert plan is not None, "a shard is written after its plan"
+        assert plan is not None, "a part is written after its plan"
         self.plan = plan
-        self.shards = [folder / SHARDS_NAME / f"{number:06}" for number in range(len(plan.shards))]
-        """The folder of each shard; it exists when the shard is whole."""
+        self.parts = [folder / PARTS_NAME / f"{number:06}" for number in range(len(plan.parts))]
+        """The folder of each part; it exists when the part is complete."""
         self._folder = folder
         self._source = source or text_source(plan.settings)
         self._tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
 
-    def __reduce__(self) -> tuple[Callable[[Path], ShardWriter], tuple[Path]]:
-        """Let another process open source and tokenizer itself, once for all of its shards."""
+    def __reduce__(self) -> tuple[Callable[[Path], PartWriter], tuple[Path]]:
+        """Make another process open data source and tokenizer itself, once for all of its parts."""
         return _writer_of_process, (self._folder,)
 
     def write(self, number: int, report: ReportTokens) -> None:
-        """Tokenize a shard; its folder appears when it is whole."""
+        """Tokenize a part; its folder gets its name when it is complete."""
         dtype = dtype_of(self._tokenizer)
-        documents = read_documents(self._source, self.plan.shards[number])
+        documents = read_documents(self._source, self.plan.parts[number])
         documents = islice(documents, self.plan.settings.max_documents)
         records: list[tuple[bytes, int, int, bool]] = []
         prompt_lengths: list[int] = []
-        with new_folder(self.shards[number]) as temporary:
+        with new_folder(self.parts[number]) as temporary:
             with (
                 (temporary / TRAIN).open("wb") as train_tokens,
                 (temporary / VALIDATION).open("wb") as validation_tokens,
@@ -201,21 +201,22 @@ class ShardWriter:
             write_json(temporary / SUMS, sums)
 
     def _tokenize(self, documents: list[Document]) -> Iterator[TokenizedDocument]:
-        """Encode documents together, and yield one after the other: lists of ids take memory."""
+        """Encode documents together, but yield them one by one, because lists of ids take
+        memory."""
         opening = opening_ids(self._tokenizer)
         end = end_of_text_id(self._tokenizer)
-        # A prompt is encoded by itself, as the model reads it when it answers.
+        # A prompt is encoded by itself, as in generation.
         prompts = self._encode([document.prompt for document in documents])
         completions = self._encode([document.completion for document in documents])
         for document, prompt, completion in zip(documents, prompts, completions, strict=True):
             start = opening
             num_prompt_tokens = 0
             if document.prompt_characters is not None:
-                # A chat template may have written the opening tokens.
+                # A chat template may already contain the opening tokens.
                 is_open = prompt.ids[: len(opening)] == opening
                 start = prompt.ids if is_open else [*opening, *prompt.ids]
                 num_prompt_tokens = len(start)
-            # The end is ours: some tokenizers put none after a text, some put two.
+            # The end-of-text token is added here: some tokenizers add none, some two.
             ids = [*start, *completion.ids, end]
             num_bytes = len(document.text.encode())
             yield TokenizedDocument(document, ids, num_prompt_tokens, num_bytes)
@@ -225,29 +226,29 @@ class ShardWriter:
 
 
 @lru_cache(maxsize=1)
-def _writer_of_process(folder: Path) -> ShardWriter:
-    return ShardWriter(folder)
+def _writer_of_process(folder: Path) -> PartWriter:
+    return PartWriter(folder)
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type of the tokens in a shard's files."""
+    """Return the type of the tokens in a part's files."""
     return np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
 
 
-def num_documents(shard: Path) -> int:
-    """Return how many documents a whole shard holds."""
-    return len(np.load(shard / RECORDS))
+def num_documents(part: Path) -> int:
+    """Return the number of documents of a tokenized part."""
+    return len(np.load(part / RECORDS))
 
 
-# All shards
+# All parts
 
 
-def tokenize_shards(writer: ShardWriter, progress: Progress, runner: ShardRunner) -> Sequence[Path]:
-    """Tokenize the shards that are missing; return the first ones that hold enough documents."""
-    missing = _missing_shards(writer.shards, progress)
+def tokenize_parts(writer: PartWriter, progress: Progress, runner: PartRunner) -> Sequence[Path]:
+    """Tokenize the missing parts; return the first parts that together hold enough documents."""
+    missing = _missing_parts(writer.parts, progress)
     progress.start("corpus", len(missing) if len(missing) > 1 else None)
     rates = _Rates(progress)
-    queue = _ShardQueue(writer.shards, missing, writer.plan.settings.max_documents)
+    queue = _PartQueue(writer.parts, missing, writer.plan.settings.max_documents)
     at_work: dict[Future[None], int] = {}
     try:
         while not queue.is_over:
@@ -258,37 +259,38 @@ def tokenize_shards(writer: ShardWriter, progress: Progress, runner: ShardRunner
             for future in ended:
                 number = at_work.pop(future)
                 future.result()
-                _wait_until_seen(writer.shards[number])
+                _wait_until_seen(writer.parts[number])
                 queue.note_whole(number)
-                rates.end_shard()
-        return queue.first_shards
+                rates.end_part()
+        return queue.first_parts
     finally:
-        # Threads cannot be stopped; those at work end at their next report.
+        # Threads cannot be stopped; running ones end at their next report.
         rates.is_over = True
 
 
-class _ShardQueue:
-    """The shards that are still to be written, as far as their documents are needed.
+class _PartQueue:
+    """The missing parts whose documents are needed.
 
-    The first documents of the text are kept, so whole shards are counted in their order.
+    With `data.max_documents`, the first documents of the text are kept, so finished parts are
+    counted in their order.
     """
 
     def __init__(
-        self, shards: Sequence[Path], missing: Sequence[int], max_documents: int | None
+        self, parts: Sequence[Path], missing: Sequence[int], max_documents: int | None
     ) -> None:
-        self._shards = shards
+        self._parts = parts
         self._waiting = deque(missing)
         self._unfinished = {*missing}
         self._max_documents = max_documents
-        self._num_counted = 0  # The shards before this one are whole and counted.
-        self._num_documents = 0  # In these shards.
+        self._num_counted = 0  # The number of first parts that are finished and counted.
+        self._num_documents = 0  # Documents of these parts.
         self._count()
 
     def take(self) -> int | None:
-        """Return the number of the shard to begin now; None if there is none.
+        """Return the number of the part to start now; None if there is none.
 
-        No shard is begun that is not likely to be needed. The first one is read alone: how many
-        documents a shard holds is not known before.
+        Only parts that are likely to be needed are started. The first one is read alone, as before
+        that nobody knows how many documents a part holds.
         """
         if not self._waiting:
             return None
@@ -296,21 +298,21 @@ class _ShardQueue:
         if self._max_documents is not None and number != self._num_counted:
             if self._num_counted == 0:
                 return None
-            # The whole shards say how many documents stand before this one.
+            # Finished parts tell how many documents this one is likely to follow.
             if number * self._num_documents / self._num_counted >= self._max_documents:
                 return None
         return self._waiting.popleft()
 
     def note_whole(self, number: int) -> None:
-        """Note that a shard is written."""
+        """Note that a part is finished."""
         self._unfinished.remove(number)
         self._count()
 
     def _count(self) -> None:
-        while self._num_counted < len(self._shards) and not self._has_enough:
+        while self._num_counted < len(self._parts) and not self._has_enough:
             if self._num_counted in self._unfinished:
                 return
-            self._num_documents += num_documents(self._shards[self._num_counted])
+            self._num_documents += num_documents(self._parts[self._num_counted])
             self._num_counted += 1
 
     @property
@@ -319,50 +321,50 @@ class _ShardQueue:
 
     @property
     def is_over(self) -> bool:
-        """Whether the whole shards hold all documents that are kept."""
+        """Whether the finished parts hold all documents that are needed."""
         return self._has_enough or not self._unfinished
 
     @property
-    def first_shards(self) -> Sequence[Path]:
-        """The folders of the first shards, up to the first one that is not whole or not needed."""
-        return self._shards[: self._num_counted]
+    def first_parts(self) -> Sequence[Path]:
+        """The folders of the first parts, up to the first that is unfinished or not needed."""
+        return self._parts[: self._num_counted]
 
 
-def _wait_until_seen(shard: Path) -> None:
-    """Wait for a folder that another node may have made: network file systems show it late."""
+def _wait_until_seen(part: Path) -> None:
+    """Wait for a folder of another node, which network file systems may show late."""
     deadline = time.monotonic() + SEEN_SECONDS
-    while not shard.is_dir() and time.monotonic() < deadline:
-        list(shard.parent.iterdir())  # Asks the server again.
+    while not part.is_dir() and time.monotonic() < deadline:
+        list(part.parent.iterdir())  # Makes the client ask the server again.
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _missing_shards(shards: Sequence[Path], progress: Progress) -> list[int]:
+def _missing_parts(parts: Sequence[Path], progress: Progress) -> list[int]:
     missing: list[int] = []
-    for number, shard in enumerate(shards):
-        if shard.is_dir():
-            damage = damaged_file(shard, read_json(shard / SUMS) or {SUMS: ""})
+    for number, part in enumerate(parts):
+        if part.is_dir():
+            damage = damaged_file(part, read_json(part / SUMS) or {SUMS: ""})
             if damage is None:
                 continue
-            progress.note(f"{shard} is damaged: {damage}; it is deleted and written again")
-            shutil.rmtree(shard)
+            progress.note(f"{part} is damaged: {damage}; it is deleted and written again")
+            shutil.rmtree(part)
         missing.append(number)
-    if len(missing) < len(shards):
-        progress.note(f"resuming after {len(shards) - len(missing):,} of {len(shards):,} shards")
+    if len(missing) < len(parts):
+        progress.note(f"resuming after {len(parts) - len(missing):,} of {len(parts):,} parts")
     return missing
 
 
 class _Rates:
-    """Adds the tokens and bytes that threads report to the progress."""
+    """Shows the tokens and bytes that threads report as progress."""
 
     def __init__(self, progress: Progress) -> None:
         self.is_over = False
-        """Whether the threads have to end: at an error of one, or after Ctrl-C."""
+        """Whether the threads must end: after an error of one of them, or Ctrl-C."""
         self._progress = progress
         self._started = time.monotonic()
         self._lock = Lock()
         self._tokens = 0
         self._bytes = 0
-        self._shards = 0
+        self._parts = 0
 
     def __call__(self, num_tokens: int, num_bytes: int) -> None:
         if self.is_over:
@@ -372,9 +374,9 @@ class _Rates:
             self._bytes += num_bytes
             seconds = max(1e-9, time.monotonic() - self._started)
             text = f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
-            self._progress.advance(self._shards, f"{text}, {format_bytes(self._bytes / seconds)}/s")
+            self._progress.advance(self._parts, f"{text}, {format_bytes(self._bytes / seconds)}/s")
 
-    def end_shard(self) -> None:
-        """Count a shard that is whole."""
-        self._shards += 1
+    def end_part(self) -> None:
+        """Count a finished part."""
+        self._parts += 1
         self(0, 0)
