@@ -31,7 +31,7 @@ from orchestrator.reporting.charts import (
 )
 from orchestrator.reporting.colors import BLUE, GRAY, RED, SKY
 from orchestrator.reporting.front import find_front
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import model_results
 
 FOLDER = Path(__file__).resolve().parent / "images" / "concepts"
 
@@ -167,14 +167,14 @@ def draw_family() -> Spec:
 
 def draw_knee() -> Spec:
     """Draw the demo's front as reports do, with the line that the knee is measured from."""
-    front = find_front(result_table(TRIALS))
+    front = find_front(model_results(TRIALS))
     chart = front_chart(front)
     picks = [front.picks["cheapest"], front.picks["best"]]
-    ends = [{"x": row["cost"], "y": row["quality"]} for row in picks]
+    ends = [{"x": pick.cost, "y": pick.quality} for pick in picks]
     chord: Spec = {
         "data": {"values": ends},
         "mark": {"type": "line", "color": RED, "strokeDash": [6, 4]},
-        "encoding": {name: {**chart["layer"][2]["encoding"][name]} for name in ("x", "y")},
+        "encoding": {name: {**chart["layer"][1]["encoding"][name]} for name in ("x", "y")},
     }
     third = {name: (2 * ends[0][name] + ends[1][name]) / 3 for name in ("x", "y")}
     name = {"type": "text", "color": RED, "align": "left", "dx": 8, "dy": 14}

@@ -22,8 +22,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, Trial
 from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL, find_claims
 from orchestrator.reporting.findings import PickRule, pick_from_front, tied_with_full
-from orchestrator.reporting.front import Front, find_front, known, with_confidence
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.front import Front, find_front, with_confidence
+from orchestrator.reporting.results import model_results
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.reporting.statistics import Floats, Interval, ItemValues, Scores
 from orchestrator.settings import TrainingSettings
@@ -147,7 +147,7 @@ def sweep_front(
             trial = _trial(name, seed, float(is_right.mean()), has_seeds=len(seeds) > 1)
             trials.append(trial)
             items[trial.key] = evaluation(is_right)
-    front = find_front(result_table(trials))
+    front = find_front(model_results(trials))
     return with_confidence(front, items, demanded_share=PAPER_SHARE_OF_FULL)
 
 
@@ -192,7 +192,7 @@ def keeps_by_claim(front: Front) -> bool:
 def keeps_by_pick(front: Front) -> bool:
     """Whether `pick --keep --confidence 0.95` takes a student."""
     rule = PickRule(name="keep", demanded_share=PAPER_SHARE_OF_FULL, confidence=0.95)
-    return bool(pick_from_front(front, rule)["role"] == "trial")
+    return pick_from_front(front, rule).role == "trial"
 
 
 def beats_vanilla(front: Front) -> bool:
@@ -202,14 +202,14 @@ def beats_vanilla(front: Front) -> bool:
 
 def any_is_surely_on_front(front: Front) -> bool:
     """Whether a student is surely on the front, of those that cost the same."""
-    students = [row for row in front.rows if row["role"] == "trial"]
-    return any((known(row, CONFIDENCE_ON_FRONT) or 0.0) >= 0.95 for row in students)
+    students = [model for model in front.placed if model.role == "trial"]
+    return any((student.number(CONFIDENCE_ON_FRONT) or 0.0) >= 0.95 for student in students)
 
 
 def any_differs(front: Front) -> bool:
     """Whether a student is not tied with the teacher."""
-    tied = {row["key"] for row in tied_with_full(front)}
-    return any(row["role"] == "trial" and row["key"] not in tied for row in front.rows)
+    tied = {model.key for model in tied_with_full(front)}
+    return any(model.role == "trial" and model.key not in tied for model in front.placed)
 
 
 VERDICTS: dict[str, tuple[Callable[[Front], bool], Mapping[str, float]]] = {

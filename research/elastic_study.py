@@ -50,7 +50,7 @@ from orchestrator.planning.price import price_of
 from orchestrator.records.metrics import metric_of
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.output import show
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import model_results
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.reporting.statistics import INTERVAL_LEVEL
 from orchestrator.reporting.tables import difference_text
@@ -212,7 +212,7 @@ def _reading(
     if not rows:
         names = f"{elastic.name} and {students.name}"
         raise RunFailed(f"the sweeps {names} have no schedule that was trained both ways")
-    trials = result_table(longer.trials)["trial"]
+    trials = [model.trial for model in model_results(longer.trials)]
     return Reading(
         teacher=teacher,
         times=factor,
@@ -229,7 +229,9 @@ def compare_schedules(front: Front) -> list[dict[str, Any]]:
     Elastic weights and students answered the same items, so their difference has a paired interval;
     it has none where values of single items are missing.
     """
-    students = [trial for trial in front.trials if trial.role == "trial" and trial.schedule]
+    students = [
+        model.trial for model in front.models if model.role == "trial" and model.trial.schedule
+    ]
     elastic = {trial.schedule: trial for trial in students if trial.is_elastic}
     separate = {trial.schedule: trial for trial in students if not trial.is_elastic}
     scores = front.paired.quality(front.axes.quality) if front.paired else None

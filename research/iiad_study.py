@@ -45,7 +45,7 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.models.labels import seed_label, trained_label
 from orchestrator.records.metrics import stderr_name
 from orchestrator.reporting.output import show
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import model_results
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.reporting.statistics import sum_of_means
 from orchestrator.settings import BASELINE_METHOD
@@ -309,7 +309,7 @@ def _with(settings: Settings, **sections: Mapping[str, object]) -> Settings:
 
 def _by_label(trials: Sequence[Trial]) -> dict[str, Trial]:
     """Return the results by label, seeds averaged."""
-    return {trial.label: trial for trial in result_table(trials)["trial"]}
+    return {model.trial.label: model.trial for model in model_results(trials)}
 
 
 def _name(trial: Trial) -> str:

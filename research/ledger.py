@@ -51,7 +51,7 @@ from orchestrator.reporting.charts import (
 )
 from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL
 from orchestrator.reporting.front import find_front
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import model_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "research/results.md")
@@ -450,7 +450,7 @@ def panels() -> list[Spec]:
         rows = [{**row["details"], "suite": Suite()} for row in report["results"]]
         trials = [Trial.model_validate(row) for row in rows if row["label"] not in NOT_PICTURED]
         width, height = PANEL
-        front = find_front(result_table(trials))
+        front = find_front(model_results(trials))
         chart = front_chart(front, height=height)
         heading = {"text": title}
         if not charts:  # The panels have their legend in common.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from iiet.methods import METHODS
@@ -18,7 +19,7 @@ from orchestrator.records.evaluation import (
 )
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, FrontAxes, find_front
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import model_results
 from orchestrator.workspace.layout import Workspace
 
 
@@ -80,7 +81,7 @@ def sample_front(
     sweep_of: Mapping[str, str] | None = None,
 ) -> Front:
     """Return the front of trials; `sweep_of` gives each key's sweep if they are from several."""
-    table = result_table(trials)
+    models = model_results(trials)
     if sweep_of:
-        table["sweep"] = table["key"].map(sweep_of)
-    return find_front(table, axes)
+        models = [replace(model, sweep=sweep_of[model.key]) for model in models]
+    return find_front(models, axes)

@@ -648,18 +648,18 @@ def plan_pick(
     reason = reason_against_accuracy(workspace, stored.results, demanded_share=rule.demanded_share)
     axes = parse_axes(cost, quality, against_accuracy=reason)
     front, notes = sweep_front(workspace, [stored], axes, demanded_share=rule.demanded_share)
-    if axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
+    if axes.cost == DECODE_MS and (problem := busy_machine(front.placed)):
         notes = [*notes, problem]
     for note in notes:
         (progress or Progress()).note(note)
     picked = findings.pick_from_front(front, rule)
-    losses = front.losses.get(picked["key"], ())
+    losses = front.losses.get(picked.key, ())
     compared = retention_reference(front)
-    reference = compared["role"] if compared else "source"
+    reference = compared.role if compared else "source"
     if stored.retention and not allow_loss:
-        _refuse_loss(picked["label"], losses, reference)
-    point = picked["trial"]
-    seeds = picked["seeds"]
+        _refuse_loss(picked.label, losses, reference)
+    point = picked.trial
+    seeds = picked.seeds
     sentence = findings.describe_pick(front, picked)
     if any(not loss.is_within_bound for loss in losses):
         sentence += f"; it {loss_text(losses)} against the {reference}"

@@ -426,7 +426,7 @@ def schedule_of_trial(
                 f"--schedule-of {name}: the sweep {sweep_name} has no trial {trial_name!r}; there "
                 f"are: {known}"
             )
-        named = [front.picks[trial_name]["trial"]]
+        named = [front.picks[trial_name].trial]
     trial = named[0]
     if trial.schedule is None:
         raise UserError(

@@ -1,14 +1,13 @@
 """Charts of reports, described once for the page as well as for PNG and SVG.
 
 A chart is JSON in the language of Vega-Lite, written here as it is documented there. The front
-shows cost against quality with one standard error; on the page, menus choose other axes. Python
-finds the front of every pair of axes, so the chart only looks up who is on it. All distinctions of
-color are shapes or dashes as well. The same results give the same bytes.
+shows cost against quality with one standard error. Every pair of axes has a chart of its own, whose
+data say how each mark looks; on the page, menus choose one of them. All distinctions of color are
+shapes or dashes as well. The same results give the same bytes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,6 @@ from orchestrator.records.metrics import (
     BITS_PER_BYTE,
     CONFIDENCE_KEEPS_99,
     CONFIDENCE_ON_FRONT,
-    COST,
     COSTS,
     DECODE_MS,
     KV_BYTES,
@@ -51,9 +49,9 @@ from orchestrator.reporting.colors import (
     RED,
     SERIES_COLORS,
 )
-from orchestrator.reporting.front import Front, Row, known
+from orchestrator.reporting.front import Front, PlacedModel
 from orchestrator.reporting.results import Curve, vanilla_of
-from orchestrator.reporting.tables import confidence_text, model_rows
+from orchestrator.reporting.tables import confidence_text, rounded
 from orchestrator.terminal.render import format_with_error
 from orchestrator.workspace.files import new_file
 from orchestrator.workspace.provenance import content_key, installed_version
@@ -196,12 +194,7 @@ def marks(
 
 
 def front_chart(
-    front: Front,
-    *,
-    fronts: Sequence[Front] = (),
-    title: str = "",
-    mark_paper: bool = False,
-    height: int = HEIGHT,
+    front: Front, *, title: str = "", mark_paper: bool = False, height: int = HEIGHT
 ) -> Spec:
     """Return the chart of a front; the trials of each sweep have a color and a shape.
 
@@ -209,28 +202,25 @@ def front_chart(
 
     Args:
         front: The front.
-        fronts: What `menu_fronts` returns of it, if that is known already.
         title: Title of the picture.
         mark_paper: Mark the paper's headline, scaled to the full model, if the quality is an
             accuracy; on costs that vanilla of the same shape is known to have.
         height: In pixels; names are placed for it.
 
     Raises:
-        ValueError: If the front has no point.
+        ValueError: If the front has no model.
     """
-    if not front.rows:
-        raise ValueError("a front needs at least one result with a cost and a quality")
-    rows = model_rows(front)
-    fronts = fronts or menu_fronts(front)
-    costs = list(dict.fromkeys(placed.axes.cost for placed in fronts))
-    qualities = list(dict.fromkeys(placed.axes.quality for placed in fronts))
-    paper = [_paper_place(front, placed) if mark_paper else None for placed in fronts]
+    if not front.models:
+        raise ValueError("a front needs at least one result")
+    axes = front.axes
+    quality = axes.quality_metric
+    paper = _paper_place(front) if mark_paper else None
 
     sweeps = front.sweeps
     groups = [*(sweeps or [TRIAL]), TEACHER, BASELINE]
     colors = [*islice(cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
     shapes = [*islice(cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
-    if mark_paper and front.axes.quality_metric.is_percent:
+    if mark_paper and quality.is_percent:
         groups.append(PAPER_MARK)
         colors.append(INK)
         shapes.append(CROSS)
@@ -241,38 +231,39 @@ def front_chart(
     # One layer has the axes; they all have the same scales.
     scale = {"zero": False, "nice": False}
     # Better is higher up: a loss is drawn upside down.
-    y_scale = {**scale, "padding": PADDING_Y, "reverse": {"expr": "is_loss"}}
+    y_scale = {**scale, "padding": PADDING_Y, "reverse": not axes.higher_is_better}
     x = number("x", axis=None, scale={**scale, "padding": PADDING_X})
     y = number("y", axis=None, scale=y_scale)
-    low = number("low", axis=None, scale=y_scale)
-    x_axis = {"title": {"signal": "titles[cost]"}, "tickCount": 8}
-    x_axis["tickMinStep"] = {"expr": f"cost == '{NFE}' ? 1 : 0"}
-    y_axis: Spec = {"title": {"signal": "titles[quality]"}}
-    y_axis["labelExpr"] = "is_share ? format(datum.value, '.4~p') : datum.label"
+    x_axis: Spec = {"title": axes.cost_metric.title, "tickCount": 8}
+    if axes.cost == NFE:
+        x_axis["tickMinStep"] = 1
+    y_axis: Spec = {"title": quality.title}
+    if quality.is_percent:
+        y_axis["format"] = ".4~p"
 
-    members = {"filter": "datum.is_member"}
-    last = {"joinaggregate": [{"op": "max", "field": "x", "as": "last"}]}
+    # The best quality at each cost; flat after the last member.
+    points = _points(front)
+    members = [point for point in points if point["is_member"]]
+    steps = [{"x": member["x"], "y": member["y"]} for member in sorted(members, key=_by_cost)]
+    if steps:
+        steps.append({**steps[-1], "x": max(point["x"] for point in points)})
     step = {"x": x, "y": y, "color": {"value": INK if sweeps else BLUE}}
+
+    bars = [point for point in points if point["high"] > point["low"]]
+    low = number("low", axis=None, scale=y_scale)
     bar = {"x": x, "y": low, "y2": {"field": "high"}, "color": color}
-    point = {"x": x, "y": y, "color": color, "shape": shape, "tooltip": word("tip")}
-    point |= {"fill": word("fill", scale=None), "size": number("size", scale=None)}
-    paper_points = [
-        {"group": PAPER_MARK, "number": pair, "x": place[0], "y": place[1]}
-        for pair, place in enumerate(paper)
-        if place
-    ]
-    name_look: Spec = {"fontSize": 12}
-    # The chart looks up in lists how the name at a place is aligned and shifted.
-    by_place = zip(*NAME_PLACES, strict=True)
-    for name, values in zip(("align", "dx", "dy"), by_place, strict=True):
-        name_look[name] = {"expr": f"{json.dumps(values)}[datum.place]"}
+    bar["opacity"] = number("bar_opacity", scale=None)
+
+    size = number("size", scale=None, condition={"test": "datum.key == hovered", "value": 400})
+    model = {"x": x, "y": y, "color": color, "shape": shape, "tooltip": word("tip"), "size": size}
+    model["fill"] = word("fill", scale=None)
+    model["strokeOpacity"] = number("opacity", scale=None)
 
     def paper_mark(stroke: str, stroke_width: float) -> Spec:
         return marks(
             "point",
             {"x": x, "y": y, "shape": shape},
-            values=paper_points,
-            where=[{"filter": "datum.number == pair"}],
+            values=[{"group": PAPER_MARK, "x": paper[0], "y": paper[1]}] if paper else [],
             size=90,
             opacity=1,
             strokeCap="round",
@@ -284,59 +275,25 @@ def front_chart(
         marks("point", {"x": {**x, "axis": x_axis}, "y": {**y, "axis": y_axis}}, opacity=0),
         # Below the line of the front, which it would cut; it covers the grid alone.
         *([paper_mark(BACKGROUND, 8)] if mark_paper else []),
-        # The best quality at each cost; flat after the last member.
-        marks("line", step, where=[members], interpolate="step-after", strokeWidth=2),
-        marks(
-            "rule",
-            {**step, "x2": {"field": "most"}},
-            where=[members, last, {"filter": "datum.x == datum.last"}],
-            strokeWidth=2,
-        ),
-        marks(
-            "rule",
-            {**bar, "opacity": _bold_or_faint(0.8, 0.3)},
-            where=[{"filter": "datum.error > 0"}],
-            strokeWidth=1.2,
-        ),
-        marks(
-            "point",
-            {**point, "strokeOpacity": _bold_or_faint(1.0, 0.45)},
-            strokeWidth=1.6,
-            opacity=1,
-        ),
+        marks("line", step, values=steps, interpolate="step-after", strokeWidth=2),
+        marks("rule", bar, values=bars, strokeWidth=1.2),
+        marks("point", model, strokeWidth=1.6, opacity=1),
     ]
     if mark_paper:
         layers.append(paper_mark(INK, 2.4))
     # Names, each above a halo of its letters, so that lines do not cross it.
-    halo: Spec = {"stroke": BACKGROUND, "strokeWidth": 4, "strokeJoin": "round"}
     text = {"x": x, "y": y, "text": word("name")}
-    is_named = [{"filter": "datum.place >= 0"}]
-    layers.append(marks("text", text, where=is_named, **name_look, **halo))
-    layers.append(marks("text", text, where=is_named, **name_look))
-    place = f"datum.places[pair * {len(NAME_WIDTHS)} + (width < {PHONE_WIDTH} ? 1 : 0)]"
-    calculated = {
-        "error": f"datum[quality + '{STDERR_SUFFIX}'] || 0",
-        "low": "datum.y - datum.error",
-        "high": "datum.y + datum.error",
-        "is_member": "indexof(datum.members, pair) >= 0",
-        "is_full": f"datum.group == '{TEACHER}'",
-        "is_baseline": f"datum.group == '{BASELINE}'",
-        "is_bold": "datum.is_member || datum.is_full || datum.is_baseline",
-        "fill": f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : '{BACKGROUND}'",
-        "size": "datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
-        "name": "datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')",
-        "place": place,
-    }
+    is_of_width = [{"filter": f"datum.is_on_phone == (width < {PHONE_WIDTH})"}]
+    look: Spec = {name: {"expr": f"datum.{name}"} for name in ("align", "dx", "dy")}
+    look["fontSize"] = 12
+    halo: Spec = {"stroke": BACKGROUND, "strokeWidth": 4, "strokeJoin": "round"}
+    for outline in (halo, {}):
+        name = marks("text", text, where=is_of_width, **look, **outline)
+        layers.append({"data": {"name": "names"}, **name})
     chart = {
-        "data": {"values": _front_data(front, fronts, rows, paper, height)},
-        "transform": [
-            {"calculate": "datum[cost]", "as": "x"},
-            {"calculate": "datum[quality]", "as": "y"},
-            {"filter": "isValid(datum.x) && isValid(datum.y)"},
-            {"joinaggregate": [{"op": "max", "field": "x", "as": "most"}]},
-            *({"calculate": formula, "as": name} for name, formula in calculated.items()),
-        ],
-        "params": _params(front, costs, qualities),
+        "data": {"values": points},
+        "datasets": {"names": _names(front, paper, height)},
+        "params": [{"name": "hovered", "value": ""}],
         "layer": layers,
         "resolve": {"axis": {"x": "independent", "y": "independent"}},
         "width": WIDTH,
@@ -349,7 +306,7 @@ def front_chart(
 
 def front_legend(front: Front) -> str:
     """Return what a picture's marks mean."""
-    has_baselines = any(not row["is_candidate"] for row in front.rows)
+    has_baselines = any(not model.is_candidate for model in front.placed)
     models = "the best of teacher and students" if has_baselines else "the best quality"
     return f"filled: on the front; line: {models} at each cost; bars: one standard error"
 
@@ -359,12 +316,15 @@ def menu_fronts(front: Front) -> list[Front]:
 
     The quality changes first. The front's own axes are the first cost, and one of the qualities.
     """
-    rows = model_rows(front)
-    measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    measured = {front.axes.cost, front.axes.quality}
+    for model in front.models:
+        measured |= {name for name, value in model.numbers.items() if rounded(value) is not None}
     offered = (front.axes.cost, *COSTS.values())
     costs = [name for name in dict.fromkeys(offered) if name in measured]
     qualities = [
-        name for name in measured if name.startswith(QUALITY) and not name.endswith(STDERR_SUFFIX)
+        name
+        for name in sorted(measured)
+        if name.startswith(QUALITY) and not name.endswith(STDERR_SUFFIX)
     ]
     fronts = []
     for cost, quality in product(costs, qualities):
@@ -373,121 +333,107 @@ def menu_fronts(front: Front) -> list[Front]:
     return fronts
 
 
-def _bold_or_faint(bold: float, faint: float) -> Spec:
-    return {"condition": {"test": "datum.is_bold", "value": bold}, "value": faint}
-
-
-def _params(front: Front, costs: list[str], qualities: list[str]) -> list[Spec]:
-    """Return the menus of the axes, and what follows from the chosen pair; `pair` is its number."""
-    losses = [name for name in qualities if not metric_of(name).higher_is_better]
-    shares = [name for name in qualities if metric_of(name).is_percent]
-    titles = {name: metric_of(name).title for name in (*costs, *qualities)}
-    menus = [
-        {
-            "name": name,
-            "bind": {
-                "input": "select",
-                "options": metrics,
-                "labels": [titles[metric] for metric in metrics],
-                "name": f"{name.title()} ",
-            },
-            "value": value,
-        }
-        for name, metrics, value in (
-            ("cost", costs, front.axes.cost),
-            ("quality", qualities, front.axes.quality),
-        )
-    ]
-    # Pairs are numbered as in `menu_fronts`: the quality changes first.
-    first_of_cost = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
-    pair = f"{first_of_cost} + indexof({json.dumps(qualities)}, quality)"
-    return [
-        *menus,
-        {"name": "pair", "expr": pair},
-        {"name": "is_share", "expr": f"indexof({json.dumps(shares)}, quality) >= 0"},
-        {"name": "is_loss", "expr": f"indexof({json.dumps(losses)}, quality) >= 0"},
-        {"name": "hovered", "value": ""},
-        {"name": "titles", "value": titles},
-    ]
-
-
-def _paper_place(front: Front, placed: Front) -> tuple[float, float] | None:
+def _paper_place(front: Front) -> tuple[float, float] | None:
     """Return where the paper's headline stands; None on axes where it means nothing.
 
     That is without a full model, on a loss, and on costs that vanilla of the full model's shape is
     not known to have.
     """
-    full = placed.full
-    cost = placed.axes.cost
-    if full is None or not placed.axes.quality_metric.is_percent:
+    full = front.full
+    cost = front.axes.cost
+    if full is None or not front.axes.quality_metric.is_percent:
         return None
     if cost == NFE:
-        least: float | None = int(front.table["num_layers"][full["key"]])
+        least: float | None = full.config.num_layers
     else:
-        vanilla = vanilla_of(front.table).get(full["key"])
-        least = known(front.table.loc[vanilla].to_dict(), cost) if vanilla else None
+        vanilla = vanilla_of(front.models).get(full.key)
+        by_key = {model.key: model for model in front.models}
+        least = by_key[vanilla].number(cost) if vanilla else None
     if least is None:
         return None
-    place = least + PAPER_OVERHEAD_SHARE * (full["cost"] - least)
-    return place, PAPER_SHARE_OF_FULL * full["quality"]
+    place = least + PAPER_OVERHEAD_SHARE * (full.cost - least)
+    return place, PAPER_SHARE_OF_FULL * full.quality
 
 
-def _front_data(
-    front: Front,
-    fronts: Sequence[Front],
-    rows: Sequence[Row],
-    paper: Sequence[tuple[float, float] | None],
-    height: int,
-) -> list[Row]:
-    """Return the rows that are drawn.
+def _drawn_models(front: Front) -> list[PlacedModel]:
+    """Return the models that have a place on a page: an infinite loss has none."""
+    return [model for model in front.placed if math.isfinite(model.cost + model.quality)]
 
-    A row knows by the number of the pair of axes on which fronts it is, and where its name stands.
-    """
-    labels = {row["key"]: row["label"] for row in (*front.rows, *front.unmeasured)}
-    marks: dict[str, dict[str, list[int]]] = {
-        key: {"members": [], "knees": [], "places": []} for key in labels
-    }
-    for pair, placed in enumerate(fronts):
-        picks = [row["key"] for row in placed.picks.values()]
-        names: dict[str, str] = {}
-        named: set[tuple[float, float]] = set()
-        for row in sorted(placed.members, key=lambda row: row["key"] not in picks):
-            key = row["key"]
-            point = (row["cost"], row["quality"])
-            marks[key]["members"].append(pair)
-            if point not in named and (len(placed.members) <= MAX_NAMES or key in picks):
-                names[key] = labels[key]
-            named.add(point)
-        if knee := placed.named_picks.get("knee"):
-            marks[knee["key"]]["knees"].append(pair)
-            names[knee["key"]] += " (knee)"
-        beside_front = [
-            row for row in placed.rows if row["role"] != "trial" and row["key"] not in names
-        ]
-        for row in sorted(beside_front, key=lambda row: row["role"] != "teacher"):
-            names[row["key"]] = labels[row["key"]]
-        for width in NAME_WIDTHS:
-            places = place_names(placed, names, (width, height), paper[pair])
-            for key, marks_of_model in marks.items():
-                marks_of_model["places"].append(places.get(key, -1))
+
+def _points(front: Front) -> list[dict[str, Any]]:
+    """Return what is drawn of each model, in the order in which they are drawn."""
     groups = {"teacher": TEACHER, **dict.fromkeys(BASELINE_ROLES, BASELINE)}
-    drawn_rows = []
-    for row in rows:
-        key = row["key"]
-        sweep = row.get("sweep")
-        color = SERIES_COLORS[(front.sweeps.index(sweep) if sweep else 0) % len(SERIES_COLORS)]
-        measured = {name: row[name] for name in row if name.startswith((COST, QUALITY))}
-        drawn_rows.append(
-            {name: value for name, value in measured.items() if value is not None}
-            | {"label": labels[key], "group": groups.get(row["role"], sweep or TRIAL)}
-            | {"color": color, **marks[key], "tip": _tooltip(row), "key": key}
+    points = []
+    for model in _drawn_models(front):
+        series = front.sweeps.index(model.sweep) if model.sweep else 0
+        color = SERIES_COLORS[series % len(SERIES_COLORS)]
+        is_full = model.role == "teacher"
+        is_bold = model.on_front or is_full or model.role in BASELINE_ROLES
+        fill = BACKGROUND
+        size = 80
+        if is_full:
+            fill = ORANGE
+            size = 240
+        elif model.on_front:
+            fill = color
+            size = 110
+        error = rounded(model.error) or 0.0
+        points.append(
+            {
+                "key": model.key,
+                "group": groups.get(model.role, model.sweep or TRIAL),
+                "x": rounded(model.cost),
+                "y": rounded(model.quality),
+                "low": rounded(model.quality - error),
+                "high": rounded(model.quality + error),
+                "is_member": model.on_front,
+                "fill": fill,
+                "size": size,
+                "opacity": 1.0 if is_bold else 0.45,
+                "bar_opacity": 0.8 if is_bold else 0.3,
+                "tip": _tooltip(model),
+            }
         )
     # Trials first, so that full models and baselines are drawn above them.
-    return sorted(drawn_rows, key=lambda row: row["group"] in (TEACHER, BASELINE))
+    return sorted(points, key=lambda point: point["group"] in (TEACHER, BASELINE))
+
+
+def _by_cost(point: Mapping[str, Any]) -> float:
+    return float(point["x"])
+
+
+def _names(front: Front, paper: tuple[float, float] | None, height: int) -> list[dict[str, Any]]:
+    """Return the names of models with their places: those of screens, then those of phones."""
+    picks = [pick.key for pick in front.picks.values()]
+    names: dict[str, str] = {}
+    named: set[tuple[float, float]] = set()
+    for member in sorted(front.members, key=lambda member: member.key not in picks):
+        point = (member.cost, member.quality)
+        if point not in named and (len(front.members) <= MAX_NAMES or member.key in picks):
+            names[member.key] = member.label
+        named.add(point)
+    if knee := front.named_picks.get("knee"):
+        names[knee.key] += " (knee)"
+    others = [model for model in front.placed if model.role != "trial" and model.key not in names]
+    for model in sorted(others, key=lambda model: model.role != "teacher"):
+        names[model.key] = model.label
+
+    placed_names = []
+    for width in NAME_WIDTHS:
+        places = place_names(front, names, (width, height), paper)
+        for model in front.placed:
+            if model.key not in places:
+                continue
+            align, dx, dy = NAME_PLACES[places[model.key]]
+            place = {"align": align, "dx": dx, "dy": dy, "is_on_phone": width < PHONE_WIDTH}
+            x = rounded(model.cost)
+            y = rounded(model.quality)
+            placed_names.append({"name": names[model.key], "x": x, "y": y, **place})
+    return placed_names
 
 
 def place_names(
-    placed: Front,
+    front: Front,
     names: Mapping[str, str],
     size: tuple[float, float],
     mark: tuple[float, float] | None = None,
@@ -497,15 +443,15 @@ def place_names(
     The first names choose first. One that would cover another name, or end outside, has no place.
 
     Args:
-        placed: The models on their axes.
+        front: The models on their axes.
         names: Key -> name, of those that have one.
         size: Width and height of the chart, in pixels.
         mark: A point that is no model.
     """
-    rows = [row for row in placed.rows if math.isfinite(row["cost"] + row["quality"])]
-    if not rows:
+    models = _drawn_models(front)
+    if not models:
         return {}
-    points = [(row["cost"], row["quality"], known(row, "error") or 0.0) for row in rows]
+    points = [(model.cost, model.quality, model.error or 0.0) for model in models]
     costs, qualities, errors = np.array([*points, *([(*mark, 0.0)] if mark else [])]).T
 
     # What a name must not cover: models, their bars, the line of the front, and what lies outside.
@@ -514,16 +460,16 @@ def place_names(
     width, height = size
     lowest = height - PADDING_Y
     highest = PADDING_Y
-    edges = (lowest, highest) if placed.axes.higher_is_better else (highest, lowest)
+    edges = (lowest, highest) if front.axes.higher_is_better else (highest, lowest)
     x = _pixels(costs, costs, (PADDING_X, width - PADDING_X))
     y = _pixels(qualities, ends, edges)
     ends_of_bars = np.sort([_pixels(values, ends, edges) for values in ends], axis=0)
     circles = _boxes(x - 7, y - 7, x + 7, y + 7)
-    bars = _boxes(x - 1, ends_of_bars[0], x + 1, ends_of_bars[1])[: len(rows)]
+    bars = _boxes(x - 1, ends_of_bars[0], x + 1, ends_of_bars[1])[: len(models)]
     inside = _boxes(2, 2, width - 2, height - 2)
-    number_of = {row["key"]: number for number, row in enumerate(rows)}
-    members = [number_of[row["key"]] for row in placed.members if row["key"] in number_of]
-    line = _step_boxes(x[members], y[members], x[: len(rows)].max())
+    number_of = {model.key: number for number, model in enumerate(models)}
+    members = [number_of[member.key] for member in front.members if member.key in number_of]
+    line = _step_boxes(x[members], y[members], x[: len(models)].max())
 
     # How much of a name lies left of the point that it is aligned to, at each place.
     part_by_alignment = {"left": 0.0, "center": 0.5, "right": 1.0}
@@ -578,21 +524,22 @@ def _covered(boxes: Any, covers: Any) -> Any:
     return np.clip(sides, 0, None).prod(axis=2).sum(axis=1)
 
 
-def _tooltip(row: Row) -> dict[str, str]:
+def _tooltip(model: PlacedModel) -> dict[str, str]:
     """Return title -> number of what a reader looks up of a model."""
-    parts = (row["name"], row.get("sweep"), row["threshold"] and f"threshold {row['threshold']}")
+    threshold = model.trial.threshold_text
+    parts = (model.trial.name, model.sweep, threshold and f"threshold {threshold}")
     texts = {"title": ", ".join(part for part in parts if part)}
     for name in TOOLTIP_METRICS:
-        if (value := row.get(name)) is not None:
+        if (value := rounded(model.number(name))) is not None:
             metric = metric_of(name)
             if metric.is_percent:
-                error = row.get(stderr_name(name))
+                error = rounded(model.number(stderr_name(name)))
                 texts[metric.title] = format_with_error(value, error, is_percent=True) + "%"
             else:
                 texts[metric.title] = f"{value:,.4g}"
     for name in (CONFIDENCE_KEEPS_99, CONFIDENCE_ON_FRONT):
-        if row.get(name) is not None:
-            texts[metric_of(name).title] = confidence_text(row[name])
+        if (confidence := model.number(name)) is not None:
+            texts[metric_of(name).title] = confidence_text(confidence)
     return texts
 
 

@@ -39,8 +39,8 @@ from orchestrator.records.metrics import (
     interval_end_names,
 )
 from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED, Trial
-from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
-from orchestrator.reporting.results import shape_of, teachers_of
+from orchestrator.reporting.front import Front, busy_machine, plain_rivals
+from orchestrator.reporting.results import ModelResult, shape_of, teachers_of
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
@@ -165,7 +165,7 @@ def find_claims(front: Front) -> list[Claim]:
     Args:
         front: One sweep, or several that were measured alike, from `with_confidence`.
     """
-    if any(row["role"] in (SOURCE, SOURCE_CONTINUED) for row in front.rows):
+    if any(model.role in (SOURCE, SOURCE_CONTINUED) for model in front.placed):
         return []
     evidence = _Evidence(front)
     judges: dict[str, Callable[[Claim], Claim]] = {
@@ -192,67 +192,67 @@ class _Evidence:
 
     def __init__(self, front: Front) -> None:
         self._front = front
-        self._teachers = teachers_of(front.table)
+        self._teachers = teachers_of(front.models)
         """Key of a student -> key of its teacher."""
-        self._rows: list[Row] = [*front.rows, *front.unmeasured]
+        self._models: Sequence[ModelResult] = front.models
         iiets = self._trained(DEFAULT_METHOD)
-        shape = shape_of(iiets[-1]["trial"].model) if iiets else None
-        self._rows = [row for row in self._rows if shape_of(row["trial"].model) == shape]
+        shape = shape_of(iiets[-1].config) if iiets else None
+        self._models = [model for model in self._models if shape_of(model.config) == shape]
         self.vanilla = self._costliest(BASELINE_METHOD, has_corrections=False)
         self.r_0 = self._costliest(DEFAULT_METHOD, has_corrections=False)
         self.iiet = self._costliest(DEFAULT_METHOD)
         self.pcformer = self._costliest(PCFORMER)
 
-    def _trained(self, method: str, *, has_corrections: bool = True) -> list[Row]:
+    def _trained(self, method: str, *, has_corrections: bool = True) -> list[ModelResult]:
         """Return the models of a method that were trained from scratch, the costliest last."""
         models = [
-            row
-            for row in self._rows
-            if row["method"] == method
-            and row["trial"].parent is None
-            and ((known(row, OVERHEAD_NFE) or 0) > 0) == has_corrections
+            model
+            for model in self._models
+            if model.trial.method == method
+            and model.trial.parent is None
+            and ((model.number(OVERHEAD_NFE) or 0) > 0) == has_corrections
         ]
-        return sorted(models, key=lambda row: row[NFE])
+        return sorted(models, key=lambda model: model.value(NFE))
 
-    def _costliest(self, method: str, *, has_corrections: bool = True) -> Row | None:
+    def _costliest(self, method: str, *, has_corrections: bool = True) -> ModelResult | None:
         models = self._trained(method, has_corrections=has_corrections)
         return models[-1] if models else None
 
-    def _students(self, teacher: Row) -> list[Row]:
+    def _students(self, teacher: ModelResult) -> list[ModelResult]:
         """Return the students that were distilled from a teacher."""
         return [
-            row
-            for row in self._rows
-            if self._teachers.get(row["key"]) == teacher["key"] and _is_distilled(row["trial"])
+            model
+            for model in self._models
+            if self._teachers.get(model.key) == teacher.key and _is_distilled(model.trial)
         ]
 
     def _check_times(self, cost: str) -> None:
-        if cost == DECODE_MS and busy_machine(self._rows):
+        if cost == DECODE_MS and busy_machine(self._models):
             raise _NotMeasured
 
-    def _scores(self, *rows: Row) -> tuple[Scores, list[int]]:
+    def _scores(self, *models: ModelResult) -> tuple[Scores, list[int]]:
         """Return the accuracies of all models on the items that all answered, and which numbers
         these models have among them."""
         paired = self._front.paired
         number_of = paired.number_of if paired else {}
         scores = paired.quality(ACCURACY) if paired else None
-        if scores is None or not number_of.keys() >= {row["key"] for row in rows}:
+        if scores is None or not number_of.keys() >= {model.key for model in models}:
             raise _NotMeasured
-        return scores, [number_of[row["key"]] for row in rows]
+        return scores, [number_of[model.key] for model in models]
 
-    def _check_gain(self, teacher: Row) -> None:
+    def _check_gain(self, teacher: ModelResult) -> None:
         """Raise `_NotMeasured` if the teacher is no better than a model without corrections.
 
         A share of its accuracy then says nothing of what a student keeps."""
         paired = self._front.paired
-        for row in plain_rivals(self._rows, teacher):
-            if paired is None or row["key"] not in paired.number_of:
+        for model in plain_rivals(self._models, teacher):
+            if paired is None or model.key not in paired.number_of:
                 continue
-            scores, (teacher_number, number) = self._scores(teacher, row)
+            scores, (teacher_number, number) = self._scores(teacher, model)
             if scores.difference(teacher_number, number).interval().low <= 0:
                 raise _NotMeasured
 
-    def iiet_over(self, rival: Row | None, claim: Claim) -> Claim:
+    def iiet_over(self, rival: ModelResult | None, claim: Claim) -> Claim:
         """Judge whether IIET is better than another model."""
         iiet = self.iiet
         if iiet is None or rival is None:
@@ -266,64 +266,65 @@ class _Evidence:
         full = self.iiet
         overhead, overhead_share = OVERHEADS[cost]
         self._check_times(cost)
-        if full is None or (known(full, overhead) or 0) <= 0:
+        if full is None or (full.number(overhead) or 0) <= 0:
             raise _NotMeasured
-        cheaper = [row for row in self._students(full) if row.get(overhead_share, math.nan) < 1]
+        cheaper = [model for model in self._students(full) if model.value(overhead_share) < 1]
         if not cheaper:
             raise _NotMeasured
         scores, [*numbers, number_of_full] = self._scores(*cheaper, full)
         self._check_gain(full)
-        row_of = {row["key"]: row for row in cheaper}
+        model_of = {model.key: model for model in cheaper}
         shares = {}
         confidences = {}
-        for key, number in zip(row_of, numbers, strict=True):
+        for key, number in zip(model_of, numbers, strict=True):
             share = scores.share(number, number_of_full, num_comparisons=len(cheaper))
             if share is None:  # The teacher answers nothing right.
                 raise _NotMeasured
             shares[key] = share
             confidences[key] = scores.confidence_keeps(number, number_of_full, PAPER_SHARE_OF_FULL)
         corrected_confidences = corrected(confidences)
-        sure = [key for key in row_of if corrected_confidences[key] >= CONFIDENCE]
+        sure = [key for key in model_of if corrected_confidences[key] >= CONFIDENCE]
         verdict: Verdict = "not decided"
         if sure:
             verdict = "holds"
-            shown = min(sure, key=lambda key: row_of[key][overhead_share])
+            shown = min(sure, key=lambda key: model_of[key].value(overhead_share))
         else:  # The likeliest is shown.
-            shown = max(row_of, key=lambda key: confidences[key])
+            shown = max(model_of, key=lambda key: confidences[key])
             # That none keeps it is as sure as the least sure of them is not to: no correction.
             if confidences[shown] <= 1 - CONFIDENCE:
                 verdict = "does not hold"
-        row = row_of[shown]
+        model = model_of[shown]
         share = shares[shown]
         return replace(
             claim,
             verdict=verdict,
-            here=100 * (1 - row[overhead_share]),
+            here=100 * (1 - model.value(overhead_share)),
             kept=100 * share.value,
             kept_low=100 * share.low,
             kept_high=100 * share.high,
             over=share.over,
             about=(
-                f"{_described(row)} has {row[overhead]:.3g} of {full[overhead]:.3g} "
-                f"{METRICS[overhead].unit} beyond vanilla; it keeps {share.value:.1%} of the "
+                f"{_described(model)} has {model.value(overhead):.3g} of "
+                f"{full.value(overhead):.3g} {METRICS[overhead].unit} beyond vanilla; it keeps "
+                f"{share.value:.1%} of the "
                 f"accuracy of {_described(full)}, and {PAPER_SHARE_OF_FULL:.1%} with a confidence "
                 f"of {confidence_text(corrected_confidences[shown])}, "
                 f"corrected for {format_count(len(cheaper), 'student')}"
             ),
         )
 
-    def student_over(self, rival: Row | None, cost: str, claim: Claim) -> Claim:
+    def student_over(self, rival: ModelResult | None, cost: str, claim: Claim) -> Claim:
         """Judge whether the best student at the rival's cost is better than the rival."""
         self._check_times(cost)
-        rival_cost = known(rival, cost) if rival else None
+        rival_cost = rival.number(cost) if rival else None
         if self.iiet is None or rival is None or rival_cost is None:
             raise _NotMeasured
         if cost == DECODE_MS:
-            vanilla_time = self.vanilla and known(self.vanilla, DECODE_MS)
+            vanilla_time = self.vanilla and self.vanilla.number(DECODE_MS)
             plain_times = [
-                known(row, DECODE_MS) or 0.0
-                for row in self._rows
-                if row["method"] == DEFAULT_METHOD and known(row, OVERHEAD_NFE) == 0
+                model.number(DECODE_MS) or 0.0
+                for model in self._models
+                if model.trial.method == DEFAULT_METHOD and model.number(OVERHEAD_NFE) == 0
             ]
             if not vanilla_time or max(plain_times, default=0.0) > TOO_SMALL * vanilla_time:
                 raise _NotMeasured
@@ -331,7 +332,7 @@ class _Evidence:
             student
             for teacher in self._trained(DEFAULT_METHOD)
             for student in self._students(teacher)
-            if student[cost] <= COMPARABLE * rival_cost
+            if student.value(cost) <= COMPARABLE * rival_cost
         ]
         if not students:
             raise _NotMeasured
@@ -339,8 +340,8 @@ class _Evidence:
         scores, [*numbers, rival_number] = self._scores(*students, rival)
         best = int(np.argmax(scores.observed[numbers]))
         difference = scores.difference(numbers[best], rival_number)
-        time = known(students[best], DECODE_MS)
-        rival_time = known(rival, DECODE_MS)
+        time = students[best].number(DECODE_MS)
+        rival_time = rival.number(DECODE_MS)
         ratio = f" takes {time / rival_time:.2f} times its time" if time and rival_time else ""
         return claim.judged(
             difference.interval(num_comparisons=len(students)),
@@ -363,10 +364,10 @@ class _Evidence:
             raise _NotMeasured
         iiet_pairs = [iiets[share] for share in nfe_shares]
         pcformer_pairs = [pcformers[share] for share in nfe_shares]
-        recipes = {_recipe_of(student["trial"]) for student, _ in iiet_pairs + pcformer_pairs}
+        recipes = {_recipe_of(student.trial) for student, _ in iiet_pairs + pcformer_pairs}
         if len(recipes) > 1:
             raise _NotMeasured
-        scores, _ = self._scores(*(row for pair in iiet_pairs + pcformer_pairs for row in pair))
+        scores, _ = self._scores(*(model for pair in iiet_pairs + pcformer_pairs for model in pair))
         iiet_share = self._mean_share(iiet_pairs)
         pcformer_share = self._mean_share(pcformer_pairs)
         # By the delta method: what a student's accuracy and its teacher's do to the mean share.
@@ -382,12 +383,12 @@ class _Evidence:
         percents = ", ".join(f"{share:.0%}" for share in nfe_shares)
         return claim.judged(
             difference.interval(),
-            f"students of {iiet_pairs[0][1]['label']} keep {iiet_share:.1%}, of "
-            f"{pcformer_pairs[0][1]['label']} {pcformer_share:.1%}, at {percents} of their "
+            f"students of {iiet_pairs[0][1].label} keep {iiet_share:.1%}, of "
+            f"{pcformer_pairs[0][1].label} {pcformer_share:.1%}, at {percents} of their "
             "teachers' NFE",
         )
 
-    def _mean_share(self, pairs: Sequence[tuple[Row, Row]]) -> float:
+    def _mean_share(self, pairs: Sequence[tuple[ModelResult, ModelResult]]) -> float:
         """Return the mean share that students keep of their teachers' accuracies."""
         shares = []
         for student, teacher in pairs:
@@ -397,13 +398,16 @@ class _Evidence:
             shares.append(scores.observed[student_number] / scores.observed[teacher_number])
         return float(np.mean(shares))
 
-    def _students_by_nfe_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
+    def _students_by_nfe_share(
+        self, teacher: ModelResult
+    ) -> dict[float, tuple[ModelResult, ModelResult]]:
         """Return share of the teacher's evaluations -> the first student that costs it, and the
         teacher."""
-        pairs: dict[float, tuple[Row, Row]] = {}
+        pairs: dict[float, tuple[ModelResult, ModelResult]] = {}
         for student in self._students(teacher):
-            if student[NFE] < teacher[NFE]:
-                pairs.setdefault(round(student[NFE] / teacher[NFE], 9), (student, teacher))
+            share = student.value(NFE) / teacher.value(NFE)
+            if share < 1:
+                pairs.setdefault(round(share, 9), (student, teacher))
         return pairs
 
 
@@ -420,8 +424,8 @@ def _recipe_of(trial: Trial) -> str:
     return repr((trial.is_elastic, trial.job.objective, recipe, trial.job.distillation))
 
 
-def _described(row: Row) -> str:
-    return f"{row['label']} ({row[ACCURACY]:.1%}, {row[NFE]:g} NFE)"
+def _described(model: ModelResult) -> str:
+    return f"{model.label} ({model.value(ACCURACY):.1%}, {model.value(NFE):g} NFE)"
 
 
 # What reports show

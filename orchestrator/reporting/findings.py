@@ -19,7 +19,7 @@ from orchestrator.records.metrics import (
     QUALITIES,
 )
 from orchestrator.records.trial import BASELINE_ROLES, SOURCE, SOURCE_CONTINUED
-from orchestrator.reporting.front import Front, Row, busy_machine, known, plain_rivals
+from orchestrator.reporting.front import Front, PlacedModel, busy_machine, plain_rivals
 from orchestrator.reporting.statistics import (
     DEMANDED_SHARE,
     INTERVAL_LEVEL,
@@ -42,7 +42,7 @@ def findings(front: Front) -> list[str]:
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
-    if front.axes.cost == DECODE_MS and (problem := busy_machine(front.rows)):
+    if front.axes.cost == DECODE_MS and (problem := busy_machine(front.placed)):
         return [f"Not measured: {problem}."]
     cheapest = front.cheapest_keeping(DEMANDED_SHARE)
     cheaper = None if cheapest is full else cheapest
@@ -53,34 +53,34 @@ def findings(front: Front) -> list[str]:
         sentences = [_headline(front, full, cheaper)]
     else:
         sentences = [_teacher_shows_no_gain(front, full, unbeaten)]
-    controls = [row for row in front.rows if row["role"] in (SOURCE, SOURCE_CONTINUED)]
-    if full["role"] == "teacher" and controls:
+    controls = [model for model in front.placed if model.role in (SOURCE, SOURCE_CONTINUED)]
+    if full.role == "teacher" and controls:
         sentences.append(f"{_teacher_against(front, full, controls)}.")
     confidence = None if cheaper is None else front.confidence_keeps(cheaper)
     if cheaper is not None and confidence is not None and has_meaningful_shares:
         sentences.append(_how_sure(front, full, cheaper, confidence))
     sentences += _what_can_be_told(front)
     for name, pick in (("knee of the front", "knee"), ("best model", "best")):
-        row = front.named_picks.get(pick)
-        if row is not None and row is not cheaper and row is not full:
-            description = describe_model(front, row, with_share=has_meaningful_shares)
+        model = front.named_picks.get(pick)
+        if model is not None and model is not cheaper and model is not full:
+            description = describe_model(front, model, with_share=has_meaningful_shares)
             sentences.append(f"The {name} is {description}.")
     choice = cheaper or full
-    for row in front.rows:
-        if row["role"] not in BASELINE_ROLES or row is choice:
+    for model in front.placed:
+        if model.role not in BASELINE_ROLES or model is choice:
             continue
-        if choice is full and (row in controls or row in unbeaten):
+        if choice is full and (model in controls or model in unbeaten):
             continue  # The teacher is compared with them above.
-        sentences.append(_comparison(front, row, choice))
+        sentences.append(_comparison(front, model, choice))
     if front.unmeasured:
-        names = join_names([row["name"] for row in front.unmeasured])
+        names = join_names([model.trial.name for model in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")
-    if problem := busy_machine(front.rows):
+    if problem := busy_machine(front.placed):
         sentences.append(f"Times with {BUSY_MARK} decide nothing: {problem}.")
     return list(dict.fromkeys(sentences))
 
 
-def _headline(front: Front, full: Row, cheaper: Row | None) -> str:
+def _headline(front: Front, full: PlacedModel, cheaper: PlacedModel | None) -> str:
     """Return what a reader should take from the front, in one sentence.
 
     Args:
@@ -90,103 +90,103 @@ def _headline(front: Front, full: Row, cheaper: Row | None) -> str:
     quality = name if front.axes.quality_metric.is_percent else f"quality ({name})"
     if cheaper is not None:
         share = _share_text(front, cheaper)
-        keeps = f"{cheaper['label']} keeps {share} of {_possessive(full)} {quality}"
+        keeps = f"{cheaper.label} keeps {share} of {_possessive(full)} {quality}"
         sentence = f"{keeps} {_at_cost(front, cheaper)}"
         confidence = front.confidence_keeps(cheaper)
         if front.basis and confidence is not None and confidence < HIGH_CONFIDENCE:
             sentence += f", as far as {front.basis.num_items:,} items can tell"
         return f"{sentence}."
-    candidates = [r for r in front.rows if r["is_candidate"] and r["cost"] < full["cost"]]
+    candidates = [model for model in front.placed if model.is_candidate and model.cost < full.cost]
     sentence = f"No cheaper model keeps {DEMANDED_SHARE:.0%} of {_possessive(full)} {quality}"
     if not candidates:
         return f"{sentence}."
-    nearest = max(candidates, key=lambda row: front.share_of_full(row) or 0.0)
+    nearest = max(candidates, key=lambda model: front.share_of_full(model) or 0.0)
     share = f"with {_share_text(front, nearest)} {_at_cost(front, nearest)}"
-    return f"{sentence}; {nearest['label']} comes nearest, {share}."
+    return f"{sentence}; {nearest.label} comes nearest, {share}."
 
 
-def _name(full: Row) -> str:
-    return f"{'the ' if full['label'] == 'teacher' else ''}{full['label']}"
+def _name(full: PlacedModel) -> str:
+    return f"{'the ' if full.label == 'teacher' else ''}{full.label}"
 
 
-def _possessive(full: Row) -> str:
+def _possessive(full: PlacedModel) -> str:
     return f"{_name(full)}'s"
 
 
-def _share_text(front: Front, row: Row) -> str:
+def _share_text(front: Front, model: PlacedModel) -> str:
     """Return how much of the full model's quality a model keeps, as the table of models says it."""
-    return f"{front.share_of_full(row) or 0.0:.1%}".replace("100.0%", "100%")
+    return f"{front.share_of_full(model) or 0.0:.1%}".replace("100.0%", "100%")
 
 
-def _at_cost(front: Front, row: Row) -> str:
+def _at_cost(front: Front, model: PlacedModel) -> str:
     """Return a cost beside the full model's: `at half of its cost (4 of 8 NFE)`."""
     assert front.full is not None
     metric = front.axes.cost_metric
-    cost_share = row["cost"] / front.full["cost"] if front.full["cost"] else math.nan
+    cost_share = model.cost / front.full.cost if front.full.cost else math.nan
     share = "half" if f"{cost_share:.0%}" == "50%" else f"{cost_share:.0%}"
-    return f"at {share} of its {metric.noun or metric.title} ({_costs_text(front, row)})"
+    return f"at {share} of its {metric.noun or metric.title} ({_costs_text(front, model)})"
 
 
-def _costs_text(front: Front, row: Row) -> str:
+def _costs_text(front: Front, model: PlacedModel) -> str:
     """Return the costs of a model and of the full model: `4 of 8 NFE`."""
     assert front.full is not None
-    costs = f"{cost_text(row['cost'])} of {cost_text(front.full['cost'])}"
+    costs = f"{cost_text(model.cost)} of {cost_text(front.full.cost)}"
     return f"{costs} {front.axes.cost_metric.unit}".rstrip()
 
 
-def _how_sure(front: Front, full: Row, row: Row, confidence: float) -> str:
+def _how_sure(front: Front, full: PlacedModel, model: PlacedModel, confidence: float) -> str:
     """Return how sure it is that a model keeps the demanded share, and which model surely does."""
     sentence = (
-        f"That {row['label']} keeps {DEMANDED_SHARE:.0%} has a confidence of "
+        f"That {model.label} keeps {DEMANDED_SHARE:.0%} has a confidence of "
         f"{confidence_text(confidence)}"
     )
-    if (on_front := known(row, CONFIDENCE_ON_FRONT)) is not None:
+    if (on_front := model.number(CONFIDENCE_ON_FRONT)) is not None:
         sentence += f", that it is on the front one of {confidence_text(on_front)}"
     if confidence >= HIGH_CONFIDENCE:
         return f"{sentence}."
     confident = [
-        row
-        for row in front.rows
-        if row["is_candidate"]
-        and row["cost"] < full["cost"]
-        and (front.confidence_keeps(row) or 0.0) >= HIGH_CONFIDENCE
+        model
+        for model in front.placed
+        if model.is_candidate
+        and model.cost < full.cost
+        and (front.confidence_keeps(model) or 0.0) >= HIGH_CONFIDENCE
     ]
     at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
     if not confident:
-        return f"{sentence}; no cheaper model than {full['label']} keeps it {at_least}."
-    cheapest = describe_model(front, min(confident, key=lambda row: row["cost"]))
+        return f"{sentence}; no cheaper model than {full.label} keeps it {at_least}."
+    cheapest = describe_model(front, min(confident, key=lambda model: model.cost))
     return f"{sentence}; the cheapest that keeps it {at_least} is {cheapest}."
 
 
-def describe_model(front: Front, row: Row, *, with_share: bool = True) -> str:
+def describe_model(front: Front, model: PlacedModel, *, with_share: bool = True) -> str:
     """Return one clause on a model: its name, quality, cost and confidence.
 
     Args:
         with_share: Say which share of the full model's quality it keeps, and how surely.
     """
     full = front.full
-    share = front.share_of_full(row)
-    text = f"{row['label']} with {_quality(front, row)}"
+    share = front.share_of_full(model)
+    text = f"{model.label} with {_quality(front, model)}"
     if not with_share:
-        return f"{text} at {_costs_text(front, row)}"
-    if full is not None and share is not None and full["cost"]:
-        interval = "" if row is full else _share_interval_text(front, row)
-        text += f", {share:.1%} of {_possessive(full)}{interval}, {_at_cost(front, row)}"
-    if row is full or (confidence := front.confidence_keeps(row)) is None:
+        return f"{text} at {_costs_text(front, model)}"
+    if full is not None and share is not None and full.cost:
+        interval = "" if model is full else _share_interval_text(front, model)
+        text += f", {share:.1%} of {_possessive(full)}{interval}, {_at_cost(front, model)}"
+    if model is full or (confidence := front.confidence_keeps(model)) is None:
         return text
     demanded = f"{100 * front.demanded_share:.4g}%"
     return f"{text}; it keeps {demanded} with confidence {confidence_text(confidence)}"
 
 
-def _share_interval_text(front: Front, row: Row) -> str:
+def _share_interval_text(front: Front, model: PlacedModel) -> str:
     """Return the interval of the share of the full model's quality, in parentheses; empty if it is
     not known."""
-    pair = _numbers(front, row, front.full) if front.full else None
+    pair = _numbers(front, model, front.full) if front.full else None
     if front.scores is None or pair is None:
         return ""
     # Of a loss, the full model's is the part, as in `Front.share_of_full`.
     part, whole = pair if front.axes.higher_is_better else pair[::-1]
-    share = front.scores.share(part, whole, num_comparisons=_num_choices(front, row))
+    share = front.scores.share(part, whole, num_comparisons=_num_choices(front, model))
     if share is None:
         return ""
     # The share itself is over all items of the model, which then are others.
@@ -197,20 +197,20 @@ def _share_interval_text(front: Front, row: Row) -> str:
     )
 
 
-def _numbers(front: Front, row: Row, other: Row) -> tuple[int, int] | None:
+def _numbers(front: Front, model: PlacedModel, other: PlacedModel) -> tuple[int, int] | None:
     """Return the numbers of two models among the scores by item; None if one has none."""
     number_of = front.paired.number_of if front.paired else {}
-    if row["key"] not in number_of or other["key"] not in number_of:
+    if model.key not in number_of or other.key not in number_of:
         return None
-    return number_of[row["key"]], number_of[other["key"]]
+    return number_of[model.key], number_of[other.key]
 
 
-def _num_choices(front: Front, *rows: Row) -> int:
+def _num_choices(front: Front, *models: PlacedModel) -> int:
     """Return how many models those of a comparison were chosen from: all students if one of them is
     a student, else 1, as a teacher and its baselines are named before anything is measured."""
-    full_key = front.full["key"] if front.full else ""
-    students = {row["key"] for row in front.rows if row["is_candidate"]} - {full_key}
-    return len(students) if any(row["key"] in students for row in rows) else 1
+    full_key = front.full.key if front.full else ""
+    students = {model.key for model in front.placed if model.is_candidate} - {full_key}
+    return len(students) if any(model.key in students for model in models) else 1
 
 
 def confidence_note(front: Front) -> list[str]:
@@ -248,7 +248,7 @@ def _what_can_be_told(front: Front) -> list[str]:
     ]
     tied = tied_with_full(front)
     if tied:
-        names = join_names([row["label"] for row in tied])
+        names = join_names([model.label for model in tied])
         sentences.append(
             f"Tied with {_name(front.full)}, by {basis.num_models} comparisons that are corrected "
             f"for their number by Holm's method: {names}."
@@ -256,20 +256,20 @@ def _what_can_be_told(front: Front) -> list[str]:
     return sentences
 
 
-def tied_with_full(front: Front) -> list[Row]:
+def tied_with_full(front: Front) -> list[PlacedModel]:
     """Return the models that the items and seeds do not tell from the full one, corrected for the
     number of comparisons."""
     confidences = {}
-    for row in front.rows:
-        pair = _numbers(front, row, front.full) if front.full else None
-        if front.scores is not None and pair is not None and row is not front.full:
+    for model in front.placed:
+        pair = _numbers(front, model, front.full) if front.full else None
+        if front.scores is not None and pair is not None and model is not front.full:
             above = front.scores.difference(*pair).confidence_above()
-            confidences[row["key"]] = 1 - 2 * min(above, 1 - above)
+            confidences[model.key] = 1 - 2 * min(above, 1 - above)
     differ = {key for key, sure in corrected(confidences).items() if sure >= INTERVAL_LEVEL}
-    return [row for row in front.rows if row["key"] in confidences.keys() - differ]
+    return [model for model in front.placed if model.key in confidences.keys() - differ]
 
 
-def unbeaten_baselines(front: Front) -> list[Row]:
+def unbeaten_baselines(front: Front) -> list[PlacedModel]:
     """Return the baselines without corrections that the teacher does not beat by more than the
     noise; none without a teacher. They have its shape, and no longer training.
 
@@ -277,87 +277,89 @@ def unbeaten_baselines(front: Front) -> list[Row]:
     only if it was measured to be as good as the teacher.
     """
     teacher = front.full
-    if teacher is None or teacher["role"] != "teacher":
+    if teacher is None or teacher.role != "teacher":
         return []
     sign = 1 if front.axes.higher_is_better else -1
     unbeaten = []
-    for row in plain_rivals(front.rows, teacher):
-        interval = _difference(front, teacher, row)
+    for model in plain_rivals(front.placed, teacher):
+        interval = _difference(front, teacher, model)
         is_within_noise = front.paired is not None and not interval.excludes_zero
         if sign * interval.value <= 0 or is_within_noise:
-            unbeaten.append(row)
+            unbeaten.append(model)
     return unbeaten
 
 
-def plain_choice(front: Front) -> Row | None:
+def plain_choice(front: Front) -> PlacedModel | None:
     """Return the model without corrections to take, because the teacher gains nothing over it; None
     if it does. This is r = 0, else vanilla, which is another architecture."""
     unbeaten = unbeaten_baselines(front)
-    same_method = [row for row in unbeaten if row["trial"].schedule is not None]
-    return max(same_method or unbeaten, key=lambda row: row["goodness"], default=None)
+    same_method = [model for model in unbeaten if model.trial.schedule is not None]
+    return max(same_method or unbeaten, key=lambda model: model.signed_quality, default=None)
 
 
-def _teacher_shows_no_gain(front: Front, teacher: Row, unbeaten: Sequence[Row]) -> str:
+def _teacher_shows_no_gain(
+    front: Front, teacher: PlacedModel, unbeaten: Sequence[PlacedModel]
+) -> str:
     """Say that a teacher is not shown to be better than models without corrections, and what that
     means."""
-    rivals = plain_rivals(front.rows, teacher)
-    names = join_names([row["label"] for row in unbeaten])
+    rivals = plain_rivals(front.placed, teacher)
+    names = join_names([model.label for model in unbeaten])
     text = (
         f"{_teacher_against(front, teacher, rivals)}: no gain over {names} is shown here, so a "
         "share of its quality says nothing of what a student keeps"
     )
     passing = [
-        row["trial"]
-        for row in front.rows
-        if row["is_candidate"] and row["goodness"] > teacher["goodness"]
+        model.trial
+        for model in front.placed
+        if model.is_candidate and model.signed_quality > teacher.signed_quality
     ]
     if any(trial.job is not None and trial.job.initial_folder for trial in passing):
         text += "; students that pass it were trained for further steps"
     choice = plain_choice(front)
     assert choice is not None, "one is unbeaten"
     return (
-        f"{text}. Take {choice['label']} ({_costs_text(front, choice)}). A longer training "
+        f"{text}. Take {choice.label} ({_costs_text(front, choice)}). A longer training "
         "(training.num_steps) may change that."
     )
 
 
-def _teacher_against(front: Front, teacher: Row, rivals: Sequence[Row]) -> str:
+def _teacher_against(front: Front, teacher: PlacedModel, rivals: Sequence[PlacedModel]) -> str:
     """Say without a full stop which models a teacher beats, and which it does not."""
     clauses = []
-    for rival in sorted(rivals, key=lambda row: row["label"]):
+    for rival in sorted(rivals, key=lambda model: model.label):
         interval = _difference(front, teacher, rival)
         size = _difference_text(front, interval)
         if not interval.excludes_zero:
-            clause = f"differs from {rival['label']} by less than these items can resolve"
+            clause = f"differs from {rival.label} by less than these items can resolve"
         elif (interval.value > 0) == front.axes.higher_is_better:
-            clause = f"beats {rival['label']}"
+            clause = f"beats {rival.label}"
         else:
-            clause = f"is worse than {rival['label']}"
+            clause = f"is worse than {rival.label}"
         clauses.append(f"{clause} ({size})")
     return f"{_name(teacher)[0].upper()}{_name(teacher)[1:]} {' and '.join(clauses)}"
 
 
-def _difference(front: Front, row: Row, other: Row) -> Interval:
+def _difference(front: Front, model: PlacedModel, other: PlacedModel) -> Interval:
     """Return a model's quality minus another's, over the same items if both have their values, else
     by their separate errors.
 
     Of a student, which was chosen for its quality, the interval is that of so many comparisons as
     there are students.
     """
-    pair = _numbers(front, row, other)
+    pair = _numbers(front, model, other)
     if front.scores is not None and pair is not None:
         difference = front.scores.difference(*pair)
     else:
-        variance = (known(row, "error") or 0.0) ** 2 + (known(other, "error") or 0.0) ** 2
-        num_seeds = min(len(row["seeds"]), len(other["seeds"]))
+        variance = (model.error or 0.0) ** 2 + (other.error or 0.0) ** 2
+        num_seeds = min(len(model.seeds), len(other.seeds))
         difference = Estimate(
-            row["quality"] - other["quality"],
+            model.quality - other.quality,
             seeds_variance=variance if num_seeds > 1 else 0.0,
             seeds_freedom=num_seeds - 1,
             items_variance=0.0 if num_seeds > 1 else variance,
             items_freedom=math.inf,
         )
-    return difference.interval(num_comparisons=_num_choices(front, row, other))
+    return difference.interval(num_comparisons=_num_choices(front, model, other))
 
 
 def _size_text(front: Front, size: float) -> str:
@@ -380,37 +382,37 @@ def _difference_text(front: Front, interval: Interval) -> str:
     )
 
 
-def _comparison(front: Front, baseline: Row, choice: Row) -> str:
+def _comparison(front: Front, baseline: PlacedModel, choice: PlacedModel) -> str:
     """Compare a baseline with a model over the same items, else by their separate errors."""
     interval = _difference(front, choice, baseline)
     size = _difference_text(front, interval)
-    claim = f"and {choice['label']} differ by less than these items can resolve ({size})"
+    claim = f"and {choice.label} differ by less than these items can resolve ({size})"
     if interval.excludes_zero:
         is_worse = (interval.value > 0) == front.axes.higher_is_better
-        claim = f"is {'worse' if is_worse else 'better'} than {choice['label']} by {size}"
-    beaten = [row["label"] for row in front.members_beaten_by(baseline)]
+        claim = f"is {'worse' if is_worse else 'better'} than {choice.label} by {size}"
+    beaten = [model.label for model in front.members_beaten_by(baseline)]
     also = f"; it beats {join_names(beaten)} on the front" if beaten else ""
-    return f"{baseline['label']} ({_quality(front, baseline)}) {claim}{also}."
+    return f"{baseline.label} ({_quality(front, baseline)}) {claim}{also}."
 
 
-def better_baselines(front: Front, picked: Row) -> list[str]:
+def better_baselines(front: Front, picked: PlacedModel) -> list[str]:
     """Return a clause on each baseline that is better than a model and costs no more."""
     clauses = []
-    for row in front.rows:
-        if row["role"] not in BASELINE_ROLES or row["cost"] > picked["cost"]:
+    for model in front.placed:
+        if model.role not in BASELINE_ROLES or model.cost > picked.cost:
             continue
-        interval = _difference(front, picked, row)  # As the front holds it.
+        interval = _difference(front, picked, model)  # As the front holds it.
         is_better = (interval.value < 0) == front.axes.higher_is_better
         has_noise = interval.low < interval.high  # Known, and so worth comparing with.
         if is_better and has_noise and interval.excludes_zero:
             clauses.append(
-                f"{row['label']} ({_quality(front, row)}) costs no more and is better by "
+                f"{model.label} ({_quality(front, model)}) costs no more and is better by "
                 f"{_difference_text(front, interval)}"
             )
     return clauses
 
 
-def describe_pick(front: Front, picked: Row) -> str:
+def describe_pick(front: Front, picked: PlacedModel) -> str:
     """Return what a person should know of a picked model: its clause, the baselines that are better
     for as little, and which model to take if its teacher gains nothing."""
     unbeaten = unbeaten_baselines(front)
@@ -419,9 +421,9 @@ def describe_pick(front: Front, picked: Row) -> str:
         *better_baselines(front, picked),
     ]
     if unbeaten:
-        names = join_names([row["label"] for row in unbeaten])
+        names = join_names([model.label for model in unbeaten])
         choice = plain_choice(front)
-        advice = "" if choice is None or choice is picked else f": take {choice['label']}"
+        advice = "" if choice is None or choice is picked else f": take {choice.label}"
         clauses.append(
             f"no gain of the teacher over {names} is shown, so a share of the teacher's quality "
             f"would say nothing{advice}"
@@ -429,9 +431,9 @@ def describe_pick(front: Front, picked: Row) -> str:
     return "; ".join(clauses)
 
 
-def _quality(front: Front, row: Row) -> str:
+def _quality(front: Front, model: PlacedModel) -> str:
     metric = front.axes.quality_metric
-    return f"{metric.title.lower()} {quality_text(front, row)}{'%' if metric.is_percent else ''}"
+    return f"{metric.title.lower()} {quality_text(front, model)}{'%' if metric.is_percent else ''}"
 
 
 # Rules that pick a model.
@@ -519,7 +521,7 @@ def _nothing_placed(front: Front) -> str:
     qualities = [
         option
         for option, name in QUALITIES.items()
-        if any(known(row, name) is not None for row in front.unmeasured)
+        if any(model.number(name) is not None for model in front.unmeasured)
     ]
     measured = "nothing of it is measured yet"
     if qualities:
@@ -527,7 +529,7 @@ def _nothing_placed(front: Front) -> str:
     return f"no trial of this sweep has {front.axes.in_words}; {measured}"
 
 
-def pick_from_front(front: Front, rule: PickRule) -> Row:
+def pick_from_front(front: Front, rule: PickRule) -> PlacedModel:
     """Return the model of a front that a rule picks; confidences must relate to the rule's share.
 
     Raises:
@@ -536,11 +538,11 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
     if not front.members:
         raise UserError(_nothing_placed(front))
     if rule.name == "budget":
-        affordable = [row for row in front.members if row["cost"] <= rule.budget]
+        affordable = [model for model in front.members if model.cost <= rule.budget]
         if not affordable:
-            least = front.picks["cheapest"]["cost"]
+            least = front.picks["cheapest"].cost
             raise UserError(f"no model costs {rule.budget:g} or less; the cheapest costs {least:g}")
-        return max(affordable, key=lambda row: (row["goodness"], -row["cost"]))
+        return max(affordable, key=lambda model: (model.signed_quality, -model.cost))
     if rule.name == "keep" and (plain := plain_choice(front)) is not None:
         # A baseline, so it competes for no place on the front.
         keeps = (front.share_of_full(plain) or 0.0) >= rule.demanded_share
@@ -551,12 +553,12 @@ def pick_from_front(front: Front, rule: PickRule) -> Row:
     if rule.name == "keep" and rule.confidence:
         # Candidates off the front count too: one dominated by a hair may be the most certain.
         confident = [
-            row
-            for row in front.rows
-            if row["is_candidate"]
-            and (row is front.full or (front.confidence_keeps(row) or 0.0) >= rule.confidence)
+            model
+            for model in front.placed
+            if model.is_candidate
+            and (model is front.full or (front.confidence_keeps(model) or 0.0) >= rule.confidence)
         ]
-        return min(confident, key=lambda row: (row["cost"], -row["goodness"]))
+        return min(confident, key=lambda model: (model.cost, -model.signed_quality))
     problem = (
         "this front has no knee: no model lies above the line from the cheapest to the best; take "
         "--keep SHARE or --budget COST"

@@ -1,21 +1,21 @@
 """The Pareto front: which models no other one beats on cost and quality, and how sure that is.
 
-A front is the table of results with columns that place each model on two axes. Beside a teacher,
-baselines are placed but do not compete: the front tells which schedule to take, and
-`members_beaten_by` whether that was worth it. Without a teacher all models compete. Costs are
-exact, so only quality is uncertain: `with_confidence` adds columns that say how sure each place
-is.
+A front is the models of a sweep, each with its place on two axes. Beside a teacher, baselines are
+placed but do not compete: the front tells which schedule to take, and `members_beaten_by` whether
+that was worth it. Without a teacher all models compete. Costs are exact, so only quality is
+uncertain: `with_confidence` adds numbers that say how sure each place is.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,10 +43,11 @@ from orchestrator.records.metrics import (
 )
 from orchestrator.records.trial import BASELINE_ROLES, SOURCE, Trial, teacher_or_costliest
 from orchestrator.reporting.results import (
+    ModelResult,
     StoredSweep,
     item_notes,
     load_item_values,
-    result_table,
+    model_results,
     shape_of,
     with_overhead,
 )
@@ -64,16 +65,12 @@ from orchestrator.reporting.statistics import (
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+M = TypeVar("M", bound=ModelResult)
 
 MIN_RIGHT_ANSWERS = 30
 """With fewer right answers of the full model, accuracy is not the default quality."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
-
-Row = dict[str, Any]
-"""A model: the columns of the table by name."""
 
 
 @dataclass(frozen=True)
@@ -225,16 +222,30 @@ class ConfidenceBasis:
     """Share of the items on which the full model and another one differ, likewise."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedModel(ModelResult):
+    """A model with its place on two axes."""
+
+    cost: float
+    quality: float
+    error: float | None
+    """Standard error of the quality; None if it is not known."""
+    signed_quality: float
+    """The quality with the sign that makes a higher one better."""
+    is_candidate: bool
+    """Whether it competes for the front."""
+    on_front: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Front:
-    """The table of results on two axes, the placed models first, the cheapest before all."""
+    """The models of a sweep, or of several, on two axes."""
 
     axes: FrontAxes
-    table: DataFrame
-    """All models, from `result_table`, with a column `sweep` if there are several sweeps; and
-    `cost`, `quality` and `error` on the axes (NaN if not measured), `goodness` (the quality with a
-    sign such that higher is better), `is_placed` (has both metrics), `is_candidate` (competes for
-    the front), `on_front`."""
+    placed: tuple[PlacedModel, ...]
+    """The models with both metrics, cheapest first."""
+    unmeasured: tuple[ModelResult, ...] = ()
+    """The models that lack one of both metrics."""
     intervals: Mapping[tuple[str, str, str], Interval] = field(default_factory=dict)
     """(key, task or the front's quality, other model) -> the model's quality minus the other's;
     with an empty name of the other, the quality itself."""
@@ -249,10 +260,10 @@ class Front:
     """Key -> what the model has lost against the teacher's source, of the tasks that the settings
     bound."""
 
-    @cached_property
-    def rows(self) -> list[Row]:
-        """The placed models, cheapest first."""
-        return _rows_of(self.table[self.table["is_placed"]])
+    @property
+    def models(self) -> tuple[ModelResult, ...]:
+        """All models, the placed ones first."""
+        return (*self.placed, *self.unmeasured)
 
     @cached_property
     def scores(self) -> Scores | None:
@@ -261,34 +272,24 @@ class Front:
         return self.paired.quality(self.axes.quality) if self.paired else None
 
     @cached_property
-    def unmeasured(self) -> list[Row]:
-        """The models that lack one of both metrics."""
-        return _rows_of(self.table[~self.table["is_placed"]])
-
-    @property
-    def trials(self) -> list[Trial]:
-        """All models, with means over their seeds, in the table's order."""
-        return list(self.table["trial"])
-
-    @cached_property
     def seeds(self) -> list[Trial]:
         """The trials whose means are placed."""
-        return [seed for row in self.rows for seed in row["seeds"]]
+        return [seed for model in self.placed for seed in model.seeds]
 
     @cached_property
-    def members(self) -> list[Row]:
+    def members(self) -> list[PlacedModel]:
         """The models on the front, cheapest first; equal ones are all members."""
-        return [row for row in self.rows if row["on_front"]]
+        return [model for model in self.placed if model.on_front]
 
     @cached_property
-    def full(self) -> Row | None:
+    def full(self) -> PlacedModel | None:
         """The model to compare with: the teacher, else the costliest but for baselines."""
         return teacher_or_costliest(
-            self.rows, role=lambda row: row["role"], cost=lambda row: row["cost"]
+            self.placed, role=lambda model: model.role, cost=lambda model: model.cost
         )
 
     @cached_property
-    def picks(self) -> dict[str, Row]:
+    def picks(self) -> dict[str, PlacedModel]:
         """Knee, best and cheapest by name; without those that do not exist.
 
         Of equal members, the best is the cheapest, and the cheapest the best. The knee lies
@@ -296,24 +297,24 @@ class Front:
         """
         if not self.members:
             return {}
-        best = max(self.members, key=lambda row: (row["goodness"], -row["cost"]))
-        cheapest = min(self.members, key=lambda row: (row["cost"], -row["goodness"]))
+        best = max(self.members, key=lambda model: (model.signed_quality, -model.cost))
+        cheapest = min(self.members, key=lambda model: (model.cost, -model.signed_quality))
         picks = {"best": best, "cheapest": cheapest}
-        if best["goodness"] <= cheapest["goodness"]:
+        if best.signed_quality <= cheapest.signed_quality:
             return picks  # Otherwise, of members, the best costs more than the cheapest.
 
-        def above_chord(row: Row) -> float:
-            gain = row["goodness"] - cheapest["goodness"]
-            further_cost = row["cost"] - cheapest["cost"]
-            gain_share = gain / (best["goodness"] - cheapest["goodness"])
-            cost_share = further_cost / (best["cost"] - cheapest["cost"])
-            return float((gain_share - cost_share) / math.sqrt(2))
+        def above_chord(model: PlacedModel) -> float:
+            gain = model.signed_quality - cheapest.signed_quality
+            further_cost = model.cost - cheapest.cost
+            gain_share = gain / (best.signed_quality - cheapest.signed_quality)
+            cost_share = further_cost / (best.cost - cheapest.cost)
+            return (gain_share - cost_share) / math.sqrt(2)
 
         knee = max(self.members, key=above_chord)
         return {"knee": knee, **picks} if above_chord(knee) > 1e-12 else picks
 
     @property
-    def named_picks(self) -> dict[str, Row]:
+    def named_picks(self) -> dict[str, PlacedModel]:
         """The picks that tables and pictures name: without a knee that keeps less than demanded."""
         picks = dict(self.picks)
         share = self.share_of_full(picks["knee"]) if "knee" in picks else None
@@ -324,9 +325,9 @@ class Front:
     @cached_property
     def sweeps(self) -> list[str]:
         """The sweeps of the models; empty if all are from one."""
-        return list(dict.fromkeys(self.table["sweep"])) if "sweep" in self.table else []
+        return [sweep for sweep in dict.fromkeys(model.sweep for model in self.models) if sweep]
 
-    def share_of_full(self, row: Row) -> float | None:
+    def share_of_full(self, model: PlacedModel) -> float | None:
         """Return a model's quality as a share of the full model's, 1.0 for all of it.
 
         For a loss: the full model's loss over this model's. This is over all items of each model;
@@ -335,47 +336,49 @@ class Front:
         if self.full is None:
             return None
         if self.axes.higher_is_better:
-            part = row["quality"]
-            whole = self.full["quality"]
+            part = model.quality
+            whole = self.full.quality
         else:
-            part = self.full["quality"]
-            whole = row["quality"]
-        return float(part / whole) if whole else None
+            part = self.full.quality
+            whole = model.quality
+        return part / whole if whole else None
 
-    def confidence_keeps(self, row: Row) -> float | None:
+    def confidence_keeps(self, model: ModelResult) -> float | None:
         """Return the confidence that a model keeps `demanded_share`; None if it is not known."""
-        return known(row, confidence_keeps_name(self.demanded_share))
+        return model.number(confidence_keeps_name(self.demanded_share))
 
-    def cheapest_keeping(self, demanded_share: float) -> Row | None:
+    def cheapest_keeping(self, demanded_share: float) -> PlacedModel | None:
         """Return the cheapest member that keeps this share of the full model's quality."""
-        members = [
-            row for row in self.members if (self.share_of_full(row) or 0.0) >= demanded_share
+        keeping = [
+            member
+            for member in self.members
+            if (self.share_of_full(member) or 0.0) >= demanded_share
         ]
-        return min(members, key=lambda row: row["cost"], default=None)
+        return min(keeping, key=lambda member: member.cost, default=None)
 
-    def members_beaten_by(self, baseline: Row) -> list[Row]:
+    def members_beaten_by(self, baseline: PlacedModel) -> list[PlacedModel]:
         """Return the members that are no better and no cheaper than a baseline, and worse in one.
 
         Unlike domination among candidates, this takes no member off the front.
         """
         return [
-            row
-            for row in self.members
-            if baseline["cost"] <= row["cost"]
-            and baseline["goodness"] >= row["goodness"]
-            and (baseline["cost"], baseline["quality"]) != (row["cost"], row["quality"])
+            member
+            for member in self.members
+            if baseline.cost <= member.cost
+            and baseline.signed_quality >= member.signed_quality
+            and (baseline.cost, baseline.quality) != (member.cost, member.quality)
         ]
 
-    def verdict(self, row: Row) -> str:
+    def verdict(self, model: ModelResult) -> str:
         """Return a model's place: on the front, with its picks, or what a baseline beats."""
-        if not row["is_placed"]:
+        if not isinstance(model, PlacedModel):
             return "not measured"
-        if not row["is_candidate"]:
-            num_beaten = len(self.members_beaten_by(row))
+        if not model.is_candidate:
+            num_beaten = len(self.members_beaten_by(model))
             return f"beats {num_beaten} ●" if num_beaten else ""
-        if not row["on_front"]:
+        if not model.on_front:
             return ""
-        return " ".join(["●", *(name for name, pick in self.named_picks.items() if pick is row)])
+        return " ".join(["●", *(name for name, pick in self.named_picks.items() if pick is model)])
 
     def on(self, axes: FrontAxes) -> Front:
         """Return the same models on other axes, with the confidences that hold there, too.
@@ -386,11 +389,18 @@ class Front:
         is_same_quality = axes.quality == self.axes.quality
         of_quality = (PAIRED_SHARE_OF_FULL, confidence_keeps_name(self.demanded_share))
         still_true = of_quality if is_same_quality else ()
-        of_old_axes = [
-            name for name in self.table if name.startswith(PAIRED) and name not in still_true
+        models = [
+            replace(
+                model,
+                numbers={
+                    name: number
+                    for name, number in model.numbers.items()
+                    if not name.startswith(PAIRED) or name in still_true
+                },
+            )
+            for model in self.models
         ]
-        front = find_front(self.table.drop(columns=of_old_axes), axes)
-        front = replace(front, losses=self.losses)
+        front = replace(find_front(models, axes), losses=self.losses)
         if not is_same_quality:
             return front
         return replace(
@@ -403,26 +413,23 @@ class Front:
 
     def with_runs(self, trials: Sequence[Trial]) -> Front:
         """Return the same front with the MLflow runs of these trials, which are its models."""
-        tracked = result_table(trials).loc[self.table.index]
-        names = ["trial", "seeds", "run_id"]
-        return replace(self, table=self.table.assign(**{name: tracked[name] for name in names}))
+        tracked = {model.key: model for model in model_results(trials)}
+
+        def with_run(model: M) -> M:
+            trial = tracked[model.key].trial
+            return replace(model, trial=trial, seeds=tracked[model.key].seeds)
+
+        return replace(
+            self,
+            placed=tuple(map(with_run, self.placed)),
+            unmeasured=tuple(map(with_run, self.unmeasured)),
+        )
 
 
-def _rows_of(table: DataFrame) -> list[Row]:
-    """Return the rows with the columns' own values."""
-    # `DataFrame.to_dict` takes several times as long, and a page has a front for each two axes.
-    if table.empty:
-        return []
-    columns = {str(name): column.tolist() for name, column in table.items()}
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-
-
-def busy_machine(rows: Iterable[Row]) -> str | None:
+def busy_machine(models: Iterable[ModelResult]) -> str | None:
     """Return that times per token decide nothing, because a model's vary too much; None if not."""
-    relative_spreads = {row["label"]: relative_time_spread(row) or 0.0 for row in rows}
-    # Sorted: a teacher and its unpruned student are timed as one model, in any order of the rows.
+    relative_spreads = {model.label: relative_time_spread(model) or 0.0 for model in models}
+    # Sorted: a teacher and its unpruned student are timed as one model, in any order of the models.
     labels = sorted(relative_spreads)
     label = max(labels, key=lambda name: relative_spreads[name], default="")
     if not label or relative_spreads[label] <= MAX_TIME_SPREAD:
@@ -434,80 +441,88 @@ def busy_machine(rows: Iterable[Row]) -> str | None:
     )
 
 
-def relative_time_spread(row: Row) -> float | None:
+def relative_time_spread(model: ModelResult) -> float | None:
     """Return how much a model's time per token varied, as a share of it; None if it is unknown."""
-    time = known(row, DECODE_MS)
-    spread = known(row, DECODE_MS_SPREAD)
+    time = model.number(DECODE_MS)
+    spread = model.number(DECODE_MS_SPREAD)
     return spread / time if time and spread is not None else None
 
 
-def known(row: Row, name: str) -> float | None:
-    """Return a number of a model by its tracked name; None if it is not known."""
-    value = row.get(name)
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def plain_rivals(rows: Iterable[Row], teacher: Row) -> list[Row]:
+def plain_rivals(models: Iterable[M], teacher: ModelResult) -> list[M]:
     """Return the baselines that a teacher's corrections must beat: of its shape, without
     corrections, and trained on no more tokens than it, if that is known. None of a plain teacher,
     which has no corrections that could gain anything."""
-    if not teacher["trial"].model.corrections.num_corrections:
+    if not teacher.config.corrections.num_corrections:
         return []
-    teacher_tokens = known(teacher, TRAINING_TOKENS)
+    teacher_tokens = teacher.number(TRAINING_TOKENS)
     rivals = []
-    for row in rows:
-        if row["role"] != "baseline" or known(row, OVERHEAD_NFE) != 0:
+    for model in models:
+        if model.role != "baseline" or model.number(OVERHEAD_NFE) != 0:
             continue
-        if shape_of(row["trial"].model) != shape_of(teacher["trial"].model):
+        if shape_of(model.config) != shape_of(teacher.config):
             continue
-        tokens = known(row, TRAINING_TOKENS)
+        tokens = model.number(TRAINING_TOKENS)
         if teacher_tokens is None or tokens is None or tokens <= teacher_tokens:
-            rivals.append(row)
+            rivals.append(model)
     return rivals
 
 
-def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
+def find_front(models: Sequence[ModelResult], axes: FrontAxes | None = None) -> Front:
     """Place models on two axes, NFE and accuracy by default, and find those that none beats.
 
     Args:
-        table: Trials, teacher and baselines, from `result_table`.
+        models: Trials, teacher and baselines, from `model_results`.
         axes: Cost and quality.
     """
-    import pandas
-
     axes = axes or FrontAxes()
-    names = {"cost": axes.cost, "quality": axes.quality, "error": stderr_name(axes.quality)}
-    numbers = {n: table[m].astype(float) if m in table else math.nan for n, m in names.items()}
-    table = table.assign(**numbers)
-    has_teacher = (table["role"] == "teacher").any()
-    is_placed = table["cost"].notna() & table["quality"].notna()
-    is_candidate = is_placed & (~table["role"].isin(BASELINE_ROLES) | (not has_teacher))
-    table = table.assign(
-        goodness=table["quality"] if axes.higher_is_better else -table["quality"],
-        is_placed=is_placed,
-        is_candidate=is_candidate,
-        on_front=False,
+    has_teacher = any(model.role == "teacher" for model in models)
+    sign = 1 if axes.higher_is_better else -1
+    placed = []
+    unmeasured = []
+    for model in models:
+        cost = model.number(axes.cost)
+        quality = model.number(axes.quality)
+        if cost is None or quality is None:
+            unmeasured.append(model)
+            continue
+        placed.append(
+            PlacedModel(
+                trial=model.trial,
+                seeds=model.seeds,
+                label=model.label,
+                numbers=model.numbers,
+                sweep=model.sweep,
+                cost=cost,
+                quality=quality,
+                error=model.number(stderr_name(axes.quality)),
+                signed_quality=sign * quality,
+                is_candidate=not has_teacher or model.role not in BASELINE_ROLES,
+                on_front=False,
+            )
+        )
+    placed.sort(key=lambda model: (model.cost, model.signed_quality, model.key))
+    candidates = [model for model in placed if model.is_candidate]
+    is_member = on_front(
+        np.array([model.cost for model in candidates]),
+        np.array([model.signed_quality for model in candidates]),
     )
-    if is_candidate.any():
-        candidates = table[is_candidate]
-        is_member = on_front(candidates["cost"].to_numpy(), candidates["goodness"].to_numpy())
-        table.loc[is_candidate, "on_front"] = is_member
-    placed = table[is_placed].sort_values(["cost", "goodness", "key"])
-    return Front(axes, pandas.concat([placed, table[~is_placed]]))
+    members = {model.key for model, is_on in zip(candidates, is_member, strict=True) if is_on}
+    with_members = [replace(model, on_front=model.key in members) for model in placed]
+    return Front(axes, tuple(with_members), tuple(unmeasured))
 
 
-def on_front(costs: Floats, goodness: Floats) -> NDArray[np.bool_]:
+def on_front(costs: Floats, qualities: Floats) -> NDArray[np.bool_]:
     """Return which models are on the front.
 
     A model is on the front if it is better than all cheaper ones, and as good as any that costs as
-    much; equal models all are.
+    much; equal models all are. A higher quality is better.
     """
     is_member = np.zeros(len(costs), dtype=bool)
     best_of_cheaper = -np.inf
     for cost in np.unique(costs):
         models = np.flatnonzero(costs == cost)
-        best = goodness[models].max()
-        is_member[models] = (goodness[models] == best) & (best > best_of_cheaper)
+        best = qualities[models].max()
+        is_member[models] = (qualities[models] == best) & (best > best_of_cheaper)
         best_of_cheaper = max(best, best_of_cheaper)
     return is_member
 
@@ -520,7 +535,7 @@ def with_confidence(
 ) -> Front:
     """Return the front with the confidence of each place.
 
-    It has `paired`, `intervals`, and columns `paired/...`: the share of the full model's quality,
+    It has `paired`, `intervals`, and numbers `paired/...`: the share of the full model's quality,
     and the differences to the full model and to each baseline, on the front's quality and on each
     task, each with the ends of its interval; and the confidences that the model keeps
     `demanded_share`, and that it is on the front, each corrected for the number of models. Without
@@ -532,15 +547,12 @@ def with_confidence(
             confidence.
         demanded_share: Share of the full model's quality.
     """
-    from pandas import DataFrame
-
-    rows = front.rows
     full = front.full
     axes = front.axes
     runs = {
-        row["key"]: [items[seed.key] for seed in row["seeds"]]
-        for row in rows
-        if all(seed.key in items for seed in row["seeds"])
+        model.key: [items[seed.key] for seed in model.seeds]
+        for model in front.placed
+        if all(seed.key in items for seed in model.seeds)
     }
     paired = pair_scores(runs) if full and len(runs) > 1 else None
     if full is None or paired is None:
@@ -548,23 +560,25 @@ def with_confidence(
     scores = paired.quality(axes.quality)
     number_of = paired.number_of
     # Label -> number of the models that all are compared with, the full model first.
-    beside_full = [row for row in rows if row["role"] in BASELINE_ROLES and row is not full]
+    baselines = [
+        model for model in front.placed if model.role in BASELINE_ROLES and model is not full
+    ]
     compared_with: dict[str, int] = {}
-    for row in (full, *beside_full):
-        if row["key"] in number_of:
-            compared_with[row["label"]] = number_of[row["key"]]
+    for model in (full, *baselines):
+        if model.key in number_of:
+            compared_with[model.label] = number_of[model.key]
 
     last_parts = difference_names(compared_with)
 
-    # Columns of a model, and intervals, on the front's quality and on each task.
+    # Numbers of a model, and intervals, on the front's quality and on each task.
     intervals: dict[tuple[str, str, str], Interval] = {}
-    columns: dict[str, dict[str, float]] = {key: {} for key in number_of}
+    numbers: dict[str, dict[str, float]] = {model.key: {} for model in front.placed}
 
-    def add_columns(key: str, name: str, interval: Interval) -> None:
+    def add_numbers(key: str, name: str, interval: Interval) -> None:
         low_name, high_name = interval_end_names(name)
-        columns[key][name] = interval.value
-        columns[key][low_name] = interval.low
-        columns[key][high_name] = interval.high
+        numbers[key][name] = interval.value
+        numbers[key][low_name] = interval.low
+        numbers[key][high_name] = interval.high
 
     measured = {**({} if scores is None else {axes.quality: scores}), **paired.scores}
     for (key, number), (name, scores_of_name) in product(number_of.items(), measured.items()):
@@ -574,18 +588,18 @@ def with_confidence(
             if number_of_label != number:
                 difference = scores_of_name.difference(number, number_of_label).interval()
                 intervals[key, name, label] = difference
-                add_columns(key, of_task + last_parts[label], difference)
+                add_numbers(key, of_task + last_parts[label], difference)
 
     basis = ConfidenceBasis(
-        full["label"],
+        full.label,
         paired.metrics,
         num_items=paired.num_items(axes.quality),
         num_left_out=sum(paired.left_out.values()),
-        num_seeds=max(len(row["seeds"]) for row in rows),
-        num_models=len(number_of) - (full["key"] in number_of),
+        num_seeds=max(len(model.seeds) for model in front.placed),
+        num_models=len(number_of) - (full.key in number_of),
     )
-    if scores is not None and full["key"] in number_of:
-        number_of_full = number_of[full["key"]]
+    if scores is not None and full.key in number_of:
+        number_of_full = number_of[full.key]
         others = {key: number for key, number in number_of.items() if number != number_of_full}
 
         # The share of the full model's quality, and how sure a model keeps the demanded share.
@@ -596,35 +610,40 @@ def with_confidence(
             if not axes.higher_is_better:
                 part, whole = whole, part
             if (share := scores.share(part, whole)) is not None:
-                add_columns(key, PAIRED_SHARE_OF_FULL, share)
+                add_numbers(key, PAIRED_SHARE_OF_FULL, share)
                 confidences[key] = scores.confidence_keeps(part, whole, demanded_share)
-        confidence_of_full = confidences.pop(full["key"], None)
+        confidence_of_full = confidences.pop(full.key, None)
         name = confidence_keeps_name(demanded_share)
         for key, confidence in corrected(confidences).items():
-            columns[key][name] = confidence
+            numbers[key][name] = confidence
         if confidence_of_full is not None:
-            columns[full["key"]][name] = confidence_of_full
+            numbers[full.key][name] = confidence_of_full
 
         differences = [scores.difference(n, number_of_full).resolvable for n in others.values()]
-        shares = [paired.share_differing(axes.quality, key, full["key"]) for key in others]
+        shares = [paired.share_differing(axes.quality, key, full.key) for key in others]
         basis = replace(basis, resolvable=median(differences), share_differing=median(shares))
 
     # Without scores of all candidates none is sure to be on the front: the others could beat it.
-    candidates = [row for row in rows if row["is_candidate"]]
-    if scores is not None and all(row["key"] in runs for row in candidates):
+    candidates = [model for model in front.placed if model.is_candidate]
+    if scores is not None and all(model.key in runs for model in candidates):
         confidences = _confidences_on_front(candidates, scores, number_of, axes)
         confidences = corrected(confidences)
-        for row in candidates:
-            columns[row["key"]][CONFIDENCE_ON_FRONT] = confidences.get(row["key"], 1.0)
-    table = front.table.join(DataFrame.from_dict(columns, orient="index").sort_index(axis=1))
+        for model in candidates:
+            numbers[model.key][CONFIDENCE_ON_FRONT] = confidences.get(model.key, 1.0)
+
+    # Trials say only how large the error over the items is in each seed.
+    errors = {model.key: model.error for model in front.placed}
     if scores is not None:
-        # Trials say only how large the error over the items is in each seed.
-        errors = {key: scores.score(number).error for key, number in number_of.items()}
-        error = table["key"].map(errors).fillna(table["error"]).astype(float)
-        table = table.assign(**{"error": error, stderr_name(axes.quality): error})
+        for key, number in number_of.items():
+            errors[key] = scores.score(number).error
+            numbers[key][stderr_name(axes.quality)] = scores.score(number).error
+    placed = [
+        replace(model.with_numbers(numbers[model.key]), error=errors[model.key])
+        for model in front.placed
+    ]
     return replace(
         front,
-        table=table,
+        placed=tuple(placed),
         intervals=intervals,
         basis=basis,
         paired=paired,
@@ -633,7 +652,7 @@ def with_confidence(
 
 
 def _confidences_on_front(
-    candidates: Sequence[Row], scores: Scores, number_of: Mapping[str, int], axes: FrontAxes
+    candidates: Sequence[PlacedModel], scores: Scores, number_of: Mapping[str, int], axes: FrontAxes
 ) -> dict[str, float]:
     """Return key of a model -> how sure it is on the front; without those that none could beat.
 
@@ -641,15 +660,15 @@ def _confidences_on_front(
     is as sure as the least sure part of it (Berger, Technometrics 24, 1982).
     """
     confidences = {}
-    for row in candidates:
+    for model in candidates:
         leads = []
         for rival in candidates:
-            if rival is not row and rival["cost"] <= row["cost"]:
-                lead = scores.difference(number_of[row["key"]], number_of[rival["key"]])
+            if rival is not model and rival.cost <= model.cost:
+                lead = scores.difference(number_of[model.key], number_of[rival.key])
                 sure_above = lead.confidence_above()
                 leads.append(sure_above if axes.higher_is_better else 1 - sure_above)
         if leads:
-            confidences[row["key"]] = min(leads)
+            confidences[model.key] = min(leads)
     return confidences
 
 
@@ -666,19 +685,7 @@ def sweep_front(
     are not shown or have no confidence. `demanded_share` is that of `with_confidence`. Models of
     several sweeps that share a name are named with their sweep.
     """
-    import pandas
-
-    table = pandas.concat(
-        [result_table(sweep.results).assign(sweep=sweep.name) for sweep in sweeps]
-    )
-    table = table[~table.index.duplicated()]
-    if len(sweeps) == 1:
-        table = table.drop(columns="sweep")
-    else:
-        table = with_overhead(table)
-        is_shared = table["label"].duplicated(keep=False)
-        table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
-    front = find_front(table, axes)
+    front = find_front(_models_of(sweeps), axes)
     items = load_item_values(workspace, front.seeds)
     notes = item_notes(front.seeds, items)
     if axes.against_accuracy and axes.quality == BITS_PER_BYTE:
@@ -687,9 +694,27 @@ def sweep_front(
     if len(sweeps) == 1 and (bounds := sweeps[0].retention):
         front = _with_losses(front, bounds)
         reference = retention_reference(front)
-        role = reference["role"] if reference else SOURCE
+        role = reference.role if reference else SOURCE
         notes.append(bounds_sentence(bounds, front.losses.values(), role))
     return front, notes
+
+
+def _models_of(sweeps: Sequence[StoredSweep]) -> list[ModelResult]:
+    """Return the models of sweeps, each once, for the first sweep that has it."""
+    if len(sweeps) == 1:
+        return model_results(sweeps[0].results)
+    model_of: dict[str, ModelResult] = {}
+    for sweep in sweeps:
+        for model in model_results(sweep.results):
+            model_of.setdefault(model.key, replace(model, sweep=sweep.name))
+    models = with_overhead([*model_of.values()])
+    count_of_label = Counter(model.label for model in models)
+    return [
+        replace(model, label=f"{model.label} ({model.sweep})")
+        if count_of_label[model.label] > 1
+        else model
+        for model in models
+    ]
 
 
 def _with_losses(front: Front, bounds: Mapping[str, float]) -> Front:
@@ -697,19 +722,18 @@ def _with_losses(front: Front, bounds: Mapping[str, float]) -> Front:
     reference = retention_reference(front)
     if reference is None or front.paired is None:
         return front
-    key = reference["key"]
-    if key not in front.paired.number_of:
+    if reference.key not in front.paired.number_of:
         return front
-    return replace(front, losses=find_losses(front.paired, key, bounds))
+    return replace(front, losses=find_losses(front.paired, reference.key, bounds))
 
 
-def retention_reference(front: Front) -> Row | None:
+def retention_reference(front: Front) -> PlacedModel | None:
     """Return the model that others must not lose much against: the source of the teacher, or a
     plain teacher; None if there is neither."""
-    for row in front.rows:
-        if row["role"] == SOURCE:
-            return row
-    for row in front.rows:
-        if row["role"] == "teacher" and not row["trial"].model.corrections.num_corrections:
-            return row
+    for model in front.placed:
+        if model.role == SOURCE:
+            return model
+    for model in front.placed:
+        if model.role == "teacher" and not model.config.corrections.num_corrections:
+            return model
     return None

@@ -46,7 +46,7 @@ from orchestrator.reporting.charts import front_chart, save_chart
 from orchestrator.reporting.claims import claim_metrics
 from orchestrator.reporting.colors import run_color
 from orchestrator.reporting.findings import findings
-from orchestrator.reporting.front import Front, known
+from orchestrator.reporting.front import Front
 from orchestrator.reporting.results import (
     ACCURACY_CHARTS,
     STUDENT_CHARTS,
@@ -101,17 +101,17 @@ def front_metrics(front: Front) -> dict[str, float]:
     """Return the metrics of a sweep's run: sizes and the picks."""
     values: dict[str, float | None] = {
         "front/size": len(front.members),
-        "front/num_results": len(front.table),
+        "front/num_results": len(front.models),
     }
     named_models = dict(front.picks)
     if cheapest_keeping := front.cheapest_keeping(DEMANDED_SHARE):
         named_models["keeping_99"] = cheapest_keeping
-    for name, row in named_models.items():
-        values[pick_name(name, "cost")] = row["cost"]
-        values[pick_name(name, "quality")] = row["quality"]
-        values[pick_name(name, "share_of_full")] = front.share_of_full(row)
-        values[pick_name(name, "confidence_on_front")] = known(row, CONFIDENCE_ON_FRONT)
-        values[pick_name(name, "confidence_keeps_99")] = known(row, CONFIDENCE_KEEPS_99)
+    for name, model in named_models.items():
+        values[pick_name(name, "cost")] = model.cost
+        values[pick_name(name, "quality")] = model.quality
+        values[pick_name(name, "share_of_full")] = front.share_of_full(model)
+        values[pick_name(name, "confidence_on_front")] = model.number(CONFIDENCE_ON_FRONT)
+        values[pick_name(name, "confidence_keeps_99")] = model.number(CONFIDENCE_KEEPS_99)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -122,11 +122,11 @@ def mlflow_runs_of_results(sweep: StoredSweep, front: Front) -> list[TrackedRun]
     """
     names = (*SUMMARY_METRICS, *OVERHEAD_METRICS)
     numbers_of_seed: dict[str, dict[str, float]] = {}
-    for row in front.rows:
-        numbers = {name: known(row, name) for name in names}
-        of_row = {name: number for name, number in numbers.items() if number is not None}
-        for seed in row["seeds"]:
-            numbers_of_seed[seed.key] = of_row
+    for model in front.placed:
+        numbers = {name: model.number(name) for name in names}
+        of_model = {name: number for name, number in numbers.items() if number is not None}
+        for seed in model.seeds:
+            numbers_of_seed[seed.key] = of_model
     return [
         mlflow_run_of_trial(
             sweep.name,
@@ -300,9 +300,9 @@ def run_note(front: Front, sentences: Sequence[str], pictures: Sequence[str]) ->
 
 def front_chart_view(front: Front, name: str, charts: Collection[str], time_ms: int) -> ChartView:
     """Return the chart view of a sweep: cost against quality, corrections, curves, columns."""
-    num_layers = max((len(row["trial"].schedule or ()) for row in front.rows), default=0)
+    num_layers = max((len(model.trial.schedule or ()) for model in front.placed), default=0)
     layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
-    measured = {metric for row in front.rows for metric in row["trial"].metrics()}
+    measured = {metric for model in front.placed for metric in model.trial.metrics()}
     cost = front.axes.cost
     quality = front.axes.quality
     columns = [

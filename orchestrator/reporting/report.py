@@ -17,7 +17,6 @@ from orchestrator.reporting.claims import find_claims
 from orchestrator.reporting.front import (
     Front,
     FrontAxes,
-    known,
     parse_axes,
     reason_against_accuracy,
     sweep_front,
@@ -116,7 +115,7 @@ def write_sweep_report(
         workspace=workspace.root,
         sweeps=(sweep,),
         front=front,
-        curves=read_training_curves(sweep, front.rows),
+        curves=read_training_curves(sweep, front.placed),
         claims=tuple(find_claims(front)),
     )
     files_before = {path: path.read_bytes() for path in report.folder.glob("*.*") if path.is_file()}
@@ -161,7 +160,7 @@ def _report_of_several(
         curves={
             f"{title}: {sweep.name}": curves
             for sweep in sweeps
-            for title, curves in read_training_curves(sweep, front.rows).items()
+            for title, curves in read_training_curves(sweep, front.placed).items()
         },
         claims=tuple(find_claims(front)),
     )
@@ -180,10 +179,10 @@ def _title(sweep: StoredSweep, front: Front, times: tuple[int, int | None] | Non
         return sweeps_text([sweep])
     parts = [re.sub(r"[()']|,\)$", "", data).rstrip(",")]
     if front.full is not None:
-        trial = front.full["trial"]
-        parts.append(f"{trial.method} {trial.schedule_text}".strip())
+        full = front.full.trial
+        parts.append(f"{full.method} {full.schedule_text}".strip())
         for name, noun in ((NUM_PARAMETERS, "parameters"), (TRAINING_TOKENS, "tokens")):
-            if number := known(trial.numbers, name):
+            if number := front.full.number(name):
                 parts.append(f"{format_parameters(number)} {noun}")
     if times:
         ended = datetime.fromtimestamp((times[1] or times[0]) / 1000, UTC)

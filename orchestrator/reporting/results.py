@@ -1,18 +1,18 @@
-"""The results of a sweep: stored in `results.json`, as a table of its models, and its curves.
+"""The results of a sweep: stored in `results.json`, as its models, and its curves.
 
 Reports are made from this file and the journals, without Ray or MLflow. The values of single items
-lie in the store of evaluations; a report without them lacks only the paired errors. `result_table`
-gives the table that fronts, tables, charts and files read: one row per model, its seeds averaged.
+lie in the store of evaluations; a report without them lacks only the paired errors. `model_results`
+gives the models that fronts, tables, charts and files read, each with its seeds averaged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
@@ -28,7 +28,7 @@ from orchestrator.records.metrics import (
 )
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.status import unfinished_trials
-from orchestrator.records.trial import SOURCE_CONTINUED, SweepTrials, Trial
+from orchestrator.records.trial import SOURCE_CONTINUED, Role, SweepTrials, Trial
 from orchestrator.reporting.statistics import sum_of_means
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.workspace.errors import UserError
@@ -48,8 +48,6 @@ from orchestrator.workspace.layout import (
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from iiet.iiad.pruning import InfluenceTable
     from iiet.model.config import ModelConfig
 
@@ -61,8 +59,6 @@ SETTINGS_TITLE = "Settings"
 """Title of the facts that hold the settings."""
 PROVENANCE_TITLE = "Provenance"
 """Title of the facts that say what the sweep was made with."""
-DESCRIBING_COLUMNS = ("name", "role", "method", "num_layers", "schedule", "threshold")
-"""What the table says of a model beside its numbers."""
 
 
 class StoredSweep(Record):
@@ -218,71 +214,103 @@ def _unfinished_text(workspace: Workspace, name: str) -> str:
     )
 
 
-def result_table(trials: Iterable[Trial]) -> DataFrame:
-    """Return one row for each model, by its key, in the order in which the models first appear.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelResult:
+    """A model of a sweep: its seeds, and the means of what was measured of them."""
 
-    Columns are `trial`, whose numbers are the means over the seeds; `seeds`, the trials that it is
-    the mean of; `label`, its name in reports; what describes the model; and every number by its
-    tracked name. Numbers that were not measured are NaN.
+    trial: Trial
+    """The model, whose numbers are the means over the seeds."""
+    seeds: tuple[Trial, ...]
+    """The trials that it is the mean of."""
+    label: str
+    """Its name in reports."""
+    numbers: Mapping[str, float]
+    """Tracked name -> number; what was not measured is missing, or NaN."""
+    sweep: str = ""
+    """The sweep that it is from; empty if all models are from one."""
+
+    @property
+    def key(self) -> str:
+        """Key of the trial."""
+        return self.trial.key
+
+    @property
+    def role(self) -> Role:
+        """Role of the trial."""
+        return self.trial.role
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape and its schedule."""
+        return self.trial.model
+
+    def number(self, name: str) -> float | None:
+        """Return a number by its tracked name; None if it is not known."""
+        value = self.value(name)
+        return None if math.isnan(value) else value
+
+    def value(self, name: str) -> float:
+        """Return a number by its tracked name; NaN if it is not known."""
+        return float(self.numbers.get(name, math.nan))
+
+    def with_numbers(self, numbers: Mapping[str, float]) -> Self:
+        """Return the model with further numbers."""
+        return replace(self, numbers={**self.numbers, **numbers})
+
+    def without_numbers(self, names: Collection[str]) -> Self:
+        """Return the model without some of its numbers."""
+        return replace(self, numbers={n: v for n, v in self.numbers.items() if n not in names})
+
+
+def model_results(trials: Iterable[Trial]) -> list[ModelResult]:
+    """Return each model with the means over its seeds, in the order in which they first appear.
 
     The standard error of a mean over seeds combines two parts: the spread over the seeds, divided
     by the root of their number, and the mean of the seeds' own errors over items, because all seeds
     answered the same items.
     """
-    from pandas import DataFrame
-
     models: dict[str, list[Trial]] = {}
     for trial in trials:
         name = f"{trial.role} {trial.group}" if trial.group else trial.key
         models.setdefault(name, []).append(trial)
-    rows = []
+    results = []
     for seeds in models.values():
         trial = _mean_of_seeds(seeds) if len(seeds) > 1 else seeds[0]
-        rows.append(
-            {
-                "trial": trial,
-                "seeds": tuple(seeds),
-                "name": trial.name,
-                "label": trial.name,
-                "role": trial.role,
-                "method": trial.method,
-                "num_layers": trial.model.num_layers,
-                "schedule": trial.schedule_text,
-                "threshold": trial.threshold_text,
-                "key": trial.key,
-                "checkpoint": trial.checkpoint,
-                "run_id": trial.run_id,
-                **trial.metrics(),
-            }
+        result = ModelResult(
+            trial=trial, seeds=tuple(seeds), label=trial.name, numbers=trial.metrics()
         )
-    numbers = sorted({name for row in rows for name in row if "/" in name})
-    columns = ["trial", "seeds", "label", *DESCRIBING_COLUMNS, *numbers]
-    columns += ["key", "checkpoint", "run_id"]
-    return with_overhead(DataFrame(rows, columns=columns, index=[row["key"] for row in rows]))
+        results.append(result)
+    return with_overhead(results)
 
 
-def with_overhead(table: DataFrame) -> DataFrame:
-    """Return a table of results with the columns of `OVERHEADS`, by the models that it holds.
+def with_overhead(results: Sequence[ModelResult]) -> list[ModelResult]:
+    """Return models with the numbers of `OVERHEADS`, by the models that stand beside them.
 
     Milliseconds need a vanilla model of the same shape that was timed; its evaluations are known
-    without it. A column of which no number is known is left out.
+    without it.
     """
-    keys = table["key"]
-    vanilla = keys.map(vanilla_of(table))
-    teacher = keys.map(teachers_of(table))
-    table = table.drop(columns=[*OVERHEAD_METRICS], errors="ignore")
+    result_of = {result.key: result for result in results}
+    vanilla_by_key = vanilla_of(results)
+    teacher_by_key = teachers_of(results)
+    overheads: dict[str, dict[str, float]] = {result.key: {} for result in results}
     for cost, (overhead, overhead_share) in OVERHEADS.items():
-        if cost not in table:
-            continue
-        plain = vanilla.map(table[cost])
-        if cost == NFE:
-            plain = table["num_layers"]
-        beyond = table[cost] - plain
-        of_teacher = teacher.map(beyond)
-        columns = {overhead: beyond, overhead_share: beyond / of_teacher.where(of_teacher > 0)}
-        measured = {name: column for name, column in columns.items() if column.notna().any()}
-        table = table.assign(**measured)
-    return table
+        for result in results:
+            vanilla = result_of.get(vanilla_by_key.get(result.key, ""))
+            least: float | None = result.config.num_layers
+            if cost != NFE:
+                least = vanilla.number(cost) if vanilla else None
+            whole = result.number(cost)
+            if whole is not None and least is not None:
+                overheads[result.key][overhead] = whole - least
+        for result in results:
+            beyond = overheads[result.key].get(overhead)
+            of_teacher = overheads.get(teacher_by_key.get(result.key, ""), {}).get(overhead, 0.0)
+            if beyond is not None and of_teacher > 0:
+                overheads[result.key][overhead_share] = beyond / of_teacher
+    return [
+        result.without_numbers(OVERHEAD_METRICS).with_numbers(overheads[result.key])
+        for result in results
+    ]
 
 
 def shape_of(model: ModelConfig) -> ModelConfig:
@@ -290,41 +318,43 @@ def shape_of(model: ModelConfig) -> ModelConfig:
     return replace(model, method=BASELINE_METHOD, method_options=None, schedule=None)
 
 
-def vanilla_of(table: DataFrame) -> dict[str, str]:
-    """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
-    vanilla_of_shape: dict[ModelConfig, str] = {}
-    shapes = {str(key): shape_of(trial.model) for key, trial in table["trial"].items()}
-    for key, trial in table["trial"].items():
-        if trial.method == BASELINE_METHOD:
-            vanilla_of_shape[shapes[key]] = str(key)
+def vanilla_of(results: Sequence[ModelResult]) -> dict[str, str]:
+    """Return key of a model -> key of the vanilla model of its shape, where there is one."""
+    shapes = {result.key: shape_of(result.config) for result in results}
+    vanilla_of_shape = {
+        shapes[result.key]: result.key
+        for result in results
+        if result.trial.method == BASELINE_METHOD
+    }
     return {
         key: vanilla_of_shape[shape] for key, shape in shapes.items() if shape in vanilla_of_shape
     }
 
 
-def teachers_of(table: DataFrame) -> dict[str, str]:
-    """Return key of a student -> key of its teacher, where the table has both.
+def teachers_of(results: Sequence[ModelResult]) -> dict[str, str]:
+    """Return key of a student -> key of its teacher, where both are among the models.
 
     Students share their teacher's weights key, and one that was trained, or only pruned, also says
     where these weights are.
     """
     key_of_checkpoint: dict[str, str] = {}
     teacher_weights: dict[str, str] = {}
-    for key, seeds in table["seeds"].items():
-        for seed in seeds:
+    for result in results:
+        for seed in result.seeds:
             if seed.parent is None:
-                key_of_checkpoint[str(seed.checkpoint)] = str(key)
+                key_of_checkpoint[str(seed.checkpoint)] = result.key
             elif seed.job:
                 folder = seed.job.teacher_folder or seed.job.initial_folder
                 teacher_weights[seed.parent] = str(folder)
             elif not seed.is_elastic:
                 teacher_weights[seed.parent] = str(seed.checkpoint)
-    parents = {str(k): trial.parent for k, trial in table["trial"].items() if trial.role == "trial"}
     teachers = {}
-    for key, parent in parents.items():
-        teacher = key_of_checkpoint.get(teacher_weights.get(str(parent), ""))
-        if teacher:
-            teachers[key] = teacher
+    for result in results:
+        if result.role != "trial":
+            continue
+        checkpoint = teacher_weights.get(str(result.trial.parent), "")
+        if checkpoint in key_of_checkpoint:
+            teachers[result.key] = key_of_checkpoint[checkpoint]
     return teachers
 
 
@@ -401,21 +431,21 @@ MAX_CURVE_POINTS = 400
 
 
 def read_training_curves(
-    sweep: StoredSweep, rows: Iterable[Mapping[str, Any]]
+    sweep: StoredSweep, models: Iterable[ModelResult]
 ) -> Mapping[str, Sequence[Curve]]:
-    """Return the losses during training by chart title, cheapest model first, a curve per seed.
+    """Return the losses during training by chart title, in the order of the models, a curve per
+    seed.
 
-    `rows` are models of the table of results; models of other sweeps are left out. The full model
-    and the baselines have their own chart, because they start from random weights and would flatten
-    the students' curves.
+    Models of other sweeps are left out. The full model and the baselines have their own chart,
+    because they start from random weights and would flatten the students' curves.
     """
     keys = {result.key for result in sweep.results}
     students: list[tuple[str, Path]] = []
     full_and_baselines: list[tuple[str, Path]] = []
-    for row in rows:
-        seeds = [seed for seed in row["seeds"] if seed.key in keys]
+    for model in models:
+        seeds = [seed for seed in model.seeds if seed.key in keys]
         for result in seeds:
-            name = row["label"] + (f", seed {result.seed}" if len(seeds) > 1 else "")
+            name = model.label + (f", seed {result.seed}" if len(seeds) > 1 else "")
             folder = sweep.journal_of(result)
             if folder and result.role == "trial":
                 students.append((name, folder))

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -158,6 +158,20 @@ def two_column_table(title: str | None, rows: Iterable[tuple[str, str]]) -> Rich
 
 
 @dataclass(frozen=True, kw_only=True)
+class View:
+    """What a page shows of a section if its menus choose a cost and a quality."""
+
+    cost: str
+    """Title of the cost."""
+    quality: str
+    """Title of the quality."""
+    chart: Mapping[str, Any]
+    """In the JSON of Vega-Lite."""
+    sentences: Sequence[str]
+    """The page's first sentence, then the section's notes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A part of a report."""
 
@@ -168,6 +182,10 @@ class Section:
     """Text before the chart; a terminal has no room for it."""
     chart: Mapping[str, Any] | None = None
     """In the JSON of Vega-Lite."""
+    views: Sequence[View] = ()
+    """On a page, what the menus above the chart choose from, the chart of the section among it."""
+    first_view: int = 0
+    """Number of the view that a page shows first."""
     picture: str = ""
     """The file of the chart, without its ending; empty if only the page shows it."""
     tables: Sequence[Table] = ()
@@ -179,6 +197,14 @@ class Section:
     """Names and values, such as settings and provenance."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What JSON has of the section."""
+
+    @property
+    def menus(self) -> dict[str, list[str]]:
+        """Name of a menu -> titles that it offers."""
+        return {
+            "Cost": list(dict.fromkeys(view.cost for view in self.views)),
+            "Quality": list(dict.fromkeys(view.quality for view in self.views)),
+        }
 
 
 def markdown_table(
@@ -213,7 +239,7 @@ def render_json(sections: Iterable[Section]) -> dict[str, Any]:
 
 def render_page(title: str, sections: Sequence[Section]) -> str:
     """Return all sections as one HTML page; all text from outside is escaped."""
-    charts = [_on_page(section.chart) for section in sections if section.chart]
+    charts = [_views_on_page(section) for section in sections if section.chart]
     # `<` is escaped so that no text in the data can end the script element.
     data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
     scripts = chart_scripts() if charts else ""
@@ -226,6 +252,15 @@ def render_page(title: str, sections: Sequence[Section]) -> str:
             dark_colors=DARK_COLORS,
         )
     )
+
+
+def _views_on_page(section: Section) -> dict[str, Any]:
+    """Return the views of a section with a chart, and which of them is shown first."""
+    assert section.chart is not None
+    if not section.views:
+        return {"first": 0, "views": [{"chart": _on_page(section.chart)}]}
+    views = [{**asdict(view), "chart": _on_page(view.chart)} for view in section.views]
+    return {"first": section.first_view, "views": views}
 
 
 def _on_page(chart: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,12 +33,12 @@ from orchestrator.reporting.findings import confidence_note, findings
 from orchestrator.reporting.front import Front
 from orchestrator.reporting.output import Result
 from orchestrator.reporting.results import Curve, StoredSweep
-from orchestrator.reporting.sections import Section, render_json, render_page, render_terminal
+from orchestrator.reporting.sections import Section, View, render_json, render_page, render_terminal
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
     model_rows,
-    model_table,
+    models_csv,
     models_table,
     task_tables,
 )
@@ -164,21 +164,27 @@ class ReportResult(Result):
         relative."""
         front = self.front
         headline, *other_sentences = self.sentences
-        counts = f"{len(front.rows)} models, {len(front.members)} on the front."
+        counts = f"{len(front.placed)} models, {len(front.members)} on the front."
         sections = [Section(sentences=[headline, f"{names_explained(front)} {counts}"])]
-        if front.rows:
+        if front.placed:
             fronts = menu_fronts(front)
             mark_paper = any(claim.paper and claim.number == 3 for claim in self.claims)
-            chart = front_chart(front, fronts=fronts, title=self.title, mark_paper=mark_paper)
-            # The page shows the sentences of the axes that its menus choose.
-            sentences = [
-                self.sentences if placed is front else sentences_of(placed, self.notes)
-                for placed in fronts
+            views = [
+                View(
+                    cost=of_axes.axes.cost_metric.title,
+                    quality=of_axes.axes.quality_metric.title,
+                    chart=front_chart(of_axes, mark_paper=mark_paper),
+                    sentences=(
+                        self.sentences if of_axes is front else sentences_of(of_axes, self.notes)
+                    ),
+                )
+                for of_axes in fronts
             ]
-            chart["usermeta"] = {"sentences": sentences}
             sections.append(
                 Section(
-                    chart=chart,
+                    chart=front_chart(front, title=self.title, mark_paper=mark_paper),
+                    views=views,
+                    first_view=fronts.index(front),
                     picture="front",
                     notes=other_sentences,
                     explanations=[
@@ -213,15 +219,15 @@ class ReportResult(Result):
 
     def _influence_section(self, influence: InfluenceTable) -> Section:
         knee = self.front.named_picks.get("knee")
-        if knee and self.sweeps[0].influence_of(knee["trial"]) is None:
+        if knee and self.sweeps[0].influence_of(knee.trial) is None:
             knee = None  # Its schedule was chosen by the influence of another teacher.
         of_first = " of the first teacher" if self.sweeps[0].influence_teacher else ""
         chart = influence_chart(
             influence.value_rows,
             metric=influence.metric,
             title=f"Influence of each correction{of_first}",
-            marked_schedule=knee["trial"].schedule if knee else None,
-            marked_name=f"{knee['label']} (knee)" if knee else "",
+            marked_schedule=knee.trial.schedule if knee else None,
+            marked_name=f"{knee.label} (knee)" if knee else "",
         )
         return Section(
             title=f"Influence of each correction{of_first} ({influence.metric})",
@@ -243,10 +249,9 @@ class ReportResult(Result):
             if section.picture and section.chart:
                 files += save_chart(dict(section.chart), self.folder / section.picture)
         texts: dict[str, str] = {}
-        if self.front.rows:
+        if self.front.placed:
             texts["front.html"] = render_page(self.title, sections)
-        models = model_table(self.front, self.folder)
-        texts["front.csv"] = models.to_csv(index=False, lineterminator="\n")
+        texts["front.csv"] = models_csv(self.front, self.folder)
         texts["front.json"] = json_text(render_json(sections), allow_nan=False) + "\n"
         for name, text in texts.items():
             write_text(self.folder / name, text)
@@ -262,10 +267,8 @@ def sentences_of(front: Front, notes: Sequence[str]) -> tuple[str, ...]:
 
 def names_explained(front: Front) -> str:
     """Return what the names of models and NFE are, in one line."""
-    members_first = sorted(front.rows, key=lambda row: (not row["on_front"], -row["cost"]))
-    schedules = [
-        row["label"] for row in members_first if row["label"] == row["trial"].schedule_text
-    ]
+    members_first = sorted(front.placed, key=lambda model: (not model.on_front, -model.cost))
+    schedules = [model.label for model in members_first if model.label == model.trial.schedule_text]
     nfe = "NFE counts the runs of layers per token"
     if not schedules:
         return f"{nfe}."
@@ -279,7 +282,7 @@ def table_legend(front: Front) -> list[str]:
     """Return what a terminal says of the table's columns; nothing without a front."""
     if front.full is None or not front.members:
         return []
-    full = front.full["label"]
+    full = front.full.label
     knee = "; knee: farthest above the line from cheapest to best"
     return [
         f"of {full}: how much of its quality is kept; ●: on the front"

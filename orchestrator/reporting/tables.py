@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.records.metrics import (
     BITS_PER_BYTE,
@@ -27,12 +29,10 @@ from orchestrator.records.trial import SOURCE, Trial
 from orchestrator.reporting.front import (
     MAX_TIME_SPREAD,
     Front,
-    Row,
-    known,
+    PlacedModel,
     relative_time_spread,
     retention_reference,
 )
-from orchestrator.reporting.results import DESCRIBING_COLUMNS
 from orchestrator.reporting.retention import loss_text, lost_words, retention_verdict
 from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
@@ -42,9 +42,6 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.terminal.render import format_with_error, scale_and_digits
 from orchestrator.workspace.layout import portable_path, workspace_root
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 NOTABLE_SIZE_RATIO = 1.1
 """The mix of a method adds less than this to a model; otherwise a column shows parameters."""
@@ -67,10 +64,10 @@ TASK_TABLES_NOTE = (
 )
 
 
-def quality_text(front: Front, row: Row) -> str:
+def quality_text(front: Front, model: PlacedModel) -> str:
     """Return a quality with its standard error, an accuracy in percent: `44.4 ± 1.2`."""
     is_percent = front.axes.quality_metric.is_percent
-    return format_with_error(row["quality"], known(row, "error"), is_percent=is_percent)
+    return format_with_error(model.quality, model.error, is_percent=is_percent)
 
 
 def difference_text(interval: Interval, *, is_percent: bool) -> str:
@@ -98,13 +95,13 @@ def confidence_text(share: float | None) -> str:
     return "<0.01" if share < 0.01 else f"{share:.2f}"
 
 
-def row_kind(row: Row) -> str:
+def row_kind(model: PlacedModel) -> str:
     """Return how tables show a model: `baseline`, `member`, `full` or `dominated`."""
-    if not row["is_candidate"]:
+    if not model.is_candidate:
         return "baseline"
-    if row["on_front"]:
+    if model.on_front:
         return "member"
-    return "full" if row["role"] == "teacher" else "dominated"
+    return "full" if model.role == "teacher" else "dominated"
 
 
 def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -> Table:
@@ -120,90 +117,88 @@ def models_table(front: Front, title: str = "", *, has_overhead: bool = False) -
     axes = front.axes
     is_percent = axes.quality_metric.is_percent
     full = front.basis.full if front.basis else "full"
-    columns: list[tuple[Column, Callable[[Row], str | None]]] = []
+    columns: list[tuple[Column, Callable[[PlacedModel], str | None]]] = []
 
     def add_number(priority: int, name: str) -> None:
         """Add a column of a metric, the time per token with its spread."""
 
-        def cell(row: Row) -> str | None:
-            number = known(row, name)
+        def cell(model: PlacedModel) -> str | None:
+            number = model.number(name)
             if number is None:
                 return None
-            spread = known(row, DECODE_MS_SPREAD) if name == DECODE_MS else None
+            spread = model.number(DECODE_MS_SPREAD) if name == DECODE_MS else None
             if spread is None:
                 return metric.format(number)
-            mark = f" {BUSY_MARK}" if (relative_time_spread(row) or 0) > MAX_TIME_SPREAD else ""
+            mark = f" {BUSY_MARK}" if (relative_time_spread(model) or 0) > MAX_TIME_SPREAD else ""
             return f"{metric.format(number)} ± {metric.format(spread)}{mark}"
 
         metric = metric_of(name)
         is_axis = name in (axes.quality, axes.cost)
         columns.append((Column(metric.heading, 0 if is_axis else priority), cell))
 
-    def threshold(row: Row) -> str:
+    def threshold(model: PlacedModel) -> str:
         # The largest threshold that gives the schedule, which a user would type.
-        text = str(row["threshold"])
+        text = model.trial.threshold_text
         return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
 
-    def share_of_full(row: Row) -> str | None:
-        share = front.share_of_full(row)
+    def share_of_full(model: PlacedModel) -> str | None:
+        share = front.share_of_full(model)
         return None if share is None else f"{share:.1%}"
 
-    def difference(row: Row) -> str | None:
-        interval = front.intervals.get((row["key"], axes.quality, full))
+    def difference(model: PlacedModel) -> str | None:
+        interval = front.intervals.get((model.key, axes.quality, full))
         return difference_text(interval, is_percent=is_percent) if interval else None
 
-    def retention(row: Row) -> str:
-        return retention_verdict(front.losses.get(row["key"], ()))
+    def retention(model: PlacedModel) -> str:
+        return retention_verdict(front.losses.get(model.key, ()))
 
-    def lost(row: Row) -> str:
-        return lost_words(front.losses.get(row["key"], ()))
+    def lost(model: PlacedModel) -> str:
+        return lost_words(front.losses.get(model.key, ()))
 
-    def keeps(row: Row) -> str | None:
-        return None if row is front.full else confidence_text(front.confidence_keeps(row))
+    def keeps(model: PlacedModel) -> str | None:
+        return None if model is front.full else confidence_text(front.confidence_keeps(model))
 
-    def is_on_front(row: Row) -> str:
-        return confidence_text(known(row, CONFIDENCE_ON_FRONT))
+    def is_on_front(model: PlacedModel) -> str:
+        return confidence_text(model.number(CONFIDENCE_ON_FRONT))
 
-    def left_out(row: Row) -> str:
+    def left_out(model: PlacedModel) -> str:
         """Return the schedule that says which layers are left out, if the label says how many."""
-        schedule = row["trial"].teacher_schedule or ""
-        return "" if schedule in row["label"] else schedule
+        schedule = model.trial.teacher_schedule or ""
+        return "" if schedule in model.label else schedule
 
-    columns.append((Column("schedule", is_text=True), lambda row: row["label"]))
+    columns.append((Column("schedule", is_text=True), lambda model: model.label))
     columns.append((Column("left out (x)", 3, is_text=True), left_out))
     if front.sweeps:
-        columns.append((Column("sweep", is_text=True), lambda row: row["sweep"]))
+        columns.append((Column("sweep", is_text=True), lambda model: model.sweep))
     columns.append((Column("threshold", 9), threshold))
     if axes.cost not in COST_COLUMNS:
         add_number(0, axes.cost)
     for name, priority in (COST_COLUMNS | (OVERHEAD_COLUMNS if has_overhead else {})).items():
         add_number(priority, name)
-    if len({row["num_layers"] for row in front.rows}) > 1:
-        columns.append((Column("layers", 4), lambda row: str(row["num_layers"])))
-    counts = [count for row in front.rows if (count := known(row, NUM_PARAMETERS))]
+    if len({model.config.num_layers for model in front.placed}) > 1:
+        columns.append((Column("layers", 4), lambda model: str(model.config.num_layers)))
+    counts = [count for model in front.placed if (count := model.number(NUM_PARAMETERS))]
     if counts and max(counts) >= NOTABLE_SIZE_RATIO * min(counts):
         add_number(4, NUM_PARAMETERS)
-    columns.append((Column(axes.quality_metric.heading), lambda row: quality_text(front, row)))
+    columns.append((Column(axes.quality_metric.heading), lambda model: quality_text(front, model)))
     if axes.quality != BITS_PER_BYTE:
         add_number(5, BITS_PER_BYTE)
-    columns.append(
-        (Column(f"of {front.full['label'] if front.full else 'full'}", 2), share_of_full)
-    )
+    columns.append((Column(f"of {front.full.label if front.full else 'full'}", 2), share_of_full))
     columns.append((Column(f"vs {full} ({INTERVAL_LEVEL:.0%})", 6), difference))
     columns.append((Column("retention", 1, is_text=True), retention))
     reference = retention_reference(front)
-    role = reference["role"] if reference else SOURCE
+    role = reference.role if reference else SOURCE
     heading = f"lost against {role} ({INTERVAL_LEVEL:.0%})"
     columns.append((Column(heading, 7, is_text=True), lost))
     columns.append((Column(f"P({DEMANDED_SHARE:.0%})", 8), keeps))
     columns.append((Column("P(front)", 10), is_on_front))
     columns.append((Column("front", is_text=True), front.verdict))
 
-    cells = [(column, [cell(row) or "" for row in front.rows]) for column, cell in columns]
+    cells = [(column, [cell(model) or "" for model in front.placed]) for column, cell in columns]
     shown = [(column, texts) for column, texts in cells if not column.priority or any(texts)]
     rows = [
-        TableRow([texts[number] for _, texts in shown], kind=row_kind(row), key=row["key"])
-        for number, row in enumerate(front.rows)
+        TableRow([texts[number] for _, texts in shown], kind=row_kind(model), key=model.key)
+        for number, model in enumerate(front.placed)
     ]
     return Table([column for column, _ in shown], rows, title)
 
@@ -233,21 +228,21 @@ def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) ->
     # The full model first; its own row comes without it.
     names = sorted(compared_with, key=lambda name: name != full)
     rows = []
-    for row in front.rows:
-        score = front.intervals.get((row["key"], measured, ""))
+    for model in front.placed:
+        score = front.intervals.get((model.key, measured, ""))
         if score is None:
             continue
         scale, digits = scale_and_digits(score.value, is_percent=is_percent)
         cells = [
-            row["label"],
+            model.label,
             format_with_error(score.value, None, is_percent=is_percent),
             f"{scale * score.low:.{digits}f} to {scale * score.high:.{digits}f}",
         ]
         for name in names:
-            difference = front.intervals.get((row["key"], measured, name))
+            difference = front.intervals.get((model.key, measured, name))
             text = difference_text(difference, is_percent=is_percent) if difference else ""
             cells.append(text)
-        rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
+        rows.append(TableRow(cells, kind=row_kind(model), key=model.key))
     columns = [Column("model", is_text=True), Column("score %" if is_percent else "score")]
     columns += [Column(f"{INTERVAL_LEVEL:.0%} interval")]
     columns += [
@@ -256,45 +251,64 @@ def _task_table(front: Front, measured: str, title: str, *, is_percent: bool) ->
     return Table(columns, rows, title)
 
 
-def model_table(front: Front, folder: Path | None = None) -> DataFrame:
-    """Return what files and MLflow have of each model: its place, its numbers, its confidence.
+def model_rows(front: Front, folder: Path | None = None) -> list[dict[str, Any]]:
+    """Return what files, JSON and tables of pandas have of each model: what describes it, its
+    place, its numbers and its confidence. All have the same names; a missing number is None.
 
     Numbers are rounded to twelve digits, which keep every measured one and drop the noise of binary
     fractions. For files in a `folder`, paths in its workspace are relative.
     """
-    rows = [*front.rows, *front.unmeasured]
-    shares = [front.share_of_full(row) if row["is_placed"] else None for row in rows]
-    table = front.table.assign(
-        verdict=[front.verdict(row) for row in rows],
-        share_of_full=[math.nan if share is None else share for share in shares],
-    )
-    paired = sorted(name for name in table.columns if name.startswith(PAIRED))
-    measured = sorted(name for name in table.columns if "/" in name and name not in paired)
-    numbers = ["share_of_full", *measured, *paired]
-    table[numbers] = table[numbers].astype(float).map(_rounded)
-    if root := folder and workspace_root(folder):
-        table["checkpoint"] = [
-            portable_path(path, root) if isinstance(path, str) else None
-            for path in table["checkpoint"]
-        ]
-    described = ["name", *(["sweep"] if front.sweeps else []), *DESCRIBING_COLUMNS[1:]]
-    described += ["on_front", "verdict", "share_of_full"]
-    if front.losses:
-        table["retention"] = [loss_text(front.losses.get(key, ())) for key in table["key"]]
-        described.append("retention")
-    return table[[*described, *measured, *paired, "key", "checkpoint", "run_id"]]
-
-
-def model_rows(front: Front, folder: Path | None = None) -> list[Row]:
-    """Return the rows of `model_table`; missing numbers are None, as strict JSON asks."""
-    table = model_table(front, folder).astype(object)
-    rows: list[Row] = table.where(table.notna(), None).to_dict("records")
+    root = workspace_root(folder) if folder else None
+    names = {name for model in front.models for name in model.numbers}
+    # What is known over the items that all models answered comes last.
+    numbers = sorted(names, key=lambda name: (name.startswith(PAIRED), name))
+    rows = []
+    for model in front.models:
+        trial = model.trial
+        share = front.share_of_full(model) if isinstance(model, PlacedModel) else None
+        described: dict[str, Any] = {"name": trial.name}
+        if front.sweeps:
+            described["sweep"] = model.sweep
+        described |= {
+            "role": trial.role,
+            "method": trial.method,
+            "num_layers": trial.model.num_layers,
+            "schedule": trial.schedule_text,
+            "threshold": trial.threshold_text,
+            "on_front": isinstance(model, PlacedModel) and model.on_front,
+            "verdict": front.verdict(model),
+            "share_of_full": rounded(share),
+        }
+        if front.losses:
+            described["retention"] = loss_text(front.losses.get(model.key, ()))
+        checkpoint = trial.checkpoint
+        if checkpoint and root:
+            checkpoint = portable_path(checkpoint, root)
+        rows.append(
+            {
+                **described,
+                **{name: rounded(model.numbers.get(name)) for name in numbers},
+                "key": model.key,
+                "checkpoint": checkpoint,
+                "run_id": trial.run_id,
+            }
+        )
     return rows
+
+
+def models_csv(front: Front, folder: Path | None = None) -> str:
+    """Return `model_rows` as CSV."""
+    rows = model_rows(front, folder)
+    text = StringIO()
+    writer = csv.DictWriter(text, [*rows[0]] if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def interval_rows(front: Front) -> list[dict[str, str | float]]:
     """Return one row for each difference of two models, on the front's quality and each task."""
-    labels = dict(zip(front.table["key"], front.table["label"], strict=True))
+    labels = {model.key: model.label for model in front.models}
     return [
         {
             "model": labels[key],
@@ -315,15 +329,16 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
     Paths are absolute; for files in a `folder`, paths in its workspace are relative.
     """
     results = []
-    for row, trial in zip(model_rows(front, folder), front.trials, strict=True):
+    for row, model in zip(model_rows(front, folder), front.models, strict=True):
+        trial = model.trial
         shown = Trial.model_validate(trial.stored_at(folder)) if folder else trial
         details = shown.model_dump(mode="json", exclude={"job", "suite"})
         results.append({**row, "details": details})
     picks = {name: front.picks.get(name) for name in ("best", "knee", "cheapest")}
     return {
         "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
-        "picks": {name: row and row["key"] for name, row in picks.items()},
-        "front": [row["key"] for row in front.members],
+        "picks": {name: pick and pick.key for name, pick in picks.items()},
+        "front": [member.key for member in front.members],
         "confidence_basis": front.basis and asdict(front.basis),
         "retention": {
             key: [loss.to_json() for loss in losses] for key, losses in front.losses.items()
@@ -332,5 +347,6 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.12g}") if math.isfinite(value) else math.nan
+def rounded(value: float | None) -> float | None:
+    """Return a number with twelve digits; None if it is missing or not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.12g}")

@@ -29,7 +29,7 @@ from orchestrator.reporting.mlflow_report import (
     mlflow_run_of_sweep,
     mlflow_run_of_trial,
 )
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import model_results
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.plan_text import sweep_parameters
 from orchestrator.sweeping.states import RunningSweep, TrialState, TrialStatus
@@ -218,7 +218,7 @@ class SweepView:
         self._has_new_results = False
         measured = [self._with_cost(result) for result in self._sweep.results_by_key.values()]
         reason = reason_against_accuracy(self._workspace, measured)
-        front = find_front(result_table(measured), parse_axes(against_accuracy=reason))
+        front = find_front(model_results(measured), parse_axes(against_accuracy=reason))
         is_full_measured = self._full.key in self._sweep.results_by_key
         if not is_full_measured or not front.members:
             return

@@ -22,6 +22,7 @@ from orchestrator.reporting.charts import (
     curves_chart,
     front_chart,
     influence_chart,
+    menu_fronts,
     save_chart,
 )
 from orchestrator.reporting.colors import run_color
@@ -32,12 +33,6 @@ pytestmark = pytest.mark.slow  # Most of a second draws a chart.
 CHARACTER_WIDTH = 6.7
 LETTER_SIZE = 8.0
 """The height of a name's letters, about, in pixels."""
-
-
-def menu(chart: Spec, name: str) -> list[str]:
-    """Return the names of metrics that a menu offers."""
-    parameter = next(param for param in chart["params"] if param["name"] == name)
-    return list(parameter["bind"]["options"])
 
 
 def texts_in(svg: str) -> set[str]:
@@ -81,9 +76,9 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     assert {"Toy", "trial", TEACHER, BASELINE, PAPER_MARK} <= texts_in(svg)
     names = names_in(svg)
     assert {"0,1,1,1,1,1 (knee)", "0,0,0,0,0,0", "vanilla", "teacher"} <= set(names)
-    off_front = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
+    off_front = [model for model in front.placed if model.role == "trial" and not model.on_front]
     assert off_front
-    assert len(names) == len(front.rows) - len(off_front) > 5
+    assert len(names) == len(front.placed) - len(off_front) > 5
     # No name covers another one, on a page and on a phone, where those without room are left out.
     on_phone = drawn({**front_chart(front, mark_paper=True), "width": NAME_WIDTHS[1]})
     phone = names_in(on_phone)
@@ -98,7 +93,7 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
                 > LETTER_SIZE
             )
     bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
-    errors = sorted(row["error"] for row in front.rows)
+    errors = sorted(model.error for model in front.placed)
     lengths = sorted(abs(float(bar)) for bar in bars)
     assert [length / lengths[-1] for length in lengths] == pytest.approx(
         [error / errors[-1] for error in errors], rel=1e-3
@@ -136,16 +131,25 @@ def test_no_name_stands_on_the_line_of_the_front():
 
 def test_every_pair_of_axes_has_its_front(sample_results):
     results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
-    chart = front_chart(sample_front(results))
-    costs = menu(chart, "cost")
-    qualities = menu(chart, "quality")
-    assert {"cost/evaluations", "cost/flops_per_token"} <= set(costs)
-    for number, pair in enumerate(itertools.product(costs, qualities)):
-        expected = sample_front(results, FrontAxes(*pair))
-        rows = [row for row in chart["data"]["values"] if number in row["members"]]
-        drawn_on = sorted(tuple(row[name] for name in pair) for row in rows)
-        places = sorted((row["cost"], row["quality"]) for row in expected.members)
+    fronts = menu_fronts(sample_front(results))
+    pairs = [(front.axes.cost, front.axes.quality) for front in fronts]
+    costs = {cost for cost, _ in pairs}
+    assert {"cost/evaluations", "cost/flops_per_token"} <= costs
+    assert pairs == [*itertools.product(dict(pairs), dict.fromkeys(q for _, q in pairs))]
+    for front in fronts:
+        expected = sample_front(results, FrontAxes(front.axes.cost, front.axes.quality))
+        points = front_chart(front)["data"]["values"]
+        drawn_on = sorted((point["x"], point["y"]) for point in points if point["is_member"])
+        places = sorted((member.cost, member.quality) for member in expected.members)
         assert drawn_on == [pytest.approx(place) for place in places]
+
+
+def test_axes_that_no_model_has_together_are_drawn_empty(sample_results):
+    apart = [
+        sample_trial(key="a", cost={"evaluations": 1.0}),
+        sample_trial(key="b", quality={"accuracy": 0.5}),
+    ]
+    assert "Accuracy" in texts_in(drawn(front_chart(sample_front(apart))))
 
 
 @pytest.mark.parametrize("cost", ["cost/evaluations", "cost/decode_ms_per_token"])

@@ -26,6 +26,7 @@ from orchestrator.reporting.claims import (
     find_claims,
 )
 from orchestrator.reporting.front import busy_machine, with_confidence
+from orchestrator.reporting.results import model_results
 from orchestrator.reporting.sections import render_terminal
 from orchestrator.settings import TrainingSettings
 
@@ -168,7 +169,7 @@ def test_equal_answers_to_few_items_decide_nothing(num_items, verdict):
     claims = find_claims(front)
     saved = next(claim for claim in claims if claim.key == "saved_overhead_nfe")
     # `pick` is as sure, though its models are more than the claim's one student.
-    [student] = [row for row in front.rows if row["key"] == "0,0"]
+    [student] = [row for row in front.placed if row.key == "0,0"]
     confidence = front.confidence_keeps(student)
     assert confidence is not None
     assert (confidence >= CONFIDENCE) == (verdict == "holds")
@@ -288,11 +289,13 @@ def test_times_of_a_busy_machine_decide_nothing(spread, is_measured):
 
 
 def test_of_models_that_are_timed_as_one_the_same_is_told_in_any_order():
-    times = {"cost/decode_ms_per_token": 1.0, "cost/decode_ms_spread": 0.5}
-    rows = [{"label": label, **times} for label in ("teacher", "2,2,2")]
-    sentence = busy_machine(rows)
+    times = {"decode_ms_per_token": 1.0, "decode_ms_spread": 0.5}
+    models = model_results(
+        sample_trial(key=label, label=label, cost=times) for label in ("teacher", "2,2,2")
+    )
+    sentence = busy_machine(models)
     assert sentence is not None
-    assert busy_machine(rows[::-1]) == sentence
+    assert busy_machine(models[::-1]) == sentence
 
 
 def test_seeds_of_a_student_are_compared_with_their_own_teachers():

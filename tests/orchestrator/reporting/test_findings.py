@@ -40,8 +40,11 @@ def with_accuracy(result: Trial, accuracy: float) -> Trial:
 
 def keeping(front: Front, keeps: dict[str, float]) -> Front:
     """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
-    sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
-    return replace(front, table=front.table.assign(**{CONFIDENCE_KEEPS_99: sure}))
+    placed = [
+        model.with_numbers({CONFIDENCE_KEEPS_99: keeps.get(model.key, 0.5)})
+        for model in front.placed
+    ]
+    return replace(front, placed=tuple(placed))
 
 
 def test_the_share_that_a_sentence_says_is_that_of_the_table(sample_results):
@@ -177,7 +180,7 @@ def test_where_corrections_gain_nothing_the_rule_takes_r_0_if_it_keeps_as_much(
                 same = accuracy_of_r_0 == teacher.numbers["quality/accuracy"]
                 answers[result.key] = answers[teacher.key if same else result.key]
         front = with_confidence(sample_front(results), answers)
-        return str(pick_from_front(front, PickRule(name="keep", **rule))["label"])
+        return pick_from_front(front, PickRule(name="keep", **rule)).label
 
     [teacher] = [result for result in sample_results if result.role == "teacher"]
     as_good = teacher.numbers["quality/accuracy"]
@@ -201,7 +204,7 @@ def test_a_baseline_that_is_better_and_costs_no_more_is_said_of_a_pick(
     assert zero.startswith("r = 0 from scratch (accuracy 42.0 ± 1.1%) costs no more and is better")
     assert re.search(r" by 0\.\d points, 95% interval 0\.\d to \d\.\d over the items", zero)
     # That vanilla is better is not sure of one among nine students, but of one that stands alone.
-    alone = [r for r in sample_results if r.role != "trial" or r.key == cheapest["key"]]
+    alone = [r for r in sample_results if r.role != "trial" or r.key == cheapest.key]
     front = with_confidence(sample_front(alone), sample_evaluations)
     assert better_baselines(front, cheapest)[0].startswith("vanilla ")
     front = with_confidence(sample_front(sample_results), sample_evaluations)
@@ -230,15 +233,15 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     assert "interval" not in describe_model(front, front.full)
 
     # A confidence of exactly 0.95 is enough.
-    dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > cheapest["cost"])
-    sentences = findings(keeping(front, {cheapest["key"]: 0.95}))
+    dearer = next(r for r in front.placed if r.is_candidate and r.cost > cheapest.cost)
+    sentences = findings(keeping(front, {cheapest.key: 0.95}))
     assert sure not in " ".join(sentences)
     assert not sentences[0].endswith(unsure_ending)
-    sentences = findings(keeping(front, {cheapest["key"]: 0.94, dearer["key"]: 0.95}))
-    assert sure + dearer["label"] in " ".join(sentences)
+    sentences = findings(keeping(front, {cheapest.key: 0.94, dearer.key: 0.95}))
+    assert sure + dearer.label in " ".join(sentences)
 
     vanilla_key = next(r.key for r in sample_results if r.label == "vanilla")
-    with_equal_answers = {**sample_evaluations, vanilla_key: sample_evaluations[cheapest["key"]]}
+    with_equal_answers = {**sample_evaluations, vanilla_key: sample_evaluations[cheapest.key]}
     sentences = findings(with_confidence(unsure, with_equal_answers))
     vanilla = next(s for s in sentences if s.startswith("vanilla"))
     # Where all answers are equal, one item in 2,000 could be another one.
@@ -260,13 +263,13 @@ def test_rules_pick_the_model_they_say(front):
     costs = []
     for share in (0.9, 0.93, 0.97, 0.985, 0.99, 1.0):
         chosen = pick_from_front(front, PickRule(name="keep", demanded_share=share))
-        costs.append(chosen["cost"])
+        costs.append(chosen.cost)
         rows_that_keep = [row for row in front.members if (front.share_of_full(row) or 0) >= share]
-        assert chosen["cost"] == min(row["cost"] for row in rows_that_keep)
+        assert chosen.cost == min(row.cost for row in rows_that_keep)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
     chosen = pick_from_front(front, PickRule(name="budget", budget=12))
-    assert chosen["quality"] == max(r["quality"] for r in front.members if r["cost"] <= 12)
+    assert chosen.quality == max(r.quality for r in front.members if r.cost <= 12)
 
     aliases = {  # Names that MLflow takes.
         "keep-99": PickRule(name="keep"),
@@ -276,13 +279,11 @@ def test_rules_pick_the_model_they_say(front):
     }
     assert [rule.alias for rule in aliases.values()] == [*aliases]
 
-    judged = keeping(front, {row["key"]: row["cost"] / 24 for row in front.rows})
+    judged = keeping(front, {row.key: row.cost / 24 for row in front.placed})
     chosen = pick_from_front(judged, PickRule(name="keep", confidence=0.5))
-    assert chosen["cost"] == min(
-        r["cost"] for r in judged.rows if r["is_candidate"] and r["cost"] >= 12
-    )
+    assert chosen.cost == min(r.cost for r in judged.placed if r.is_candidate and r.cost >= 12)
     # The full model keeps all of itself, whatever the draws.
-    assert pick_from_front(judged, PickRule(name="keep", confidence=0.999))["cost"] == 24
+    assert pick_from_front(judged, PickRule(name="keep", confidence=0.999)).cost == 24
 
 
 def test_a_rule_that_no_model_meets_names_the_nearest(front, sample_results):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,10 +22,9 @@ from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
     Front,
     FrontAxes,
-    known,
     with_confidence,
 )
-from orchestrator.reporting.results import result_table, with_overhead
+from orchestrator.reporting.results import model_results, with_overhead
 from orchestrator.reporting.statistics import Interval, corrected, pair_scores
 
 LOSS = FrontAxes(quality="quality/validation_loss")
@@ -51,7 +49,7 @@ def front_of(*points: tuple[float, float], teacher: tuple[float, float] | None =
 
 
 def places(front: Front) -> list[tuple[float, float]]:
-    return [(row["cost"], row["quality"]) for row in front.members]
+    return [(row.cost, row.quality) for row in front.members]
 
 
 numbers = st.integers(0, 6).map(float)
@@ -69,7 +67,7 @@ def test_the_front_equals_its_definition_also_on_a_loss(points):
         p for p in points if not any(beats(other, p) for other in points)
     )
     by_loss = sample_front([result(*p, key=f"{n}") for n, p in enumerate(points)], LOSS)
-    assert {row["key"] for row in by_loss.members} == {row["key"] for row in front.members}
+    assert {row.key for row in by_loss.members} == {row.key for row in front.members}
 
 
 def test_baselines_compete_only_where_there_is_no_teacher():
@@ -77,21 +75,21 @@ def test_baselines_compete_only_where_there_is_no_teacher():
     front = sample_front(
         [result(6, 0.30, key="none"), result(24, 0.50, "teacher", key="full"), vanilla]
     )
-    (placed,) = (row for row in front.rows if row["role"] == "baseline")
-    assert not placed["on_front"]
-    assert {row["key"] for row in front.members} == {"none", "full"}
-    assert [row["key"] for row in front.members_beaten_by(placed)] == ["none"]
+    (placed,) = (row for row in front.placed if row.role == "baseline")
+    assert not placed.on_front
+    assert {row.key for row in front.members} == {"none", "full"}
+    assert [row.key for row in front.members_beaten_by(placed)] == ["none"]
 
     front = sample_front([result(6, 0.30, key="none"), result(24, 0.50, key="full"), vanilla])
-    assert [row["key"] for row in front.members] == ["vanilla", "full"]
+    assert [row.key for row in front.members] == ["vanilla", "full"]
     assert front.full
-    assert front.full["cost"] == 24
+    assert front.full.cost == 24
     assert front.members_beaten_by(front.members[0]) == []
     assert_names(" ".join(findings(front)), "vanilla (accuracy 40.0 ± 1.0%)", "than full by 10")
 
     front = sample_front([vanilla, result(18, 0.5, "baseline", key="rk2")])
     assert front.full
-    assert (len(front.members), front.full["key"]) == (2, "rk2")
+    assert (len(front.members), front.full.key) == (2, "rk2")
     assert "than rk2" in " ".join(findings(front))
 
 
@@ -101,21 +99,21 @@ def test_a_baseline_of_equal_quality_or_equal_cost_beats_a_member():
     for name, place in places.items():
         baseline = result(*place, "baseline", key=name)
         front = sample_front([result(6, 0.30, key="none"), teacher, baseline])
-        (placed,) = (row for row in front.rows if row["role"] == "baseline")
-        beaten = [row["key"] for row in front.members_beaten_by(placed)]
+        (placed,) = (row for row in front.placed if row.role == "baseline")
+        beaten = [row.key for row in front.members_beaten_by(placed)]
         assert beaten == (["none"] if name in ("cheaper", "better") else []), name
 
 
 def test_picks():
     front = front_of((6, 0.30), (8, 0.46), (12, 0.49), (24, 0.50), teacher=(24, 0.495))
-    assert {n: row["cost"] for n, row in front.picks.items()} == {
+    assert {n: row.cost for n, row in front.picks.items()} == {
         "knee": 8, "best": 24, "cheapest": 6,
     }  # fmt: skip
     assert front.full
-    assert (front.full["role"], front.share_of_full(front.full)) == ("teacher", 1.0)
+    assert (front.full.role, front.share_of_full(front.full)) == ("teacher", 1.0)
     cheapest = front.cheapest_keeping(0.98)
     assert cheapest
-    assert cheapest["cost"] == 12
+    assert cheapest.cost == 12
     assert front.cheapest_keeping(1.5) is None
     for straight in (((1, 0.1), (2, 0.2), (3, 0.3)), ((1, 0.1),), ()):
         assert "knee" not in front_of(*straight).picks
@@ -123,7 +121,7 @@ def test_picks():
     lacking = sample_trial(key="x", cost={"evaluations": 3})
     unsure = result(3, math.nan)
     front = sample_front([lacking, unsure, result(6, 0.5)])
-    assert {row["key"] for row in front.unmeasured} == {"x", unsure.key}
+    assert {row.key for row in front.unmeasured} == {"x", unsure.key}
     assert places(front) == [(6, 0.5)]
 
 
@@ -131,12 +129,11 @@ def test_picks():
 def test_a_knee_that_keeps_less_than_demanded_is_not_named(accuracy, is_named):
     front = front_of((6, 0.30), (8, accuracy), (24, 0.50), teacher=(24, 0.50))
     knee = front.picks["knee"]
-    assert knee["cost"] == 8, "it can be picked"
+    assert knee.cost == 8, "it can be picked"
     assert ("knee" in front.verdict(knee)) == is_named
     assert not any("knee" in sentence for sentence in findings(front))
-    rows = front_chart(front)["data"]["values"]
-    named = [row["key"] for row in rows if 0 in row["knees"]]  # On the first pair of axes.
-    assert (knee["key"] in named) == is_named
+    names = front_chart(front)["datasets"]["names"]
+    assert any(name["name"] == f"{knee.label} (knee)" for name in names) == is_named
 
 
 def test_the_share_of_a_loss_is_inverted():
@@ -158,22 +155,22 @@ def seed_of(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
 
 
 def test_the_error_of_seeds_combines_their_spread_and_that_over_items():
-    table = result_table([seed_of(0, 0.30), seed_of(1, 0.32), seed_of(2, 0.37)])
-    (mean,) = table["trial"]
+    (model,) = model_results([seed_of(0, 0.30), seed_of(1, 0.32), seed_of(2, 0.37)])
+    mean = model.trial
     assert (mean.label, mean.numbers["train/seeds"], mean.checkpoint) == ("r = 1", 3, "/runs/0")
     assert mean.numbers["quality/accuracy"] == pytest.approx(0.33)
     over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
     assert mean.numbers["quality/accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
     assert mean.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
-    assert [seed.seed for seed in table["seeds"][mean.key]] == [0, 1, 2]
-    assert table["quality/accuracy"][mean.key] == mean.numbers["quality/accuracy"]
-    (tie,) = result_table([seed_of(0, 0.7), seed_of(1, 0.7885), seed_of(2, 0.73)])["trial"]
-    assert tie.numbers["quality/accuracy"] == 0.7395, "not 0.7394999999999999"
+    assert [seed.seed for seed in model.seeds] == [0, 1, 2]
+    assert model.number("quality/accuracy") == mean.numbers["quality/accuracy"]
+    (tie,) = model_results([seed_of(0, 0.7), seed_of(1, 0.7885), seed_of(2, 0.73)])
+    assert tie.number("quality/accuracy") == 0.7395, "not 0.7394999999999999"
     alone = seed_of(0, 0.3)
     of_no_group = seed_of(0, 0.4, None).model_copy(update={"key": "other"})
-    table = result_table([alone, of_no_group])
-    assert [*table["trial"]] == [alone, of_no_group]
-    assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (of_no_group,)}
+    models = model_results([alone, of_no_group])
+    assert [model.trial for model in models] == [alone, of_no_group]
+    assert [model.seeds for model in models] == [(alone,), (of_no_group,)]
 
 
 def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
@@ -186,21 +183,22 @@ def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape():
     pruned = costing(1.8, (1, 0), key="p", parent="w", checkpoint="t")
     trained = costing(None, (0, 0), key="s", parent="w", checkpoint="s", is_elastic=True)
     of_another_shape = costing(5.0, (3, 3, 3), key="o", checkpoint="o")
-    results = result_table([vanilla, teacher, pruned, trained, of_another_shape])
-    nan = math.nan
+    models = model_results([vanilla, teacher, pruned, trained, of_another_shape])
     expected = {
         "cost/overhead_evaluations": [0, 4, 1, 0, 8],
-        "cost/overhead_share": [nan, nan, 0.25, 0.0, nan],
-        "cost/overhead_ms_per_token": [0, 2, 0.8, nan, nan],
-        "cost/overhead_ms_share": [nan, nan, 0.4, nan, nan],
+        "cost/overhead_share": [None, None, 0.25, 0.0, None],
+        "cost/overhead_ms_per_token": [0, 2, 0.8, None, None],
+        "cost/overhead_ms_share": [None, None, 0.4, None, None],
     }
     for name, values in expected.items():
-        assert [*results[name]] == pytest.approx(values, nan_ok=True)
+        for model, value in zip(models, values, strict=True):
+            assert model.number(name) == (None if value is None else pytest.approx(value))
     # Without vanilla, its evaluations alone are known; a second sweep on the front may bring it.
-    alone = result_table([teacher, pruned])
-    assert [name for name in expected if name in alone] == [*expected][:2]
-    with_vanilla = with_overhead(pandas.concat([alone, result_table([vanilla])]))
-    assert [*with_vanilla["cost/overhead_ms_per_token"]] == pytest.approx([2, 0.8, 0])
+    alone = model_results([teacher, pruned])
+    assert [name for name in expected if name in alone[1].numbers] == [*expected][:2]
+    with_vanilla = with_overhead([*alone, *model_results([vanilla])])
+    overheads = [model.number("cost/overhead_ms_per_token") for model in with_vanilla]
+    assert overheads == pytest.approx([2, 0.8, 0])
 
 
 # Confidence
@@ -249,7 +247,7 @@ def sure_front(points: Points, axes: FrontAxes | None = None, share: float = 0.9
 
 
 def at(front: Front, key: str, name: str) -> float | None:
-    return known(next(row for row in front.rows if row["key"] == key), f"paired/{name}")
+    return next(model for model in front.placed if model.key == key).number(f"paired/{name}")
 
 
 def against(front: Front, key: str, reference: str, measured: str = "quality/accuracy") -> Interval:

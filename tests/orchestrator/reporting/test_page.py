@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from orchestrator.records.metrics import (
     CONFIDENCE_ON_FRONT,
     DECODE_MS,
     NFE,
+    metric_of,
 )
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, FrontAxes, with_confidence
@@ -65,7 +65,7 @@ def test_the_page_needs_no_network(front):
         "https://vega.github.io/schema/vega-lite", ""
     )
     assert not re.search(r"https?://|src=|@import|url\(", without_scripts)
-    assert page.count("<tr class=") == len(front.rows)
+    assert page.count("<tr class=") == len(front.placed)
     assert page == page_of(front), "the same results give the same bytes"
 
 
@@ -104,7 +104,7 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
     folded = re.findall(r"<summary>(.*?)</summary>", page)
     assert len(folded) == 3
     assert page.index("<h1>") < page.index('<p class="first">') < page.index('class="chart"')
-    assert page.count("<tr class=") == 4 * len(front.rows)
+    assert page.count("<tr class=") == 4 * len(front.placed)
     assert "a &amp; b" in page
     titles = re.findall(
         r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', page.partition("</thead>")[0]
@@ -117,13 +117,18 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
 @pytest.mark.slow
 def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, sample_evaluations):
     front = with_confidence(sample_front(sample_results), sample_evaluations)
-    chart = charts_in(page_of(front, notes=["A note."]))[0]
-    costs, qualities = (
-        next(param["bind"]["options"] for param in chart["params"] if param["name"] == name)
-        for name in ("cost", "quality")
-    )
-    pairs = list(itertools.product(costs, qualities))
-    sentences_of_axes = dict(zip(pairs, chart["usermeta"]["sentences"], strict=True))
+    page = page_of(front, notes=["A note."])
+    chart = charts_in(page)[0]
+    name_of = {metric_of(name).title: name for name in front.placed[0].numbers}
+    sentences_of_axes = {
+        (name_of[view["cost"]], name_of[view["quality"]]): view["sentences"]
+        for view in chart["views"]
+    }
+    selects = re.findall("<select>(.*?)</select>", page)
+    menus = [re.findall("<option>(.*?)<", select) for select in selects]
+    assert len(sentences_of_axes) == len(menus[0]) * len(menus[1]) == len(chart["views"])
+    first = chart["views"][chart["first"]]
+    assert (name_of[first["cost"]], name_of[first["quality"]]) == (NFE, ACCURACY)
     assert sentences_of_axes[NFE, ACCURACY] == ["The headline.", "A note."], "those of the report"
     for (cost, quality), sentences in sentences_of_axes.items():
         assert sentences[1] == "A note."
@@ -135,11 +140,11 @@ def test_the_sentences_of_each_pair_of_axes_are_on_the_page(sample_results, samp
     # The draws of a quality hold for every cost, but who is on the front does not.
     on_time = front.on(FrontAxes(DECODE_MS, ACCURACY))
     assert on_time.intervals == front.intervals
-    assert CONFIDENCE_KEEPS_99 in on_time.table
-    assert CONFIDENCE_ON_FRONT not in on_time.table
+    assert CONFIDENCE_KEEPS_99 in on_time.placed[0].numbers
+    assert CONFIDENCE_ON_FRONT not in on_time.placed[0].numbers
     in_bits = front.on(FrontAxes(NFE, BITS_PER_BYTE))
     assert not in_bits.intervals
-    assert not any(name.startswith("paired/") for name in in_bits.table)
+    assert not any(name.startswith("paired/") for model in in_bits.models for name in model.numbers)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_a_knee_is_drawn_on_the_influence_of_its_own_teacher(workspace, sweep):
         [section] = [s for s in report.sections() if s.picture == "influence"]
         assert (knee in json.dumps(section.chart)) == is_drawn
         assert ("first teacher" in section.title) != is_drawn
-        result = report.front.named_picks["knee"]["trial"]
+        result = report.front.named_picks["knee"].trial
         assert (report.sweeps[0].influence_of(result) is not None) == is_drawn
 
 
@@ -130,7 +130,7 @@ def test_paired_errors_come_from_the_stored_items(workspace, sweep, sample_evalu
     shutil.rmtree(workspace.evaluations / f"{lost.key}-lastword")
     partial = write_sweep_report(workspace, sweep, axes=axes)
     front = partial.front
-    assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
+    assert {row.key for row in front.placed} - {key for key, _, _ in front.intervals} == {lost.key}
     sentence = partial.sentences[1]
     assert "no paired errors" in sentence
     assert sentence.endswith(f": {lost.name}.")
@@ -257,7 +257,7 @@ def test_seeds_have_curves_paired_errors_and_runs(workspace, sweep, sample_evalu
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
     assert "seeds" in confidence_note(front)[0]
     stored, _ = sweep_front(workspace, [changed(seeded, results=tuple(tracked))], FrontAxes())
-    assert {row["run_id"] for row in stored.rows} == {row["run_id"] for row in rows}
+    assert {model.trial.run_id for model in stored.placed} == {row["run_id"] for row in rows}
 
 
 def num_points(workspace: Workspace) -> int:
@@ -427,10 +427,10 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     assert written.folder == workspace.overlays / "first+second"
     assert {path.suffix for path in written.files} >= {".png", ".html", ".csv", ".json"}
     front = written.front
-    assert len(front.rows) == 3 + 9 + 5
+    assert len(front.placed) == 3 + 9 + 5
     # A trial of the first sweep stays where the second one has none as cheap.
-    assert {6.0, 10.0} <= {row["cost"] for row in front.members if row["sweep"] == "second"}
-    assert "first" in {row["sweep"] for row in front.members}
+    assert {6.0, 10.0} <= {row.cost for row in front.members if row.sweep == "second"}
+    assert "first" in {row.sweep for row in front.members}
     assert not any("measured" in sentence for sentence in written.sentences), "no notes"
     assert written.facts["Settings: second"] == {"n": "second"}
     rows = json.loads((written.folder / "front.json").read_text("utf-8"))["results"]

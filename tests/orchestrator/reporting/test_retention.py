@@ -119,8 +119,8 @@ def test_unaveraged_tasks_are_in_no_average():
 def test_a_model_is_compared_with_the_source_and_not_with_its_teacher(workspace):
     front, _ = front_of(workspace)
     lost = {
-        row["label"]: {loss.task: loss for loss in front.losses.get(row["key"], ())}
-        for row in front.rows
+        row.label: {loss.task: loss for loss in front.losses.get(row.key, ())}
+        for row in front.placed
     }
     assert lost["source"] == {}
     for label, expected in {

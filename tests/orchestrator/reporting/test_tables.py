@@ -41,7 +41,7 @@ from orchestrator.reporting.tables import (
     cost_text,
     front_values,
     model_rows,
-    model_table,
+    models_csv,
     models_table,
     task_tables,
 )
@@ -104,7 +104,7 @@ def test_the_terminal_table_fits_any_width_and_keeps_names_and_numbers(front, su
         for shown in (front, sure_front):
             head, _, *body = lines(shown, width)
             assert max(len(line) for line in [head, *body]) <= width
-            assert len(body) == len(shown.rows)
+            assert len(body) == len(shown.placed)
             assert not any("…" in line for line in body)
             knee = next(line for line in body if "knee" in line)
             assert knee.split()[0] == "0,1,1,1,1,1"
@@ -140,7 +140,7 @@ def test_sizes_and_sweeps_have_columns_if_they_differ(sample_results, front):
 
 
 def test_csv_and_json_hold_every_number(front, sure_front, sample_results):
-    csv_rows = list(csv.DictReader(io.StringIO(model_table(front).to_csv(index=False))))
+    csv_rows = list(csv.DictReader(io.StringIO(models_csv(front))))
     values = json.loads(json.dumps(front_values(front), allow_nan=False))
     by_key = {row["key"]: row for row in csv_rows}
     for result in sample_results:
@@ -162,7 +162,7 @@ def test_csv_and_json_hold_every_number(front, sure_front, sample_results):
     assert lines(empty, 80)
     values = json.loads(json.dumps(front_values(sure_front), allow_nan=False))
     assert values["confidence_basis"]["num_items"] == 2000
-    assert "paired/lastword/vs_r_0_from_scratch_high" in model_table(sure_front)
+    assert "paired/lastword/vs_r_0_from_scratch_high" in model_rows(sure_front)[0]
 
 
 def test_numbers_are_written_with_the_digits_that_matter():

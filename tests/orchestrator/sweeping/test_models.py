@@ -15,7 +15,7 @@ from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
-from orchestrator.reporting.results import result_table, teachers_of
+from orchestrator.reporting.results import model_results, teachers_of
 from orchestrator.settings import TrainingSettings, read_settings, resolve_settings
 from orchestrator.sweeping.models import (
     TEACHER,
@@ -298,8 +298,8 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
     for label, checkpoint in baselines.items():
         assert by_label[label].checkpoint == str(checkpoint)
     # The teachers are trained alike, but for the seed and the method.
-    teachers_in_table = teachers_of(result_table(plan.trials))
-    assert len(teachers_in_table) == 4
+    teacher_of = teachers_of(model_results(plan.trials))
+    assert len(teacher_of) == 4
     bare = trials_of_teachers(settings, space, teachers, {}, baselines=baselines)
     assert [trial.role for trial in bare.trials].count("trial") == 0
 
