@@ -88,6 +88,7 @@ class Walk:
             "PYTHONPATH": str(ROOT),
             "HF_HUB_OFFLINE": "1",
         }
+        environment.pop("IIET_WORKSPACE", None)  # The page uses the one in its folder.
         done = subprocess.run(
             ["bash", "-ec", command],
             cwd=self.folder,
