@@ -81,7 +81,14 @@ def sweep(setup: Setup) -> Iterator[Row]:
     here, there = (open_workspace(setup.folder / name) for name in ("swept", "looped"))
     plans = [
         trials_of_students(
-            Students(settings, space, Path(str(teacher.checkpoint)), suite, influence)
+            Students(
+                settings.sweep,
+                settings.distillation,
+                space,
+                Path(str(teacher.checkpoint)),
+                suite,
+                influence,
+            )
         )
         for space in (here, there)
     ]

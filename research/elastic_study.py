@@ -268,10 +268,13 @@ def elastic_flops(settings: Settings, trials: Sequence[Trial], folder: Path) -> 
     """
     jobs = [trial.job for trial in trials if trial.job]
     own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
-    recipe = without_elastic(settings).distillation.training
+    recipe = without_elastic(settings.distillation).training
     separate = [
         student_estimate(
-            settings, jobs[0].model, model, recipe.model_copy(update={"seed": job.recipe.seed})
+            settings.distillation,
+            jobs[0].model,
+            model,
+            recipe.model_copy(update={"seed": job.recipe.seed}),
         )
         for job in jobs
         for model in {trial.model.corrections: trial.model for trial in trials}.values()
@@ -291,7 +294,8 @@ def _of_length(settings: Settings, factor: float) -> Settings:
 def _separate_students(settings: Settings) -> Settings:
     """Return the sweep that distills a student for each schedule."""
     own = settings.sweep.model_copy(update={"elastic": False})
-    return without_elastic(settings).model_copy(update={"sweep": own})
+    students = without_elastic(settings.distillation)
+    return settings.model_copy(update={"distillation": students, "sweep": own})
 
 
 def _longer_teacher(settings: Settings) -> Settings:

@@ -206,7 +206,11 @@ def tiny_plan(tmp_path, tiny_tokens, trained_run) -> Any:
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
     teacher = shutil.copytree(trained_run, tmp_path / "teacher") / "step_00000002"
     suite = Suite(suite="x", tokens_folder=str(tiny_tokens))
-    return trials_of_students(Students(settings, open_workspace(tmp_path), teacher, suite, table))
+    return trials_of_students(
+        Students(
+            settings.sweep, settings.distillation, open_workspace(tmp_path), teacher, suite, table
+        )
+    )
 
 
 @pytest.fixture(scope="session")

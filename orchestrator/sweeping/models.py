@@ -31,6 +31,7 @@ from orchestrator.settings import (
     BASELINE_METHOD,
     ModelSettings,
     Settings,
+    SweepSettings,
 )
 from orchestrator.settings.evaluation import usual_metric
 from orchestrator.settings.resolve import list_of_problems
@@ -359,15 +360,17 @@ def check_devices(
         check_run_resources(settings.cluster, resources)
 
 
-def check_teacher(settings: Settings, full: ModelConfig) -> None:
+def check_teacher(sweep: SweepSettings, full: ModelConfig, metric: str | None) -> None:
     """Check that a teacher has what its sweep asks for.
+
+    Args:
+        metric: Of its influence; None for the usual one.
 
     Raises:
         UserError: If it makes no corrections that could be pruned, a threshold is below every
             influence, a schedule of the user does not fit it, or a budget is less than the
             cheapest schedule costs.
     """
-    sweep = settings.sweep
     method = facts_of(full.method)
     max_left_out = most_left_out(sweep, full)
     if method.repeats_stack:
@@ -393,7 +396,7 @@ def check_teacher(settings: Settings, full: ModelConfig) -> None:
             "sweep.elastic: elastic weights serve schedules of one set of layers; set "
             "sweep.leave_out_layers=none, or leave sweep.elastic out"
         )
-    metric = settings.influence.metric or usual_metric(of_whole_layers=max_left_out > 0)
+    metric = metric or usual_metric(of_whole_layers=max_left_out > 0)
     if min(sweep.thresholds, default=0) < 0 and not metric_facts_of(metric).may_be_negative:
         raise UserError(
             f"sweep.thresholds: no influence by influence.metric={metric} is below 0; leave "
@@ -469,4 +472,4 @@ def check_models(settings: Settings, source: Source | None = None) -> None:
     if settings.distillation.control != "pruned":
         sequences_per_step(settings.distillation.training, configs[0], section=STUDENTS_SECTION)
     for config in configs:
-        check_teacher(settings, config)
+        check_teacher(sweep, config, settings.influence.metric)

@@ -356,12 +356,13 @@ def plan_students(
     if settings.sweep.kind != "search" or not tables:
         return plan.changed(planned_trials=trials)
     teacher = teachers[TEACHER]
+    full = load_config(teacher)
     search = make_search(settings, plan.workspace, trials, teacher)
     suggested = search.suggested_trials()
     return plan.changed(
         planned_trials=trials.model_copy(update={"trials": (*trials.trials, *suggested)}),
         search=search,
-        bound=bound_of_students(settings, load_config(teacher), search.num_left),
+        bound=bound_of_students(settings.sweep, settings.distillation, full, search.num_left),
         gaps=[*plan.gaps, search.text],
     )
 
@@ -420,14 +421,17 @@ def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], reason: st
         reason: End of a sentence that begins with the teacher: why its students are not known.
     """
     settings = plan.settings
-    seeds = settings.sweep.seeds
+    sweep = settings.sweep
+    distillation = settings.distillation
     bound = []
     sentences = []
     for label, variant in teachers_by_label(settings).items():
         # The bound of a teacher's first seed is that of the students of all its seeds.
-        if variant.seed is None or variant.seed == seeds[0]:
+        if variant.seed is None or variant.seed == sweep.seeds[0]:
             config = teachers[label]
-            bound += bound_of_students(settings, config, most_students(settings, config))
-            name = f" {variant.name}" if settings.sweep.teachers else ""
-            sentences.append(f"the teacher{name}{reason}, so {bound_text(settings, config)}")
+            number = most_students(sweep, settings.search, config)
+            bound += bound_of_students(sweep, distillation, config, number)
+            name = f" {variant.name}" if sweep.teachers else ""
+            text = bound_text(sweep, distillation, config, number)
+            sentences.append(f"the teacher{name}{reason}, so {text}")
     return plan.changed(bound=bound, gaps=[*plan.gaps, *sentences])

@@ -26,7 +26,8 @@ from orchestrator.records.trial import Role, Trial, baseline_role
 from orchestrator.settings import (
     DistillationSettings,
     ElasticSettings,
-    Settings,
+    SearchSettings,
+    SweepSettings,
     TrainingSettings,
 )
 from orchestrator.sweeping.models import schedule_cost
@@ -52,11 +53,14 @@ TEACHER_CONTINUED = "teacher, trained further"
 
 
 def student_estimate(
-    settings: Settings, teacher: ModelConfig, config: ModelConfig, recipe: TrainingSettings
+    distillation: DistillationSettings,
+    teacher: ModelConfig,
+    config: ModelConfig,
+    recipe: TrainingSettings,
 ) -> Estimate:
     """Return what a student takes whose teacher need not be trained."""
-    is_distilled = settings.distillation.control == "distill"
-    loss = distillation_loss(settings.distillation) if is_distilled else DistillationConfig()
+    is_distilled = distillation.control == "distill"
+    loss = distillation_loss(distillation) if is_distilled else DistillationConfig()
     return Estimate(
         config=config,
         recipe=recipe,
@@ -66,20 +70,21 @@ def student_estimate(
     )
 
 
-def most_students(settings: Settings, teacher: ModelConfig) -> int:
+def most_students(sweep: SweepSettings, search: SearchSettings, teacher: ModelConfig) -> int:
     """Return how many schedules the students of a teacher have at most, before they are known."""
-    sweep = settings.sweep
     # A family of nested schedules drops one evaluation at a time.
     num_droppable = sum(teacher.corrections) + most_left_out(sweep, teacher)
     num_chosen = min(sweep.num_requested, 1 + num_droppable)
     num_schedules = num_chosen + num_named(sweep, num_chosen)
     if sweep.kind == "search":
-        num_searched = num_schedules + settings.search.num_trials
+        num_searched = num_schedules + search.num_trials
         return min(num_searched, teacher.corrections.num_within(most_left_out(sweep, teacher)))
     return num_schedules
 
 
-def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> list[Estimate]:
+def bound_of_students(
+    sweep: SweepSettings, distillation: DistillationSettings, teacher: ModelConfig, number: int
+) -> list[Estimate]:
     """Return trainings that take at least as much as those of a teacher's students.
 
     Their schedules are not known, so each student makes all of the teacher's corrections.
@@ -87,9 +92,8 @@ def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> 
     Args:
         number: Schedules that are not known; elastic weights are trained once for all of them.
     """
-    sweep = settings.sweep
-    recipe = settings.distillation.training
-    if settings.distillation.control == "pruned":
+    recipe = distillation.training
+    if distillation.control == "pruned":
         return []
     num_trainings = number
     if sweep.elastic:
@@ -101,7 +105,7 @@ def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> 
     for seed in sweep.seeds or (recipe.seed,):
         changes = {"seed": seed, "elastic": None}
         student_recipe = recipe.model_copy(update=changes)
-        training = student_estimate(settings, teacher, teacher, student_recipe)
+        training = student_estimate(distillation, teacher, teacher, student_recipe)
         bound += [training] * num_trainings
         if not teacher.corrections.num_corrections:
             # The teacher is trained further, with the FLOPs of the costliest student.
@@ -109,15 +113,20 @@ def bound_of_students(settings: Settings, teacher: ModelConfig, number: int) -> 
     return bound
 
 
-def bound_text(settings: Settings, teacher: ModelConfig) -> str:
-    """Say how many students a teacher has at most, and how they are priced."""
-    is_pruned = settings.distillation.control == "pruned"
+def bound_text(
+    sweep: SweepSettings, distillation: DistillationSettings, teacher: ModelConfig, number: int
+) -> str:
+    """Say how many students a teacher has at most, and how they are priced.
+
+    Arguments are those of `bound_of_students`.
+    """
+    is_pruned = distillation.control == "pruned"
     # Weights that are not trained have no seeds.
-    num_seeds = 1 if is_pruned else max(1, len(settings.sweep.seeds))
-    if settings.sweep.elastic:
+    num_seeds = 1 if is_pruned else max(1, len(sweep.seeds))
+    if sweep.elastic:
         counts = format_count(num_seeds, "elastic training")
     else:
-        counts = format_count(most_students(settings, teacher) * num_seeds, "student")
+        counts = format_count(number * num_seeds, "student")
     price = "they are priced as if each made all of the teacher's corrections"
     if not teacher.corrections.num_corrections:
         price = "they are priced as if each had all of the teacher's layers"
@@ -126,24 +135,27 @@ def bound_text(settings: Settings, teacher: ModelConfig) -> str:
     return f"its students' schedules are not known yet: at most {counts}; {price}"
 
 
-def without_elastic(settings: Settings) -> Settings:
+def without_elastic(distillation: DistillationSettings) -> DistillationSettings:
     """Return the settings of students, each trained under one schedule."""
-    distillation = settings.distillation
     recipe = distillation.training.model_copy(update={"elastic": None})
-    students = distillation.model_copy(update={"training": recipe})
-    return settings.model_copy(update={"distillation": students})
+    return distillation.model_copy(update={"training": recipe})
 
 
 def _elastic_distillation(
-    settings: Settings, schedules: Sequence[IterationSchedule]
+    distillation: DistillationSettings,
+    schedules: Sequence[IterationSchedule],
+    num_steps: int | None,
 ) -> DistillationSettings:
-    """Return the settings of an elastic training from a teacher."""
-    distillation = settings.distillation
+    """Return the settings of an elastic training from a teacher.
+
+    Args:
+        num_steps: None for those of the distillation.
+    """
     recipe = distillation.training
     elastic = recipe.elastic or ElasticSettings()
     changes = {
         "elastic": elastic.model_copy(update={"schedules": tuple(map(str, schedules))}),
-        "num_steps": settings.sweep.elastic_steps or recipe.num_steps,
+        "num_steps": num_steps or recipe.num_steps,
     }
     return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})
 
@@ -206,8 +218,8 @@ def checkpoint_trial(
 class Students:
     """The trials of one teacher's students, and of the baselines beside them."""
 
-    settings: Settings
-    """Sections `sweep` and `distillation` count."""
+    sweep: SweepSettings
+    distillation: DistillationSettings
     workspace: Workspace
     """Where trials are stored."""
     teacher: Path
@@ -227,7 +239,7 @@ class Students:
     def seeds(self) -> tuple[int | None, ...]:
         """The seeds that each student is trained with."""
         # One of several teachers has a seed itself, and its students have the same.
-        seeds_of_sweep = () if self.name else self.settings.sweep.seeds
+        seeds_of_sweep = () if self.name else self.sweep.seeds
         return seeds_of_sweep or (self.seed,)
 
     def label(self, text: str) -> str:
@@ -244,16 +256,17 @@ class Students:
         """The students' schedules, costliest first."""
         if self.influence is None:
             return ()
-        sweep = self.settings.sweep
-        cost = schedule_cost(sweep.budget_unit, self.full)
         return choose_schedules(
-            self.influence, sweep, cost=cost, max_left_out=most_left_out(sweep, self.full)
+            self.influence,
+            self.sweep,
+            cost=schedule_cost(self.sweep.budget_unit, self.full),
+            max_left_out=most_left_out(self.sweep, self.full),
         )
 
     def trials(self) -> list[Trial]:
         """Return the trials of the teacher, of elastic weights or students, and of baselines."""
-        is_elastic = self.settings.sweep.elastic
-        is_trained = self.settings.distillation.control != "pruned"
+        is_elastic = self.sweep.elastic
+        is_trained = self.distillation.control != "pruned"
         trials = [self._checkpoint_trial("teacher", self.name or "teacher", self.teacher)]
         if is_elastic and self.influence:
             trials += self._elastic_trials()
@@ -276,7 +289,7 @@ class Students:
         jobs = [trial.job for trial in students if trial.job is not None]
         if not jobs:  # They are not known yet, or none is trained.
             return []
-        distillation = without_elastic(self.settings).distillation
+        distillation = without_elastic(self.distillation)
         continued = distillation.model_copy(update={"control": "cross_entropy"})
         job = self._job(continued, self.full.corrections)
         assert job is not None, "this control is trained"
@@ -291,12 +304,12 @@ class Students:
     def student(self, student: StudentSchedule, seed: int | None = None) -> Trial:
         """Return the trial that trains and measures a student, or a control, under a schedule."""
         schedule = student.schedule
-        control = self.settings.distillation.control
+        control = self.distillation.control
         label = student.label
         if control != "distill":
             label += f", {control.replace('_', ' ')}"
         fields = _thresholds(student.member)
-        job = self._job(without_elastic(self.settings).distillation, schedule)
+        job = self._job(without_elastic(self.distillation), schedule)
         if job is None:
             return checkpoint_trial(
                 "trial",
@@ -377,7 +390,8 @@ class Students:
                 "sweep has none; set lower sweep.budgets, or higher sweep.thresholds than those "
                 f"that keep {full.corrections}"
             )
-        job = self._job(_elastic_distillation(self.settings, cheaper), full.corrections)
+        elastic = _elastic_distillation(self.distillation, cheaper, self.sweep.elastic_steps)
+        job = self._job(elastic, full.corrections)
         assert job is not None, "check_sweep refuses controls"
         trials = []
         for seed in self.seeds:

@@ -157,7 +157,7 @@ def trials_of_teachers(
     for label, checkpoint in teachers.items():
         variant = variants[label]
         config = load_config(checkpoint)
-        check_teacher(settings, config)
+        check_teacher(settings.sweep, config, settings.influence.metric)
         tokens = tokens_folder_of(checkpoint, workspace)
         suite = plan_suite(
             settings.evaluation, tokens, config, hashes, teacher=checkpoint, workspace=workspace
@@ -180,7 +180,8 @@ def trials_of_teachers(
         ]
         students_by_teacher.append(
             Students(
-                settings,
+                settings.sweep,
+                settings.distillation,
                 workspace,
                 checkpoint,
                 suite,
@@ -218,7 +219,7 @@ def trials_of_students(
         named_trials: Trials of the baselines that the user names.
         name: Made from the plan's key when unset.
     """
-    sweep = students[0].settings.sweep
+    sweep = students[0].sweep
     trials = {trial.key: trial for of_teacher in students for trial in of_teacher.trials()}
     for trial in named_trials:  # A teacher stays one, and a trained baseline keeps its name.
         trials.setdefault(trial.key, trial)
@@ -277,7 +278,9 @@ def make_search(
     """Return what suggests further trials for the plan of a search."""
     from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
 
-    students = Students(settings, workspace, teacher, plan.trials[0].suite)
+    students = Students(
+        settings.sweep, settings.distillation, workspace, teacher, plan.trials[0].suite
+    )
     return ScheduleSearch(
         plan,
         students.full.corrections,

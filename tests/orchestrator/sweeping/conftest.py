@@ -45,6 +45,7 @@ def students(space, teacher, tiny_tokens) -> Callable[..., Students]:
 
     def make(*assignments: str, **suite: Any) -> Students:
         measured = Suite(**{"suite": "x", "tokens_folder": str(tiny_tokens), **suite})
-        return Students(resolve_settings({}, assignments), space, teacher, measured)
+        settings = resolve_settings({}, assignments)
+        return Students(settings.sweep, settings.distillation, space, teacher, measured)
 
     return make

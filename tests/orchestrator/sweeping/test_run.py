@@ -196,7 +196,7 @@ def test_the_plan_of_an_interrupted_search_has_all_trials_that_it_suggested(
     assignments = ["sweep.kind=search", "search.num_trials=3", "sweep.num_schedules=2"]
     assignments.append("distillation.training.num_tokens_per_step=64")
     of_teacher = replace(students(*assignments), influence=table)
-    settings = of_teacher.settings
+    settings = resolve_settings({}, assignments)
     plan = trials_of_search(trials_of_students(of_teacher), settings.search)
     suggested: list[str] = []
 

@@ -293,7 +293,10 @@ def test_suggested_trials_know_which_layers_of_the_teacher_they_are(
         "loss", ((),) * 4, ((),) * 4, 64, layer_values=(4.0, 1.0, 2.0, 3.0)
     )  # fmt: skip
     plan = trials_of_search(
-        trials_of_students(Students(settings, space, teacher, suite, table)), settings.search
+        trials_of_students(
+            Students(settings.sweep, settings.distillation, space, teacher, suite, table)
+        ),
+        settings.search,
     )
     search = make_search(settings, space, plan, teacher)
     search.open({})

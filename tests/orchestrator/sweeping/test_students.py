@@ -69,7 +69,8 @@ def test_how_many_students_there_are_at_most(assignments, most, students):
     made = students(*assignments)
     teacher = load_config(made.teacher)
     assert teacher.corrections == (2, 1)
-    assert most_students(made.settings, teacher) == most
+    search = resolve_settings({}, assignments).search
+    assert most_students(made.sweep, search, teacher) == most
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,9 @@ def plain_plan(save_tiny, space, tiny_tokens, tmp_path) -> Plan:
 
     def make(*assignments: str) -> SweepTrials:
         settings = resolve_settings({}, [*SMALL, *assignments])
-        return trials_of_students(Students(settings, space, teacher, suite, table))
+        return trials_of_students(
+            Students(settings.sweep, settings.distillation, space, teacher, suite, table)
+        )
 
     return make
 
