@@ -39,6 +39,7 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.machine import check_run_resources
 from orchestrator.planning.price import Price, price_of
+from orchestrator.planning.speeds import Speed, measured_speeds
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.training_state import Training
 from orchestrator.reporting.command_tables import price_rows, training_rows
@@ -186,7 +187,18 @@ class TrainingPlan(Plan):
 
     def _price_of(self, trainings: Sequence[Estimate]) -> Price:
         new_bytes = self.tokens.new_bytes if self.tokens else 0
-        return price_of(trainings, self.workspace.root, new_token_bytes=new_bytes, mfu=self.mfu)
+        return price_of(
+            trainings,
+            self.workspace.root,
+            speeds=self.speeds,
+            new_token_bytes=new_bytes,
+            mfu=self.mfu,
+        )
+
+    @cached_property
+    def speeds(self) -> list[Speed]:
+        """How fast earlier trainings of the workspace were."""
+        return measured_speeds(self.workspace)
 
     @cached_property
     def problems(self) -> dict[str, str | None]:

@@ -52,6 +52,8 @@ class Estimate:
 
     config: ModelConfig
     recipe: TrainingSettings
+    folder: Path | None = None
+    """Folder of the run or trial; None if it is not known."""
     section: str = "training"
     """Section of the settings that holds the recipe, for messages."""
     teacher: ModelConfig | None = None
@@ -85,6 +87,7 @@ class Estimate:
         return Estimate(
             config=job.model,
             recipe=job.recipe,
+            folder=job.folder,
             section=job.section,
             teacher=teacher,
             loss=job.teaching or DistillationConfig(),

@@ -1,18 +1,17 @@
 """What several trainings take together: hours on their devices, memory of the largest, disk.
 
-Speeds are assumed, not measured: the peak of the GPU that the settings name, else of an installed
-one, else of an H100, or of a CPU core, times the shares of it that trainings reach, or the share
-that `--mfu` names. No training is faster than its host starts operations. The hours are those of
-training alone; what starts and measurements add is a second range.
+Speeds are those that equal trainings had in this workspace (`speeds.py`). Where there were none,
+they are assumed: a share of the peak of a GPU (the one that the settings name, else an installed
+one, else an H100) or of a CPU core. No training is then faster than its host starts operations. The
+hours are those of training alone; what starts and measurements add is a second range.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -21,11 +20,12 @@ from orchestrator.planning import machine
 from orchestrator.planning.devices import Devices
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.gpus import GPUS, USUAL_GPU
+from orchestrator.planning.speeds import Speed, speed_range
 from orchestrator.records.record import Record
 from orchestrator.settings.training import Precision
 from orchestrator.training.world import gpu_peak_flops
 from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.processors import num_cpus
+from orchestrator.workspace.processors import num_cpus, processor_name
 
 GPU_SHARES = (0.15, 0.25)
 """Shares of a GPU's peak that training reaches: traces of eager steps at 340M give 17 to 28%."""
@@ -65,14 +65,16 @@ class Price(Record):
     flops: float = 0.0
     """FLOPs of both."""
     hours: tuple[float, float] = (0.0, 0.0)
-    """Shortest and longest time at the assumed rate, until the last training ends."""
+    """Shortest and longest time until the last training ends."""
+    num_assumed: int = 0
+    """Trainings whose speed is assumed; that of the others is one that was measured."""
     hours_beside: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time that starts and measurements add."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False
     rate: Rate | None = None
-    """Assumed speed of one of them in the costliest training; None if nothing is trained."""
+    """Assumed speed of one of them, in the costliest training of those; None if there are none."""
     memory: dict[str, int] = Field(default_factory=dict)
     """Name -> bytes of what takes memory in a worker of the largest training."""
     disk: dict[str, int] = Field(default_factory=dict)
@@ -110,25 +112,18 @@ class Group:
         """FLOPs of all of them."""
         return sum(training.total_flops for training in self.trainings)
 
-    def seconds_at(
-        self, flops_per_second: Callable[[Estimate], float], seconds_per_evaluation: float
-    ) -> float:
-        """Return the seconds until the last training ends.
+    @property
+    def devices_of_one(self) -> float:
+        """GPUs or CPUs of each training, or its share of one."""
+        return self.num_devices / self.at_once
 
-        Args:
-            flops_per_second: Training -> FLOP/s that a device reaches in its precision.
-            seconds_per_evaluation: Time in which a host starts a field evaluation's operations.
-        """
-        devices_of_one = self.num_devices / self.at_once
-        seconds = []
-        for training in self.trainings:
-            computing = training.total_flops / (flops_per_second(training) * devices_of_one)
-            seconds.append(max(computing, training.num_evaluations * seconds_per_evaluation))
+    def seconds_until_end(self, seconds_of_each: Iterable[float]) -> float:
+        """Return the seconds until the last training ends, from those of each."""
         # The longest training starts first, and each next one where one ends.
-        places = [0.0] * self.at_once
-        for seconds_of_one in sorted(seconds, reverse=True):
-            heapq.heapreplace(places, places[0] + seconds_of_one)
-        return max(places)
+        slots = [0.0] * self.at_once
+        for seconds_of_one in sorted(seconds_of_each, reverse=True):
+            heapq.heapreplace(slots, slots[0] + seconds_of_one)
+        return max(slots)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -182,10 +177,24 @@ def measuring_hours(flops: float, num_evaluations: int, *, on_gpu: bool) -> tupl
     return shortest / 3600, longest / 3600
 
 
+def seconds_range(training: Estimate, rate: Rate, num_devices: float) -> tuple[float, float]:
+    """Return the shortest and longest time of a training at an assumed rate of each device."""
+    lowest_share, highest_share = rate.shares
+    full_rate = rate.peak_flops * num_devices
+    least_seconds, most_seconds = SECONDS_PER_EVALUATION
+    shortest = training.total_flops / (full_rate * highest_share)
+    longest = training.total_flops / (full_rate * lowest_share)
+    return (
+        max(shortest, training.num_evaluations * least_seconds),
+        max(longest, training.num_evaluations * most_seconds),
+    )
+
+
 def price_of(
     trainings: Sequence[Estimate],
     folder: Path,
     *,
+    speeds: Sequence[Speed] = (),
     hours_of_influence: tuple[float, float] = (0.0, 0.0),
     new_token_bytes: int = 0,
     is_upper_bound: bool = False,
@@ -195,37 +204,46 @@ def price_of(
 
     Args:
         trainings: Those that are not finished.
-        hours_of_influence: Shortest and longest time in which influence is measured before them.
         folder: A folder on the workspace's disk; it need not exist.
+        speeds: Of trainings that were measured.
+        hours_of_influence: Shortest and longest time in which influence is measured before them.
         new_token_bytes: Bytes of the tokens that are prepared first.
         is_upper_bound: Whether some of them stand for others that are not known yet.
-        mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
+        mfu: Share of the peak FLOP/s that is assumed, also where speeds were measured; a usual
+            range if unset.
     """
     groups = groups_by_devices(trainings)
-    priced = [training for group in groups for training in group.trainings]
 
-    # Hours: one group after another. Trainings of a group may differ in precision, so in rate.
-    # Each rate is looked up once: the driver is asked for the GPU's name.
-    rates: dict[tuple[bool, str], Rate] = {}
-    for training in priced:
-        device_and_precision = (training.devices.on_gpus, training.recipe.precision)
-        if device_and_precision not in rates:
-            rates[device_and_precision] = assumed_rate(
-                training.devices, training.recipe.precision, mfu
-            )
-
-    def rate_of(training: Estimate) -> Rate:
-        return rates[training.devices.on_gpus, training.recipe.precision]
-
-    def reached_flops(training: Estimate, share: int) -> float:
-        rate = rate_of(training)
-        return rate.peak_flops * rate.shares[share]
-
-    least_seconds, most_seconds = SECONDS_PER_EVALUATION
+    # Hours: one group after another. Each rate is looked up once: the driver is asked for the GPU's
+    # name. Trainings of a group may differ in precision, so in rate.
+    rates: dict[tuple[bool, Precision], Rate] = {}
+    assumed: list[Estimate] = []
     shortest = longest = 0.0
     for group in groups:
-        shortest += group.seconds_at(partial(reached_flops, share=1), least_seconds) / 3600
-        longest += group.seconds_at(partial(reached_flops, share=0), most_seconds) / 3600
+        processor = _processor_of(group.devices) if speeds and not mfu else None
+        shortest_of_each: list[float] = []
+        longest_of_each: list[float] = []
+        for training in group.trainings:
+            measured = None
+            if processor:
+                measured = speed_range(training, speeds, processor, int(group.devices_of_one))
+            if measured:
+                lowest, highest = measured
+                shortest_of_one = training.total_flops / highest
+                longest_of_one = training.total_flops / lowest
+            else:
+                precision = training.recipe.precision
+                device_and_precision = (group.devices.on_gpus, precision)
+                if device_and_precision not in rates:
+                    rates[device_and_precision] = assumed_rate(group.devices, precision, mfu)
+                shortest_of_one, longest_of_one = seconds_range(
+                    training, rates[device_and_precision], group.devices_of_one
+                )
+                assumed.append(training)
+            shortest_of_each.append(shortest_of_one)
+            longest_of_each.append(longest_of_one)
+        shortest += group.seconds_until_end(shortest_of_each) / 3600
+        longest += group.seconds_until_end(longest_of_each) / 3600
     # Trainings that run at the same time start and are measured at the same time.
     num_rounds = sum(math.ceil(len(group.trainings) / group.at_once) for group in groups)
     least_beside, most_beside = (
@@ -234,7 +252,10 @@ def price_of(
             hours_of_influence, START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True
         )
     )
-    costliest = max(priced, key=lambda training: training.total_flops, default=None)
+    costliest = max(assumed, key=lambda training: training.total_flops, default=None)
+    rate = None
+    if costliest is not None:
+        rate = rates[costliest.devices.on_gpus, costliest.recipe.precision]
 
     disk = {
         "tokens": new_token_bytes,
@@ -245,15 +266,28 @@ def price_of(
     return Price(
         is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
-        num_tokens=sum(training.num_tokens for training in priced),
-        num_teacher_tokens=sum(training.num_teacher_tokens for training in priced),
+        num_tokens=sum(training.num_tokens for training in trainings),
+        num_teacher_tokens=sum(training.num_teacher_tokens for training in trainings),
         flops=sum(group.flops for group in groups),
         hours=(shortest, longest),
+        num_assumed=len(assumed),
         hours_beside=(least_beside, most_beside),
         num_devices=max((group.num_devices for group in groups), default=0),
         uses_gpus=any(group.devices.on_gpus for group in groups),
-        rate=rate_of(costliest) if costliest else None,
+        rate=rate,
         memory=largest.worker_memory if largest else {},
         disk={name: num_bytes for name, num_bytes in disk.items() if num_bytes},
         free_disk=free_disk(folder),
     )
+
+
+def _processor_of(devices: Devices) -> str | None:
+    """Return the name of the GPU or CPU of this machine that trainings get.
+
+    None if they share a GPU, whose share journals do not tell, or if another GPU is named.
+    """
+    if not devices.on_gpus:
+        return processor_name()
+    if devices.gpu is not None or devices.sharing_a_gpu > 1:
+        return None
+    return next((gpu.name for gpu in machine.installed_gpus()), None)

@@ -353,8 +353,7 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     Args:
         problems: Place -> why they do not fit there; None if they do.
     """
-    rate = price.rate
-    if not price.num_trainings or rate is None:
+    if not price.num_trainings:
         yield "to train", "nothing is left"
         return
     at_most = "at most " if price.is_upper_bound else ""
@@ -367,14 +366,13 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
         f"{at_most}{count}{price.num_tokens:,} tokens{teacher}; {price.flops:.3g} FLOPs",
     )
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
-    shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
     duration = format_duration_range(*(3600 * hours for hours in price.hours))
     beside = format_duration_range(*(3600 * hours for hours in price.hours_beside))
     or_less = " or less" if price.is_upper_bound else ""
     yield (
         "training time",
-        f"{duration}{or_less} on {devices}, at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s "
-        f"each ({rate.source}); starts and measurements add about {beside}",
+        f"{duration}{or_less} on {devices}, {_speed_text(price)}; starts and measurements add "
+        f"about {beside}",
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"
@@ -383,3 +381,16 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     yield "disk", f"{disk if price.disk else 'nothing more'}{free}"
     for place, problem in problems.items():
         yield f"on {place}", problem or "it fits"
+
+
+def _speed_text(price: Price) -> str:
+    """Say at which speeds the hours of trainings are computed, measured or assumed."""
+    rate = price.rate
+    if rate is None:
+        return "at speeds that were measured in this workspace"
+    shares = " to ".join(dict.fromkeys(f"{100 * share:g}" for share in rate.shares))
+    assumption = f"at {shares}% of {rate.peak_flops / 1e12:,.3g} TFLOP/s each ({rate.source})"
+    if price.num_assumed < price.num_trainings:
+        others = format_count(price.num_assumed, "training")
+        return f"at speeds that were measured in this workspace, but {others} {assumption}"
+    return assumption

@@ -23,6 +23,7 @@ from orchestrator.pipelines.training import TrainingPlan
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.price import Price, price_of
+from orchestrator.planning.speeds import Speed, measured_speeds
 from orchestrator.planning.trial_gpus import assign_trial_gpus, on_trial_devices
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import AshaRule, SweepTrials
@@ -181,10 +182,16 @@ class SweepPlan(Plan):
         return price_of(
             self.trainings_left,
             self.workspace.root,
+            speeds=self.speeds,
             hours_of_influence=self._hours_of_influence,
             new_token_bytes=new_token_bytes,
             is_upper_bound=bool(self.bound),
         )
+
+    @cached_property
+    def speeds(self) -> list[Speed]:
+        """How fast earlier trainings of the workspace were."""
+        return measured_speeds(self.workspace)
 
     @property
     def _hours_of_influence(self) -> tuple[float, float]:
@@ -210,6 +217,7 @@ class SweepPlan(Plan):
                     if label in labels and label not in stage.finished
                 ],
                 self.workspace.root,
+                speeds=self.speeds,
             )
             for name, labels in self.retrofit.trainings_by_control.items()
         }

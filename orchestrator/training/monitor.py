@@ -24,7 +24,7 @@ from orchestrator.training.checkpoint import Position
 from orchestrator.training.devices import gathered
 from orchestrator.training.world import World, gpu_peak_flops
 from orchestrator.workspace.files import new_folder
-from orchestrator.workspace.journal import SPEED_METRIC
+from orchestrator.workspace.journal import GFLOPS_METRIC, SPEED_METRIC
 from orchestrator.workspace.layout import PROFILE_NAME
 
 GIGABYTE = 1e9
@@ -98,7 +98,7 @@ class ThroughputMeter:
         memory = psutil.virtual_memory()
         metrics = {
             SPEED_METRIC: (position.num_tokens - last.num_tokens) / seconds,
-            "train/gflops_per_second": flops_per_second / 1e9,
+            GFLOPS_METRIC: flops_per_second / 1e9,
             "train/memory_gb": used / GIGABYTE,
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
             "system/system_memory_usage_megabytes": memory.used / MEGABYTE,

@@ -255,6 +255,7 @@ class Trainer:
             "parallel": world.parallel,
             "num_shards": world.num_shards,
             "device": world.device,
+            "processor": world.processor,
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "num_threads": torch.get_num_threads(),
             "pid": os.getpid(),

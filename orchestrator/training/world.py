@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from orchestrator.workspace.processors import processor_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -33,6 +35,15 @@ class World:
     def is_gpu(self) -> bool:
         """Whether this worker's device is a GPU."""
         return self.device.startswith("cuda")
+
+    @property
+    def processor(self) -> str:
+        """Name of this worker's GPU or CPU."""
+        if not self.is_gpu:
+            return processor_name()
+        import torch
+
+        return torch.cuda.get_device_name(self.device)
 
     @property
     def is_sharded(self) -> bool:

@@ -18,6 +18,8 @@ from orchestrator.workspace.layout import workspace_root
 
 JOURNAL_NAME = "journal.jsonl"
 SPEED_METRIC = "train/tokens_per_second"
+GFLOPS_METRIC = "train/gflops_per_second"
+"""Billions of FLOP/s of all workers together."""
 VALIDATION_METRIC = "validation/loss"
 """The loss on held-out sequences during a training, in nats per target."""
 CHEAPEST_METRIC = "validation/cheapest_loss"
