@@ -26,44 +26,43 @@ class ClusterSettings(Section):
     """The Ray cluster, workers, GPUs and storage."""
 
     address: str | None = None
-    """Ray cluster to join: `HOST:PORT` of its head node, `auto` for one that this machine is part
-    of, or `local` to start a Ray for this command only (default: `RAY_ADDRESS`, else `local`)."""
+    """Ray cluster to join: `HOST:PORT` of its head node, `auto` for the one that this machine is
+    part of, or `local` for a Ray of this command alone (default: `RAY_ADDRESS`, else `local`)."""
     env: tuple[str, ...] = ("NCCL_*", "GLOO_*", "HF_TOKEN", "AWS_*")
-    """Environment variables that all processes of a joined cluster get from the command's own:
-    names, or patterns such as `AWS_*`. `NAME=value` sets a value, and on this machine, too. Keys
-    and tokens are given by name only: settings are stored with every run, their values are not."""
+    """Environment variables that the processes of a cluster get from the command: names, patterns
+    such as `AWS_*`, or `NAME=value`. Give keys and tokens by name only, because settings are stored
+    with every run."""
     num_workers: StrictInt = Field(default=1, gt=0)
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: StrictInt = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
     gpu: GpuModel | None = None
-    """Model of the GPUs that a plan assumes for hours and memory, such as on a login node (default:
-    the installed one, else an H100). Trainings do not read it."""
+    """Model of GPU for which a dry run computes hours and memory (default: the installed one, else
+    an H100). Trainings do not read it."""
     device: str | None = None
-    """Device of a command that only measures: `cpu`, `cuda`, or `cuda:1` for the second GPU of this
-    machine (default: the settings' GPUs, else a GPU if this machine has one)."""
+    """Device of commands that only measure: `cpu`, `cuda`, or `cuda:1` for the second GPU (default:
+    a GPU of the cluster or of this machine, if there is one)."""
     min_gpus: StrictInt | None = Field(default=None, gt=0)
-    """Fewest GPUs of a training job that may lose nodes: it goes on with those that are left, and
-    takes others, up to `num_gpus`, when they join (default: always `num_gpus`)."""
+    """Fewest GPUs of a training job: it goes on with these when nodes are lost, and takes up to
+    `num_gpus` when nodes join (default: always `num_gpus`)."""
     storage: str | None = None
-    """URI of a second place for pretraining checkpoints, such as `s3://bucket/runs`. They are
-    copied there during training, and fetched from there if the workspace has none."""
+    """URI for uploads of pretraining checkpoints, such as `s3://bucket/runs`. They are downloaded
+    from there if the workspace has none."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several workers share a model. `ddp`: each holds all of it; `fsdp`: each holds a part of
-    its weights, gradients and moments, which needs less memory and more traffic."""
+    """`ddp`: each worker holds a replica of the model; `fsdp`: each holds a shard of its weights,
+    gradients and moments, which takes less memory and more traffic."""
     num_shards: StrictInt | None = Field(default=None, gt=1)
-    """With `fsdp`, workers that share one copy of the model (default: all). A smaller number, which
-    divides that of the workers, makes several copies (HSDP): weights are gathered among the workers
-    of a copy only, such as the GPUs of a node, and gradients are averaged over all copies."""
+    """With `fsdp`, workers that share one replica of the model (default: all). A divisor of the
+    workers makes several replicas (HSDP), such as one per node: only gradients are exchanged
+    between them."""
     max_failures: StrictInt = Field(default=2, ge=0)
-    """Restarts of a training job from its newest checkpoint after a worker died. The count begins
-    anew when the job has written another checkpoint since the last one."""
+    """Most restarts of a training job from its newest checkpoint after a worker died. Each new
+    checkpoint resets the count."""
     collective_timeout_seconds: StrictInt = Field(default=600, gt=0)
-    """Longest wait of a worker for the others in a step; then the job fails, and starts again from
-    its newest checkpoint. Saving, uploads and downloads may take longer."""
+    """Longest wait of a worker for the others in a step, before the job restarts from its newest
+    checkpoint. Saving, uploads and downloads may take longer."""
     node_wait_minutes: StrictFloat | None = Field(default=None, ge=0)
-    """Longest wait of a job that has once started for nodes that replace lost ones; unset, it waits
-    for ever."""
+    """Longest wait of a running job for nodes that replace lost ones (default: no limit)."""
 
     @property
     def ray_address(self) -> str:

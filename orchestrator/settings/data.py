@@ -55,15 +55,14 @@ class DepthSettings(Section):
 
     tasks: tuple[str, ...] = ()
     """Names of the tasks, each with its depth: `phop_6` (induction over 6 hops), `chain_8` (8
-    pointers of a chain), `lookup_4` (1 to 4 lookups in a table; the question says how many),
-    `s5_16` (products of up to 16 permutations of 5 things). Of several tasks, each gives as many
-    sequences, which then begin with the task's name."""
+    pointers of a chain), `lookup_4` (1 to 4 lookups in a table), `s5_16` (products of up to 16
+    permutations). Several tasks give equally many sequences, which begin with the task's name."""
     symbols: Literal["letters", "words"] = "letters"
-    """`letters`: tokens that stand for nothing else, `<|0|>` and so on; `words`: English words that
-    are single tokens of `data.tokenizer`, so that a model from elsewhere learns the task without
-    new tokens. With words there is one task, which is not `s5`."""
+    """`letters`: tokens of their own, `<|0|>` and so on. `words`: English words that are single
+    tokens of `data.tokenizer`, so a pretrained model needs no new tokens; one task, not `s5`."""
     num_symbols: StrictInt = Field(default=4, ge=2, le=MAX_SYMBOLS)
-    """Alphabet of `phop`; entries of the table of `lookup`, at least twice its number of steps."""
+    """Number of symbols of `phop`, and of entries in the table of `lookup`, which needs at least
+    twice its depth."""
     length: StrictInt = Field(default=64, gt=0, le=MAX_COUNT)
     """Symbols of each sequence of `phop`."""
     num_chains: StrictInt = Field(default=2, ge=2, le=MAX_SYMBOLS)
@@ -93,35 +92,33 @@ class DataSettings(Section):
     """Corpus, tokenizer and held-out documents."""
 
     source: Literal["python", "files", "hub", "depth", "mixture"] = "python"
-    """`python`: the help topics that come with every Python; `files`: `files` below; `hub`: the
-    data set `hub_name`; `depth`: the generated tasks in `depth` below; `mixture`: several of these
-    at the `shares` below."""
+    """`python`: Python's help topics; `files`: the files of `data.files`; `hub`: the Hugging Face
+    data set `data.hub_name`; `depth`: the generated tasks of `data.depth`; `mixture`: several of
+    these, at the `data.shares`."""
     shares: dict[str, StrictFloat] = Field(default={})
-    """For `source: mixture`: the share of the training sequences that each source gives, such as
-    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, and depth tasks. Shares sum
-    to 1 and are rounded to thousandths."""
+    """For `source: mixture`: the share of the training sequences of each component, such as
+    `{python: 0.8, phop_6: 0.2}`. Components are `python`, `files`, `hub` and depth tasks; their
+    shares sum to 1 and are rounded to thousandths."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.md`, `.rst`, `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`) or
     `.parquet` files; a folder means all such files in it and below it."""
     hub_name: str = ""
-    """For `source: hub`: name of a data set on the hub, such as `cerebras/SlimPajama-627B`, or a
-    folder that the `datasets` library can read. `NAME@REVISION` means a branch, tag or commit;
-    without it, data that are prepared stay as they are when the hub's change."""
+    """For `source: hub`: a Hugging Face data set, such as `cerebras/SlimPajama-627B`, or a folder
+    that the `datasets` library can read. `NAME@REVISION` is a branch, tag or commit; prepared data
+    stay as they are when the data set changes."""
     hub_config: str | None = None
-    """Configuration of the hub's data set, if it has several."""
+    """Configuration of the Hugging Face data set, if it has several."""
     text_field: str = "text"
-    """Field that holds the text in JSON lines, Parquet and hub data sets. JSON lines without it may
-    have `prompt` and `completion`: the model then reads both, and learns the completion alone."""
+    """Field that holds the text in JSON lines, Parquet and Hugging Face data sets. JSON lines may
+    have `prompt` and `completion` instead: the model reads both and learns the completion."""
     chat_template: StrictBool = False
-    """Write each `prompt` and `completion` of JSON lines as question and answer, by the chat
-    template of the model whose folder `tokenizer` names."""
+    """Write each `prompt` and `completion` of JSON lines by the chat template of the model whose
+    folder `tokenizer` names."""
     max_documents: StrictInt | None = Field(default=None, gt=0)
     """Read at most this many documents (default: all)."""
     passage_characters: StrictInt | None = Field(default=None, ge=100, le=MAX_COUNT)
-    """Cut each document of more than twice this many characters, such as a book, at ends of
-    paragraphs into passages of this many or somewhat more; the last one has the rest. A passage
-    is a document of its own: it ends with the end-of-text token, and may be held out (default:
-    documents stay whole)."""
+    """Cut long documents, such as books, at ends of paragraphs into passages of about this many
+    characters. Each passage is then a document, so it may be held out (default: no cuts)."""
     validation_fraction: StrictFloat = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the documents held out for validation and tasks, chosen by content hash."""
     tokenizer: str = "train"

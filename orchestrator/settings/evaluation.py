@@ -19,15 +19,15 @@ class InfluenceSettings(Section):
     """Measurement of each correction's influence."""
 
     metric: Annotated[str, METRIC] | None = None
-    """`cosine`, `relative` (both from consecutive evaluations), `loss` (rise of the validation
-    loss), or a metric of another package (default: `cosine`; `loss` of a model without corrections,
-    and where students may leave out layers)."""
+    """`cosine` or `relative` (change between consecutive evaluations), `loss` (rise of the
+    validation loss), or a metric of another package (default: `cosine`, or `loss` where layers may
+    be left out)."""
     one_at_a_time: StrictBool = False
-    """Measure the whole layers again after each one that is left out, in the order in which they
-    go. It takes about L*L/2 passes for L layers."""
+    """Measure the influence of layers again after each one that is left out, which takes about
+    L*L/2 passes for L layers."""
     num_tokens: StrictInt = Field(default=32768, gt=0)
-    """Validation tokens of the calibration set, in sequences as long as those that the model was
-    trained on; of a model that was trained elsewhere, of at most 1,024 tokens."""
+    """Validation tokens that are read, in sequences as long as in the training, or of at most 1,024
+    tokens for a model that was trained elsewhere."""
 
 
 def usual_metric(*, of_whole_layers: bool) -> str:
@@ -78,42 +78,38 @@ class EvaluationSettings(Section):
     """Tasks that measure accuracy."""
 
     suite: str = "heldout"
-    """Comma-separated names: `heldout` (tasks made from the data: from held-out documents, or the
-    depth tasks that are trained), one of these tasks by itself (`phop_6`), `paper` (the seven tasks
-    of the papers), `short_answers` (generated answers to short questions), and any task of lm-eval
-    or of `include_path`."""
+    """Comma-separated names: `heldout` (tasks from the held-out set) or one of these tasks
+    (`phop_6`), `paper` (the seven tasks of the papers), `short_answers` (generated answers to short
+    questions), and any task of lm-eval or of `include_path`."""
     num_items: StrictInt = Field(default=700, gt=0)
     """Items of each held-out task; 700 keep one standard error under 1.9 points."""
     limit: StrictInt | None = Field(default=None, gt=0, le=MAX_COUNT)
-    """Score only this many items of each task, from its first on, and read as many sequences for a
-    sweep's validation loss (default: all items, and 65,536 tokens)."""
+    """Most items of each task, the first ones, and most sequences of a sweep's validation loss
+    (default: all items, and 65,536 tokens)."""
     num_fewshot: StrictInt | None = Field(default=None, ge=0, le=MAX_COUNT)
-    """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
+    """Solved examples before each item, unless the task allows none (default: the task's own
     number)."""
     apply_chat_template: StrictBool | str = False
     """Write prompts with the model's chat template: `true`, or the name of one of its templates."""
     fewshot_as_multiturn: StrictBool = True
-    """With a chat template, solved examples are turns of the chat; `false` puts them into the
-    user's one message."""
+    """With a chat template, solved examples are turns of the chat, or else parts of one message."""
     system_instruction: str | None = Field(default=None, min_length=1)
     """Text directly before each prompt; with a chat template, the system's message."""
     batch_size: StrictInt = Field(default=32, gt=0, le=MAX_COUNT)
-    """Sequences in one forward pass of the evaluation."""
+    """Batch size of the evaluation, in sequences."""
     sequence_length: StrictInt | None = Field(default=None, gt=1)
-    """Most tokens that the model reads at once: of a question with its answer, and of a sequence of
-    a sweep's validation loss; at most the model's context (default: its context)."""
+    """Most tokens of an item, or of a sequence of a sweep's validation loss (default: the context
+    length, which is the largest)."""
     precision: Precision | None = None
     """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
     differ a little, so results of each are stored apart."""
     include_path: str | None = Field(default=None, min_length=1)
     """Folder with further lm-eval task files."""
     retention: dict[str, _Bound] | None = None
-    """How much the models of a sweep may lose, by task: points of accuracy, or bits per byte, such
-    as `{arc_easy: 1.0, bits_per_byte: 0.02}`. They are compared with the source of their teacher,
-    or with a plain teacher. `bits_per_byte` is that of held-out English text of `data.source:
-    python`, whatever the data are; other names are tasks as in `suite`, such as `short_answers`.
-    Tasks that `suite` does not name are measured, too, and are in no average. `{}` asks for nothing
-    (default: `{bits_per_byte: 0.02}`, if the teacher has a source that reads text)."""
+    """Most that a sweep's models may lose against the source model, or a plain teacher, by task:
+    points of accuracy, or bits per byte of Python's help topics, such as `{arc_easy: 1.0,
+    bits_per_byte: 0.02}`. `{}` sets no limit (default: `{bits_per_byte: 0.02}`, if there is a
+    source model that reads text)."""
 
     @property
     def prompts(self) -> Prompts | None:

@@ -48,21 +48,20 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     """Shape of the model."""
     source_training: TrainingSettings | None = None
-    """Recipe of a plain model (vanilla) of the teacher's sizes, which a sweep trains first and
-    takes as the source of its teacher, in place of a `training.source` that exists. Only sweeps
-    that train their teacher read it (default: the teacher starts from random weights)."""
+    """Recipe of a plain model of the teacher's sizes, which a sweep trains first: the source of its
+    teacher, in place of `training.source` (default: the teacher starts from random weights)."""
     training: TrainingSettings = TrainingSettings()
-    """Recipe of the pretraining."""
+    """Recipe of a pretraining."""
     distillation: DistillationSettings = DistillationSettings()
-    """Recipe of the distillation."""
+    """Loss and recipe of a distillation."""
     influence: InfluenceSettings = InfluenceSettings()
     """Measurement of influence."""
     evaluation: EvaluationSettings = EvaluationSettings()
-    """Tasks and their size."""
+    """Tasks, their items and prompts."""
     sweep: SweepSettings = SweepSettings()
     """Trials of a sweep."""
     search: SearchSettings = SearchSettings()
-    """Search for free schedules."""
+    """Search for schedules beside those that influence chooses."""
     cluster: ClusterSettings = ClusterSettings()
     """Workers and GPUs."""
 

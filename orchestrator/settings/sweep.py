@@ -120,15 +120,14 @@ class SweepSettings(Section):
 
     kind: Literal["threshold", "iterations", "search"] = "threshold"
     """`threshold`: students of one teacher; `iterations`: models trained from scratch; `search`:
-    the students of a threshold sweep, then students with free schedules."""
+    the students of a threshold sweep, then others that a sampler suggests."""
     num_schedules: StrictInt = Field(default=7, ge=0)
-    """Schedules of a threshold sweep, evenly spaced in cost, from all corrections to none, or to
-    the fewest layers; 0 where `schedules` names all of them."""
+    """Schedules of a threshold sweep, evenly spaced in cost from the teacher's to the cheapest; 0
+    if `schedules` names all of them."""
     schedules: Annotated[tuple[StrictInt | str, ...], _Different] = ()
-    """Iteration schedules of one's own, beside those that influence chooses: `2,2,1,1`, `0*14,x*2`
-    (`x` is a layer that is left out). `uniform`, `reversed` and `random*5` are controls of the
-    chosen ones at the same NFE: equal corrections in all layers, the layers in reversed order, and
-    schedules that are drawn."""
+    """Schedules beside those that influence chooses: your own, such as `2,2,1,1` or `0*14,x*2` (`x`
+    leaves a layer out), or controls of each chosen one at the same NFE: `uniform` (equal layers),
+    `reversed` (its layers in reverse) and `random*5` (five random ones)."""
     leave_out_layers: Annotated[
         Annotated[StrictInt, Field(ge=0)] | Literal["all", "none"] | None,
         BeforeValidator(_refuse_other_words),
@@ -136,53 +135,47 @@ class SweepSettings(Section):
     """Most layers that a student leaves out: a number, `all` (all but one) or `none` (default: half
     of the layers if the teacher makes no corrections, and none if it makes some)."""
     thresholds: tuple[StrictFloat, ...] = ()
-    """Thresholds to use instead; those that give the same schedule are one trial."""
+    """Thresholds of influence, in place of `num_schedules`; those that give the same schedule are
+    one trial."""
     budgets: tuple[Budget, ...] = ()
-    """Budgets to use instead, as numbers or as shares of the teacher's cost (`80%`): for each, the
-    schedule with the most influence that costs no more."""
+    """Budgets, in place of `num_schedules`: numbers, or shares of the teacher's cost (`80%`). Each
+    gives the schedule with the most influence that costs no more."""
     budget_unit: Annotated[
         BudgetUnit,
         BeforeValidator(_refuse_milliseconds),
         AfterValidator(lambda unit: "evaluations" if unit == "nfe" else unit),
     ] = "evaluations"
-    """Unit of `budgets`, and of the cost that `num_schedules` are spaced in: evaluations (NFE),
-    FLOPs or KV bytes per token, or parameters, which corrections do not change. Milliseconds are
-    measured when the students exist: `iiet-orch pick --budget 5 --cost ms`."""
+    """Unit of `budgets`, and of the cost by which `num_schedules` are spaced: `evaluations` (NFE),
+    `flops` or `kv` (bytes) per token, or `parameters`. For milliseconds, see `iiet-orch pick`."""
     selection: Selection = "threshold"
-    """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
-    cost."""
+    """How schedules are chosen: by a `threshold` of influence, which gives a nested family, or as
+    the `knapsack` with the most influence at each cost."""
     elastic: StrictBool = False
-    """Train one set of weights from the teacher for all schedules of a threshold sweep, instead of
-    a student for each. `distillation.training.elastic` says how."""
+    """Train one set of elastic weights for all schedules of a threshold sweep, not a student for
+    each. `distillation.training.elastic` says how."""
     elastic_steps: StrictInt | None = Field(default=None, gt=0, le=MAX_STEPS)
     """Optimizer steps of the elastic training (default: those of `distillation.training`)."""
     teachers: Annotated[tuple[ModelName, ...], _Different] = ()
-    """Further teachers that a threshold sweep trains, by method (`pcformer`) or by the corrections
-    of an IIET (`r = 2`), each with students of its own. Then `seeds` train teachers and baselines,
-    too, and the students of a seed learn from that seed's teacher."""
+    """Further teachers of a threshold sweep, each with its own students: a method (`pcformer`), or
+    an IIET's corrections (`r = 2`). `seeds` then train teachers and baselines, too."""
     baselines: Annotated[tuple[ModelName, ...], _Different] = ()
-    """Further baselines that are trained with a teacher, beside vanilla and the teacher without
-    corrections: `pcformer`, or the corrections of an IIET (`r = 1`). Beside a teacher with a source
-    these are the only ones that are trained from random weights; `vanilla` and `r = 0` can be named
-    there."""
+    """Further baselines that are trained from random weights: a method (`pcformer`), or an IIET's
+    corrections (`r = 1`). `vanilla` and `r = 0` need no mention, unless the teacher has a source
+    model or makes no corrections."""
     source_controls: Annotated[
         tuple[Literal["source", "source_continued", "scratch", "scratch_with_source"], ...],
         _Different,
     ] = ("source", "source_continued")
-    """What a teacher with a source is compared with. `source`: that model as it was.
-    `source_continued`: that model, trained on as it is until its training FLOPs equal the
-    teacher's, on the same data in the same order, in the same layers, with the same
-    `source_kl_weight`; its learning rate is the better of two by the validation loss after as many
-    tokens as the teacher's: the teacher's rate, and that of the source's own training, or twice the
-    teacher's if that is the same or not known. `scratch` and `scratch_with_source`: the
-    teacher's model from random weights, at the teacher's training FLOPs, and at those of source and
-    teacher together."""
+    """What a teacher with a source model is compared with. `source`: the source model as it is;
+    `source_continued`: fine-tuned without corrections, with the teacher's training FLOPs;
+    `scratch`, `scratch_with_source`: the teacher's model from random weights, with the teacher's
+    training FLOPs, or with those of both trainings."""
     baseline_runs: tuple[str, ...] = ()
-    """Trained models that stand beside the front, too: runs or checkpoints, by name or path. They
-    must read the sweep's tokens, and nothing else of them need be alike."""
+    """Trained models as further baselines: runs or checkpoints, by name or path. They must read the
+    sweep's tokens."""
     iterations: tuple[StrictInt | str, ...] = Field(default=(0, 1, 2, 3), min_length=1)
-    """Corrections of the IIETs that `sweep-iterations` pretrains: a number for all layers, a ramp
-    over the depth (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""
+    """Schedules that `sweep-iterations` pretrains: a number for all layers, a ramp over the depth
+    (`3..0`), or one number per layer (`2,2,1,1,1,1`)."""
     methods: tuple[Annotated[str, METHOD], ...] = Field(
         default=(BASELINE_METHOD, DEFAULT_METHOD), min_length=1
     )
@@ -190,30 +183,28 @@ class SweepSettings(Section):
     learning_rates: dict[DeepModelName, _Rate | _Several[_Rate]] = Field(
         default={BASELINE_METHOD: 4e-3}
     )
-    """Peak learning rates that differ from `training.learning_rate`, by method, by the corrections
-    of an IIET (`r = 3`), or with a number of layers (`vanilla, 8 layers`). Of several rates, each
-    is a trial."""
+    """Peak learning rates that differ from `training.learning_rate`, by model: `vanilla`, `r = 3`
+    or `vanilla, 8 layers`. Each of several rates is a trial."""
     num_layers: dict[ModelName, _Layers | Annotated[_Several[_Layers], _Different]] = Field(
         default={}
     )
-    """Numbers of layers that differ from `model.num_layers`, by method, or by the corrections of an
-    IIET (`r = 3`). Of several numbers, each is a trial of `sweep-iterations`. In other sweeps they
-    are those of the baselines (vanilla and the teacher without corrections)."""
+    """Numbers of layers that differ from `model.num_layers`, by model: `vanilla` or `r = 3`. Each
+    of several numbers is a trial of `sweep-iterations`; other sweeps read those of baselines."""
     seeds: Annotated[tuple[_Seed, ...], _Different] = ()
-    """Train every model with each of these seeds; tables show mean and error (default: the
-    recipe's seed alone)."""
+    """Train every model with each of these seeds; tables show mean and standard error (default:
+    `training.seed` alone)."""
     asha: StrictBool = False
-    """Asynchronous successive halving in `sweep-iterations`: of one model's learning rates, train
-    only the better ones to the end, by validation loss."""
+    """Asynchronous successive halving (ASHA) in `sweep-iterations`: end the worse learning rates of
+    a model early, by validation loss."""
     asha_first_rung: StrictFloat = Field(default=0.25, gt=0, lt=1)
-    """Share of the steps before the first comparison; the next ones follow each time the steps
-    have grown by `asha_reduction_factor`."""
+    """Share of the steps before the first rung; each further rung comes after
+    `asha_reduction_factor` times as many steps."""
     asha_reduction_factor: StrictInt = Field(default=2, ge=2)
-    """One in this many learning rates continues after a comparison."""
+    """One in this many learning rates continues after a rung."""
     trials_at_once: StrictInt | None = Field(default=None, gt=0)
     """Most trials at the same time (default: as many as CPUs or `cluster.num_gpus` allow)."""
     workers_per_trial: StrictInt = Field(default=1, gt=0)
-    """Data-parallel workers of each trial; with GPUs, one each. Not part of a trial's key."""
+    """Data-parallel workers of each trial; with GPUs, one for each GPU."""
     gpus_per_trial: StrictFloat | None = Field(default=None, ge=0)
     """GPUs of each trial, or a share of one, such as 0.25; 0 trains on CPUs (default: the fewest of
     `cluster.num_gpus` on which every trial fits)."""
@@ -241,7 +232,7 @@ class SweepSettings(Section):
     @classmethod
     def _refuse_a_single_schedule(cls, number: int) -> int:
         if number == 1:
-            raise ValueError("a family has two ends; give 2 or more, or 0 beside sweep.schedules")
+            raise ValueError("one schedule is no front; give 2 or more, or 0 with sweep.schedules")
         return number
 
     @field_validator("gpus_per_trial")
@@ -259,7 +250,8 @@ class SearchSettings(Section):
     """Search for schedules outside the threshold's family."""
 
     num_trials: StrictInt = Field(default=24, ge=0)
-    """Most schedules, with any count in any layer, to try after those of the threshold sweep."""
+    """Most schedules to try after those of the threshold sweep, with any corrections in any
+    layer."""
     objective: Literal["accuracy", "bits_per_byte", "validation_loss"] = "accuracy"
     """Quality to optimize together with the number of evaluations."""
     seed: StrictInt = Field(default=0, ge=0, le=MAX_SEED)

@@ -41,9 +41,9 @@ class ModelSettings(Section):
     method: Annotated[str, METHOD] = DEFAULT_METHOD
     """How a layer advances the hidden state: iiet, vanilla, pcformer, looped, or another method."""
     corrections: StrictInt | str | tuple[StrictInt, ...] = 2
-    """Corrections per layer (the iteration schedule): `3`, or one number per layer, `2,2,1,1,1,1`.
-    Only methods with corrections, such as iiet, read it; looped takes one number, and repeats the
-    stack of layers that often; pcformer reads levels, 0 to 2, of which 2 is the whole method."""
+    """Corrections of each layer (the schedule): `3` for all layers, or `2,2,1,1,1,1`. For looped,
+    one number: how often the stack of layers is repeated; for pcformer, a level from 0 to 2 (the
+    whole method). Other methods do not read it."""
     method_options: dict[str, Any] = Field(default={})
     """Options of the method by name, such as `damping` of iiet (default: the method's defaults).
     Models of other methods in the same sweep use their defaults."""
@@ -64,13 +64,13 @@ class ModelSettings(Section):
     head_norms: StrictBool | None = None
     """Whether queries and keys are normalized per head, before the rotation (default: no)."""
     rope_scaling: dict[str, Any] | None = None
-    """How the rotary angles are stretched for a longer context, as transformers' `rope_parameters`:
-    `{rope_type: llama3, factor: 8.0, ...}`; types are linear, llama3 and yarn (default: not)."""
+    """Scaling of the rotary embedding for a longer context, as transformers' `rope_parameters`:
+    `{rope_type: llama3, factor: 8.0, ...}`, of type linear, llama3 or yarn (default: none)."""
     rotary_layers: tuple[StrictBool, ...] | None = None
-    """Whether each layer rotates queries and keys, a value for each layer (default: all do)."""
+    """Whether a layer has the rotary embedding, a value for each layer (default: all have)."""
     sliding_windows: tuple[Annotated[StrictInt, Field(gt=0)] | None, ...] | None = None
-    """How many tokens a token sees, itself included, a number or null for each layer; null: all
-    earlier ones (default: null everywhere)."""
+    """Width of the attention window in tokens, for each layer; null for all earlier tokens
+    (default: null everywhere)."""
     ffn_dim: StrictInt | None = Field(default=None, gt=0)
     """Width of the feed-forward layer."""
     context_length: StrictInt | None = Field(default=None, gt=1)
@@ -121,30 +121,28 @@ class ModelSettings(Section):
 
 
 class ElasticSettings(Section):
-    """Elastic training: one set of weights learns every schedule of a family.
+    """Elastic training: one set of weights learns several schedules.
 
-    A step minimizes the loss of the full schedule, plus `weight` times that of each drawn member.
-    In a distillation these are the losses of students. Without a teacher, the full schedule learns
-    from the targets, and a member also from what the full schedule predicts in the same step: its
-    loss is cross-entropy + `kl_weight` times KL(full schedule || member).
+    Each step adds to the loss of the full schedule `weight` times the loss of each cheaper schedule
+    that is drawn. In a distillation, these are losses of students. Without a teacher, the loss of a
+    cheaper schedule is cross-entropy + `kl_weight` times KL(full schedule || cheaper schedule).
     """
 
     schedules: Annotated[tuple[StrictInt | str, ...], Effect.WEIGHTS] = ()
-    """The family, without the full schedule: schedules within the model's, as `2,2,1,1`, `3..0` or
-    one number for all layers (default: one for each number k below the largest, in which layer l
-    makes `min(r_l, k)` corrections). A sweep with `sweep.elastic` sets them by influence."""
+    """The cheaper schedules: `2,2,1,1`, `3..0`, or a number for all layers (default: for each k
+    below the largest number of corrections, at most k in each layer). With `sweep.elastic`, the
+    sweep chooses them by influence."""
     num_drawn: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=1, gt=0, le=MAX_DRAWN)
-    """Members of each step, drawn without repetition from seed and step, in proportion to the
-    corrections that they leave out; all, if the family has no more. Steps without corrections have
-    none."""
+    """Cheaper schedules of each step, drawn by seed and step in proportion to the corrections that
+    they leave out."""
     weight: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, ge=0.0)
-    """Weight of each member's loss; the full schedule's has weight 1. At 0 none is drawn."""
+    """Weight of the loss of each cheaper schedule; that of the full schedule is 1."""
     kl_weight: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, ge=0.0)
-    """Weight of the divergence in a member's loss, whose cross-entropy has weight 1. In a
-    distillation, `distillation.kl_weight` has its place."""
+    """Weight of the KL divergence in that loss; the cross-entropy has weight 1. A distillation
+    reads `distillation.kl_weight` instead."""
     temperature: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, ge=1e-3, le=1e3)
-    """Softmax temperature of both distributions; the divergence is scaled by its square. In a
-    distillation, `distillation.temperature` has its place."""
+    """Softmax temperature of both distributions; the divergence is scaled by its square. A
+    distillation reads `distillation.temperature` instead."""
 
 
 class TrainingSettings(Section):
@@ -158,53 +156,49 @@ class TrainingSettings(Section):
     num_tokens_per_step: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=1024, gt=0)
     """Tokens of the global batch, for any number of workers."""
     source: Annotated[str | None, Effect.FILES] = None
-    """Model whose weights the training starts from: a run, a trial, a checkpoint, a model folder or
-    `hub:NAME`. Sizes, context and tokenizer are then the source's, and what the method adds is
-    initialised as ever (default: random weights). The key holds the hash of the source's weights.
-    With a source, `iterate_from_fraction` is 0, and `learning_rate` that of the source's own
-    training, or 5e-5 for models from elsewhere, unless they are set."""
+    """Source model whose weights, sizes and tokenizer the training starts from: a run, a trial, a
+    checkpoint, a model folder or `hub:NAME` (default: random weights). It changes two defaults:
+    `iterate_from_fraction` is 0, and `learning_rate` that of the source's training, else 5e-5."""
     source_kl_weight: Annotated[StrictFloat, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
         default=0.0, ge=0.0
     )
-    """With a source: adds this many times KL(source || model) on the same tokens to the loss, so
-    that the model keeps what the source predicts. The source then runs beside it."""
+    """With a source model: weight of KL(source || model) in the loss, which keeps the source's
+    predictions. Above 0, the source runs in each step, too."""
     trained_layers: Annotated[
         Literal["all", "corrected", "added"] | tuple[StrictInt, ...],
         Effect.WEIGHTS,
         KeyForm.ABSENT_AT_DEFAULT,
     ] = "all"
-    """`all` weights are trained; or the `corrected` layers, those that make corrections, and what
-    the method adds from the first of them on; only what is `added` there; or layers by their
-    numbers, the first being 1, as if these made the corrections: `[3, 4]`. The rest is frozen, and
-    the model stays its source before the first trained layer. All but `all` need a model that
-    begins as its source: `model.method_options.start: identity`, or the method of the source."""
+    """What is trained; the rest is frozen. `all`; `corrected`: layers with corrections, and what
+    the method adds from the first of them on; `added`: only what the method adds there; or layers
+    by number from 1 on, `[3, 4]`. All but `all` need a model that starts equal to its source model:
+    `model.method_options.start: identity`, or the method of the source."""
     sequence_length: Annotated[StrictInt | None, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = Field(
         default=None, gt=1
     )
-    """Tokens of a training sequence, and of one of the validation loss during the training; at most
-    the model's context (default: its context; with a source whose context is longer than a step,
-    the tokens of a step)."""
+    """Tokens of a sequence in training and validation, at most the context length (default: the
+    context length, or the tokens of a step if a source model's context is longer than that)."""
     num_sequences_per_pass: Annotated[StrictInt | None, Effect.JOURNAL] = Field(default=None, gt=0)
-    """At most this many sequences in one forward pass of one worker (gradient accumulation;
-    default: all at once)."""
+    """Micro-batch: most sequences in one forward pass of a worker (default: all; fewer need less
+    memory, by gradient accumulation)."""
     optimizer: Annotated[Optimizer, Effect.WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = "adamw"
-    """`adamw`, or `muon` for the matrices of the layers' fields (`torch.optim.Muon`, its updates
-    scaled as large as AdamW's); embeddings, head, norms, the mix and gates are AdamW's in any case.
-    `muon` needs whole matrices, so `cluster.parallel: fsdp` refuses it."""
+    """`adamw` for all weights, or `muon` (`torch.optim.Muon`) for the matrices of attention and
+    feed-forward networks, and AdamW for the rest. `muon` needs `cluster.parallel: ddp`."""
     learning_rate: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=2e-3, gt=0.0)
     """Peak learning rate of AdamW; those of gates and of Muon's matrices are multiples of it."""
     muon_rate_factor: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=4.0, gt=0.0)
-    """The learning rate of Muon's matrices is this many times `learning_rate`, in each step. Like
-    `muon_momentum`, only `optimizer: muon` reads it."""
+    """Learning rate of Muon's matrices, as a multiple of `learning_rate`. Only `optimizer: muon`
+    reads it, and `muon_momentum`."""
     muon_momentum: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.95, ge=0.0, lt=1.0)
-    """Muon's momentum, in Nesterov's form."""
+    """Nesterov momentum of Muon."""
     gate_rate_factor: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=30.0, gt=0.0)
-    """The learning rate of gates is this many times `learning_rate`: of a learned damping, and of
-    the blended norms of an identity start. Models without gates do not read it."""
+    """Learning rate of gates, as a multiple of `learning_rate`. Models have gates by a learned
+    damping, or by `method_options.start: identity`."""
     warmup_steps: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=50, ge=0)
     """Steps of linear warm-up."""
     decay: Annotated[Literal["cosine", "wsd", "constant"], Effect.LATER_WEIGHTS] = "cosine"
-    """Shape after the warm-up: cosine to the final rate, stable then linear (wsd), or constant."""
+    """Learning rate after the warm-up: `cosine` to the final rate, `wsd` (stable, then linear) or
+    `constant`."""
     decay_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
         default=0.2, gt=0.0, le=1.0
     )
@@ -214,13 +208,13 @@ class TrainingSettings(Section):
     )
     """Last learning rate as a share of the peak."""
     weight_decay: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.1, ge=0.0)
-    """Decay of matrices, by either optimizer; norms, the mix and embeddings are not decayed."""
+    """Weight decay of matrices; norms, the mix and embeddings have none."""
     beta1: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW's first moment."""
+    """AdamW's decay rate of the first moment."""
     beta2: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=0.95, ge=0.0, lt=1.0)
-    """AdamW's second moment."""
+    """AdamW's decay rate of the second moment."""
     clip_norm: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=1.0, gt=0.0)
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; larger ones are scaled down to it."""
     iterate_from_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
         default=0.6, ge=0.0, lt=1.0
     )
@@ -229,29 +223,29 @@ class TrainingSettings(Section):
     iterate_ramp_fraction: Annotated[StrictFloat, Effect.LATER_WEIGHTS] = Field(
         default=0.0, ge=0.0, le=1.0
     )
-    """Share of the steps, after `iterate_from_fraction`, in which corrections grow: 1, 2, ... up to
-    the full schedule, each for the same time; 0 starts all of them at once."""
+    """Share of the steps, after `iterate_from_fraction`, in which corrections grow by one at a time
+    up to the full schedule; 0 starts all of them at once."""
     elastic: Annotated[ElasticSettings | None, Effect.LATER_WEIGHTS, KeyForm.ABSENT_AT_DEFAULT] = (
         None
     )
-    """Also learn cheaper schedules in each step (default: only the full one). `elastic: {}` takes
+    """Learn cheaper schedules in each step, too (default: only the full one); `elastic: {}` takes
     the defaults of its section."""
     spike_factor: Annotated[StrictFloat | None, Effect.WEIGHTS] = Field(default=None, gt=1.0)
-    """A step also counts as bad if its gradient norm exceeds this factor times the median of the
-    steps before (default: off)."""
+    """A step is a spike if its gradient norm exceeds this many times the median of earlier steps
+    (default: off)."""
     skip_bad_steps: Annotated[StrictInt, Effect.JOURNAL] = Field(default=0, ge=0)
-    """At most this many bad steps in a row (loss or gradient not finite, or a spike) are skipped
-    without changing the weights; one more ends the training. At 0, the first bad step ends it."""
+    """Most bad steps in a row that are skipped without changing the weights; one more ends the
+    training. A step is bad if its loss or gradient is not finite, or if it is a spike."""
     precision: Annotated[Precision, Effect.WEIGHTS] = "fp32"
     """Arithmetic of the forward pass: fp32 (as TF32 on GPUs that have it), or bf16 autocast with
-    fp32 weights (default in a file: bf16 if GPUs are named, else fp32)."""
+    fp32 weights (default: bf16 if the settings name GPUs, else fp32)."""
     activation_checkpointing: Annotated[StrictBool, Effect.JOURNAL] = False
     """Recompute each layer in the backward pass: less memory, more time."""
     compile: Annotated[StrictBool | None, Effect.JOURNAL] = None
-    """Compile fields and sums of the mix with `torch.compile`: about a minute in the first step,
-    then faster; needs a C++ compiler (default: on GPUs only)."""
+    """Compile layers with `torch.compile`: the first step takes about a minute, later ones less;
+    needs a C++ compiler (default: on GPUs only)."""
     seed: Annotated[StrictInt, Effect.WEIGHTS] = Field(default=0, ge=0)
-    """Seed of the weights and of the data order."""
+    """Seed of the initial weights and of the order of the data."""
     validate_every_steps: Annotated[StrictInt, Effect.JOURNAL] = Field(default=100, gt=0)
     """Steps between validation losses."""
     num_validation_tokens: Annotated[StrictInt, Effect.JOURNAL] = Field(default=16384, gt=0)
@@ -261,7 +255,7 @@ class TrainingSettings(Section):
     checkpoint_every_minutes: Annotated[StrictFloat | None, Effect.FILES] = Field(
         default=None, gt=0.0
     )
-    """Longest time in minutes without a checkpoint (default: only steps count)."""
+    """Longest time between checkpoints in minutes (default: no limit)."""
     num_checkpoints_kept: Annotated[StrictInt, Effect.FILES] = Field(default=2, ge=1)
     """Newest checkpoints kept on disk."""
     profile_steps: Annotated[StrictInt, Effect.FILES] = Field(default=0, ge=0)
@@ -285,8 +279,8 @@ class DistillationSettings(Section):
     """How a pruned student learns from its teacher (IIAD)."""
 
     control: Control = "distill"
-    """`distill`, or a control: cross-entropy only, pruned without training, or trained from
-    scratch."""
+    """`distill`, or an ablation: `cross_entropy` (no teacher), `pruned` (no training), or `scratch`
+    (random weights)."""
     kl_weight: StrictFloat = Field(default=1.0, ge=0.0)
     """Weight of KL(teacher || student); the cross-entropy has weight 1."""
     temperature: StrictFloat = Field(default=1.0, ge=1e-3, le=1e3)
@@ -294,7 +288,7 @@ class DistillationSettings(Section):
     divergence: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), or its reverse."""
     hidden_weight: StrictFloat = Field(default=0.0, ge=0.0)
-    """Weight of the error of the layers' hidden states; 0 leaves it out."""
+    """Weight of the relative squared error of the layers' hidden states; 0 leaves it out."""
     teacher_from_step: StrictInt = Field(default=0, ge=0)
     """First step with the teacher, counted from 0; plain cross-entropy before."""
     teacher_until_step: StrictInt | None = Field(default=None, gt=0)
