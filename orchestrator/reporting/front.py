@@ -67,8 +67,6 @@ from orchestrator.workspace.layout import Workspace
 
 M = TypeVar("M", bound=ModelResult)
 
-MIN_RIGHT_ANSWERS = 30
-"""With fewer right answers of the full model, accuracy is not the default quality."""
 MAX_TIME_SPREAD = 0.1
 """Share of the time per token above which it decides nothing."""
 
@@ -146,8 +144,8 @@ def reason_against_accuracy(
 ) -> str:
     """Return why bits per byte are the default quality of these models; empty if accuracy is.
 
-    They are where every model has them, and the accuracy cannot tell models apart: the full model
-    has too few right answers, or the loss of accuracy is less well known than it may be large.
+    They are where every model has them, and the loss of accuracy is less well known than it may be
+    large: the accuracy then cannot tell models apart.
 
     Args:
         workspace: Holds the values of single items.
@@ -157,27 +155,15 @@ def reason_against_accuracy(
     full = teacher_or_costliest(trials, role=lambda trial: trial.role, cost=_nfe)
     if full is None or any(BITS_PER_BYTE not in trial.numbers for trial in trials):
         return ""
-    evaluation = load_item_values(workspace, [full]).get(full.key)
-    if evaluation is None or not evaluation.accuracies:
-        return ""
-    num_right = 0
-    for result in evaluation.averaged.values():
-        if result.accuracy_metric:
-            num_right += round(result.metrics[result.accuracy_metric] * result.num_items)
-    if num_right < MIN_RIGHT_ANSWERS:
-        return (
-            f"Quality is bits per byte, because {full.name} answers {num_right} of "
-            f"{evaluation.num_accuracy_items:,} items right, too few to tell models apart by "
-            f"their accuracy (fewer than {MIN_RIGHT_ANSWERS}); `--quality accuracy` shows it."
-        )
-
     # The interval of what cheaper models lose: of the median, as some may answer all items alike.
     cheaper = [
         trial for trial in trials if trial.role not in BASELINE_ROLES and _nfe(trial) < _nfe(full)
     ]
     items = load_item_values(workspace, [full, *cheaper])
-    paired = pair_scores({key: [evaluation] for key, evaluation in items.items()})
-    scores = paired.quality(ACCURACY) if paired and len(items) > 1 else None
+    paired = None
+    if full.key in items and len(items) > 1:
+        paired = pair_scores({key: [evaluation] for key, evaluation in items.items()})
+    scores = paired.quality(ACCURACY) if paired else None
     if paired is None or scores is None:
         return ""
     number_of = paired.number_of
@@ -188,10 +174,11 @@ def reason_against_accuracy(
     if width <= allowed:
         return ""
     return (
-        f"Quality is bits per byte, because {paired.num_items(ACCURACY):,} items tell the accuracy "
-        f"that a cheaper model loses only within {100 * width:.1f} points ({INTERVAL_LEVEL:.0%} "
-        f"interval over the items, median of the models), and to keep {100 * demanded_share:.4g}% "
-        f"allows to lose {100 * allowed:.1f}; `--quality accuracy` shows it."
+        f"Quality is bits per byte: {paired.num_items(ACCURACY):,} items are too few for the "
+        "accuracy. They tell what a cheaper model loses only within "
+        f"{100 * width:.1f} points ({INTERVAL_LEVEL:.0%} interval, median of the models). To keep "
+        f"{100 * demanded_share:.4g}% it may lose {100 * allowed:.1f} points. "
+        "`--quality accuracy` shows it."
     )
 
 
