@@ -127,14 +127,18 @@ def claims_table(report: Report) -> list[str]:
 
 
 def _claim_cells(claim: Report) -> list[str]:
-    unit = " % less overhead" if claim["number"] == 3 else " points"
-    paper = "" if claim["paper"] is None else f"{claim['paper']:g}{unit}"
-    here = f"{claim['here']:.1f}{unit}"
-    if claim["kept"] is None:
-        interval = f"{claim['low']:.1f} to {claim['high']:.1f}"
+    text = f"{claim['number']} {claim['text']}"
+    if claim["kept"] is not None:
+        # The claim is about what is kept; the overhead says of which student.
+        text += f" ({claim['here']:.1f} % less overhead; the paper {claim['paper']:g} %)"
+        paper = f"{100 * PAPER_SHARE_OF_FULL:.1f} % kept"
+        here = f"{claim['kept']:.1f} % kept"
+        interval = f"{claim['kept_low']:.1f} to {claim['kept_high']:.1f} %"
     else:
-        interval = f"{claim['kept_low']:.1f} to {claim['kept_high']:.1f} % kept"
-    return [f"{claim['number']} {claim['text']}", paper, here, interval, claim["verdict"]]
+        paper = "" if claim["paper"] is None else f"{claim['paper']:g} points"
+        here = f"{claim['here']:.1f} points"
+        interval = f"{claim['low']:.1f} to {claim['high']:.1f}"
+    return [text, paper, here, interval, claim["verdict"]]
 
 
 @dataclass(frozen=True)
@@ -330,9 +334,9 @@ def _kept_cell(report: Report, name: str) -> str:
     if verdict_of_teacher != "holds":
         return "**says nothing**: the teacher does not beat r = 0"
     verdict = "holds" if low >= PAPER_SHARE_OF_FULL else "not decided"
-    saved = 100 * (1 - row["cost/overhead_share"])
-    kept = f"{100 * low:.1f} to {100 * high:.1f} % kept, over {_over(report)}"
-    return f"**{verdict}**: {saved:.1f} % less overhead ({kept})"
+    kept = 100 * row["paired/share_of_full"]
+    interval = f"{100 * low:.1f} to {100 * high:.1f} %, over {_over(report)}"
+    return f"**{verdict}**: {kept:.1f} % kept ({interval})"
 
 
 def _difference_cell(report: Report, name: str, against: str) -> str:

@@ -69,17 +69,16 @@ Verdict = Literal["holds", "does not hold", "not decided"]
 VERDICT_NUMBERS: dict[Verdict, int] = {"holds": 1, "not decided": 0, "does not hold": -1}
 """Verdict -> its number as a metric."""
 EXPLANATION = (
-    f"Differences of accuracies are in points over the same items, with their {INTERVAL_LEVEL:.0%} "
-    "intervals: over seeds and items where models have several seeds, else over the items of one "
-    "seed. A claim holds if the interval lies wholly above zero, and does not hold if it lies "
-    "wholly below. r = 0 is an IIET that was trained without corrections, with which the paper "
-    "does not compare. Overhead is cost beyond vanilla of the same shape, which is exact; kept is "
-    "the share of the teacher's accuracy that the student with less overhead keeps. That claim "
-    f"holds if a student keeps {PAPER_SHARE_OF_FULL:.1%} with a confidence of {CONFIDENCE}, "
-    "however much it saves, and does not hold if each keeps less with that confidence. Confidences "
-    "of several students are corrected for their number by Holm's method, and the interval of a "
-    "student that was chosen among several by Bonferroni's, so that at most 5% of such claims are "
-    "false."
+    f"Differences of accuracies are in points, over the same items. Their {INTERVAL_LEVEL:.0%} "
+    "intervals are over seeds and items, or over the items of one seed. A claim holds if the "
+    "interval lies wholly above zero. It does not hold if the interval lies wholly below. r = 0 is "
+    "an IIET that was trained without corrections; the paper does not compare with it. Claim 3 is "
+    "about the share of the teacher's accuracy that a student with less overhead keeps. Overhead "
+    "is cost beyond vanilla of the same shape, and exact. Claim 3 holds if a student keeps "
+    f"{PAPER_SHARE_OF_FULL:.1%} with a confidence of {CONFIDENCE}, however much it saves. It does "
+    "not hold if each keeps less with that confidence. Confidences of several students are "
+    "corrected for their number by Holm's method. The interval of a student that was chosen among "
+    "several is corrected by Bonferroni's method. So at most 5% of such claims are false."
 )
 
 
@@ -259,7 +258,7 @@ class _Evidence:
             raise _NotMeasured
         scores, (iiet_number, rival_number) = self._scores(iiet, rival)
         difference = scores.difference(iiet_number, rival_number).interval()
-        return claim.judged(difference, f"{_described(iiet)}; {_described(rival)}")
+        return claim.judged(difference, f"{_described(iiet)} against {_described(rival)}")
 
     def saved_overhead(self, cost: str, claim: Claim) -> Claim:
         """Find the student that saves most of the overhead among those that keep the accuracy."""
@@ -304,12 +303,12 @@ class _Evidence:
             kept_high=100 * share.high,
             over=share.over,
             about=(
-                f"{_described(model)} has {model.value(overhead):.3g} of "
-                f"{full.value(overhead):.3g} {METRICS[overhead].unit} beyond vanilla; it keeps "
-                f"{share.value:.1%} of the "
-                f"accuracy of {_described(full)}, and {PAPER_SHARE_OF_FULL:.1%} with a confidence "
-                f"of {confidence_text(corrected_confidences[shown])}, "
-                f"corrected for {format_count(len(cheaper), 'student')}"
+                f"{_described(model)} against {_described(full)}; overhead "
+                f"{model.value(overhead):.3g} of {full.value(overhead):.3g} "
+                f"{METRICS[overhead].unit}, {1 - model.value(overhead_share):.0%} less "
+                f"(paper: {1 - PAPER_OVERHEAD_SHARE:.0%}); confidence "
+                f"{confidence_text(corrected_confidences[shown])} that it keeps "
+                f"{PAPER_SHARE_OF_FULL:.1%}, corrected for {format_count(len(cheaper), 'student')}"
             ),
         )
 
@@ -342,11 +341,11 @@ class _Evidence:
         difference = scores.difference(numbers[best], rival_number)
         time = students[best].number(DECODE_MS)
         rival_time = rival.number(DECODE_MS)
-        ratio = f" takes {time / rival_time:.2f} times its time" if time and rival_time else ""
+        ratio = f"; {time / rival_time:.2f} times its time" if time and rival_time else ""
         return claim.judged(
             difference.interval(num_comparisons=len(students)),
-            f"{_described(students[best])} beside {_described(rival)}{ratio}; it is the best of "
-            f"{format_count(len(students), 'student')}, whose number the interval corrects for",
+            f"{_described(students[best])} against {_described(rival)}{ratio}; the best of "
+            f"{format_count(len(students), 'student')}, interval corrected for their number",
         )
 
     def kept_over_pcformer(self, claim: Claim) -> Claim:
@@ -451,10 +450,10 @@ def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
 
 
 def _cells(claim: Claim) -> tuple[str, str, str]:
-    """Return the paper's number, the number here, and an interval, of what is kept if not of it."""
+    """Return the paper's number, the number here, and its interval: of claim 3, what is kept."""
     if claim.kept is not None:
-        paper = "" if claim.paper is None else f"-{claim.paper:g}%"
-        return paper, f"{-claim.here:.0f}%", f"kept {claim.kept_low:.1f} to {claim.kept_high:.1f}%"
+        interval = f"{claim.kept_low:.1f} to {claim.kept_high:.1f}%"
+        return f"{PAPER_SHARE_OF_FULL:.1%}", f"{claim.kept:.1f}%", interval
     paper = "" if claim.paper is None else f"{claim.paper:+g}"
     return paper, f"{claim.here:+.1f}", f"{claim.low:+.1f} to {claim.high:+.1f}"
 

@@ -132,8 +132,9 @@ class ReportResult(Result):
             claims: (optional) those of the paper's claims that the models answer: `number`, `key`,
                 `text`, `paper` (its number, points of accuracy or percent of overhead; or `null`),
                 `verdict` (`holds`, `does not hold`, `not decided`), `here` (in the paper's unit),
-                `low` and `high` (the 95% interval; of claim 3, that of the share of the teacher's
-                accuracy that is kept, in percent), `about` (the models that are compared)
+                `low` and `high` (its 95% interval; `null` for claim 3, whose `here` is the overhead
+                that is saved), `kept`, `kept_low` and `kept_high` (of claim 3, the share of the
+                teacher's accuracy that is kept, in percent), `about` (the models that are compared)
         """
         return {**super().to_json(), **render_json(self.brief())}
 
