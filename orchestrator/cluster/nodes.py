@@ -1,7 +1,7 @@
-"""Whether the nodes of a cluster can be used, which is checked before they get work.
+"""Check the nodes of a cluster before they get work.
 
-They need the same code and libraries as this machine, and one workspace with locks that reach all
-of them: otherwise two runs could write to one folder.
+They need the same code and libraries as this machine, and must share one workspace whose locks hold
+on all nodes: otherwise two runs could write to one folder.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from orchestrator.workspace.provenance import (
 )
 
 ANSWER_SECONDS = 25.0
-"""Longest wait for the nodes, each of which starts a process."""
+"""Longest wait for the answers of the nodes, each of which starts a process."""
 SEEN_SECONDS = 5.0
-"""How long a node looks for a file; network file systems show it late."""
+"""Longest wait of a node for a file, which network file systems show late."""
 CODE = "the code of iiet-orch"
 INSTALL_THE_SAME = "install the same on all nodes"
 
@@ -37,8 +37,8 @@ def check_nodes(folder: Path | None = None) -> None:
     """Check all nodes with CPUs or GPUs at the same time, and whether they share a folder.
 
     Raises:
-        UserError: Names the first node that cannot be used, what differs and what to do; or says
-            that the file system has no locks.
+        UserError: If a node cannot be used; names the first one, what differs and what to do. Or
+            if the file system has no locks.
         RunFailed: If a node does not answer.
     """
     import ray
@@ -77,7 +77,7 @@ def check_nodes(folder: Path | None = None) -> None:
 
 @contextmanager
 def locked_file(folder: Path) -> Iterator[Path]:
-    """Hold the lock of a new file in a folder, whose name no other machine can guess.
+    """Hold the lock of a new file with a random name in a folder.
 
     Raises:
         UserError: If the file system has no locks.
@@ -99,11 +99,11 @@ def locked_file(folder: Path) -> Iterator[Path]:
 
 
 def problem_of_node(probe: Path | None, driver_versions: dict[str, str]) -> str:
-    """Run on a node: return why it cannot work with the driver's machine; empty if it can.
+    """Return why this node cannot work with the driver's machine; empty if it can. Runs on a node.
 
     Args:
-        probe: A file that the driver's machine holds locked in the workspace, if that is checked.
-        driver_versions: The `versions` of the driver's machine.
+        probe: A file in the workspace that the driver holds locked; None skips this check.
+        driver_versions: `versions` of the driver's machine.
     """
     if probe and (problem := _problem_of_folder(probe)):
         return (
@@ -120,7 +120,7 @@ def problem_of_node(probe: Path | None, driver_versions: dict[str, str]) -> str:
 
 
 def _problem_of_folder(probe: Path) -> str:
-    """Return why this node cannot work in the folder of a file that another one holds locked."""
+    """Return why this node cannot work in the folder of a file that the driver holds locked."""
     deadline = time.monotonic() + SEEN_SECONDS
     while not probe.is_file():
         if time.monotonic() >= deadline:

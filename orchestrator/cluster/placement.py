@@ -41,7 +41,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def nodes_with_devices() -> list[dict[str, Any]]:
-    """Return what Ray says of each node that has CPUs or GPUs."""
+    """Return Ray's description of each node that has CPUs or GPUs."""
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -59,19 +59,19 @@ def alive_nodes() -> tuple[Node, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What each of the jobs that run at the same time gets."""
+    """What each job gets, when several run at the same time."""
 
     jobs_at_once: int
     workers: int
     """Workers of each job."""
     cpus: int
-    """CPUs and threads of each worker; a job has `workers` times as many."""
+    """CPUs, and threads, of each worker."""
     gpus: float = 0
     """GPUs of each worker: 1, a share of one, or 0."""
     on_one_node: bool = False
-    """Whether all workers of a job must lie on the same node."""
+    """Whether all workers of a job must be on one node."""
     min_workers: int | None = None
-    """Fewest workers of a job whose number varies with the nodes; None: always `workers`."""
+    """Fewest workers of a job of variable size; None: always `workers`."""
 
     @property
     def use_gpu(self) -> bool:
@@ -90,10 +90,11 @@ class Placement:
 
     @property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for a trial's own process: a single worker is that process.
+        """What Ray reserves for a trial's own process.
 
-        Several reserve their own; if the process took CPUs or GPUs, too, it could keep them from
-        its workers. By its memory, Ray spreads such processes over the nodes.
+        A single worker is that process. Several workers reserve their own CPUs and GPUs, which the
+        process must not take from them; it reserves memory, by which Ray spreads such processes
+        over the nodes.
         """
         return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
 
@@ -120,7 +121,7 @@ def job_placement(
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
         min_gpus: Fewest GPUs of a job, if their number may vary.
-        per_trial: Whether the jobs are trials of a sweep, for the error.
+        per_trial: Whether the jobs are trials of a sweep, which the error names.
 
     Raises:
         UserError: If there is too little for one job.
@@ -148,7 +149,7 @@ def job_placement(
 
 
 def use_fake_gpus() -> bool:
-    """Return whether Ray's GPUs are only names, and work that reserves one runs on CPUs."""
+    """Return whether Ray's GPUs are pretended, and work that reserves one runs on CPUs."""
     return os.environ.get(PRETENDED_GPUS) == "1"
 
 
@@ -189,33 +190,33 @@ def reserved_slots(bundles: Sequence[dict[str, float]], strategy: str = "PACK") 
 
 
 class Signal:
-    """Something that is sent once to the processes of a driver on any node.
+    """A one-time message from a driver to its processes on all nodes.
 
-    It is sent when Ray has an actor of its name, which ends with the driver that sent it.
+    It is sent when Ray has an actor of its name. The actor ends with the driver.
     """
 
     def __init__(self) -> None:
-        """Make a signal that was not sent; only its copies share it."""
+        """Make an unsent signal; its pickled copies share it."""
         self._key = uuid.uuid4().hex
         self._is_sent = False
         self._next_look = -math.inf
 
     def send(self) -> None:
-        """Send it, if it was not sent before."""
+        """Send the signal, unless it was sent before."""
         import ray
 
-        self._is_sent = True  # Who asks in this process hears it, also when Ray has ended.
+        self._is_sent = True  # For this process, also after Ray has ended.
         actor: Any = ray.remote(num_cpus=0)(_Sent)
         name = {"name": self._key, "namespace": NAMESPACE, "get_if_exists": True}
         _sent.append(actor.options(**name).remote())
 
     def is_sent(self) -> bool:
-        """Return whether it was sent; asks Ray's head twice a second, for a millisecond."""
+        """Return whether it was sent; asks Ray's head at most twice a second."""
         import ray
         import ray.exceptions
 
         if not self._is_sent and time.monotonic() >= self._next_look:
-            # There is no such actor; or Ray's head is busy, or gone and ends us.
+            # There is no such actor, or Ray's head is busy or gone.
             with suppress(ValueError, ray.exceptions.RayError):
                 ray.get_actor(self._key, namespace=NAMESPACE)
                 self._is_sent = True
@@ -224,22 +225,22 @@ class Signal:
 
 
 class _Sent:
-    """The actor of a signal that was sent: it does nothing."""
+    """The actor of a sent signal; its existence is the message."""
 
 
 _sent: list[Any] = []
-"""An actor lives as long as somebody holds it."""
+"""Actors of sent signals: an actor lives as long as it is referenced."""
 
 
 class StopRequests:
-    """Keys of the trials that ASHA asks to end. An actor of Ray holds the keys, because trials run
-    on all nodes, and each must learn of its request."""
+    """Keys of the trials that ASHA asks to end. A Ray actor holds them for trials on all nodes."""
 
     def __init__(self) -> None:
-        """Start the actor; it ends with the last copy of this object."""
+        """Start the actor; it ends with the last pickled copy of this object."""
         import ray
 
-        # Its class lies here: a process of Ray imports its module, and that of Tune takes seconds.
+        # The actor's class is in this module because Ray imports the module, and Tune's takes
+        # seconds.
         self._actor: Any = ray.remote(num_cpus=0)(_Keys).remote()
 
     def ask(self, key: str) -> None:

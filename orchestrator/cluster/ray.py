@@ -1,8 +1,8 @@
 """Start Ray on this machine for a block of code, or join the cluster that the settings name.
 
-A local Ray listens on loopback only, with a token of its own, in a short temporary folder (a
-socket's path is limited to 107 characters). At the end, all of its processes are gone. The nodes of
-a joined cluster are checked before they get work (`nodes.py`).
+A local Ray listens only on loopback, with its own token, in a temporary folder with a short name (a
+socket's path is limited to 107 characters). At the end, all of its processes have ended. The nodes
+of a joined cluster are checked before they get work (`nodes.py`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ from orchestrator.workspace.files import make_scratch_folder
 
 LONGEST_TEMPORARY_FOLDER = 38  # characters; Ray's folder and a socket add up to 68, of 107 at most
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Object store of a Ray that a command starts: data does not travel through it; its own minimum is
-75 MB."""
+"""Object store of a local Ray, which transports no data; Ray's minimum is 75 MB."""
 CONNECT_SECONDS = 5.0
 # After Ctrl-C everything together must take less than ten seconds.
 INTERRUPTED_START_SECONDS = 2.0
@@ -61,23 +60,23 @@ EXIT_CODE_INTERRUPTED = 130
 # Environment of Ray and its processes
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Variable that Ray reads when it is imported; 0 keeps its sockets on loopback, on Linux too."""
+"""Variable that Ray reads at import; with 0 its sockets stay on loopback, also on Linux."""
 WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""Variable for Ray Train's process that hears of nodes that will be taken away."""
+"""Variable of Ray Train's process that watches for announced losses of nodes."""
 AUTO_START_SWITCH = "RAY_ENABLE_AUTO_CONNECT"
-"""Variable that Ray reads when it is imported. With 0, a thread that is late by the end of our Ray
-gets an error; otherwise its next call starts another one."""
+"""Variable that Ray reads at import. With 0, a late call after the end of our Ray raises an error;
+otherwise it would start another Ray."""
 _LOCAL_ENVIRONMENT = {
     AUTO_START_SWITCH: "0",
     "RAY_AUTH_MODE": "token",
     # One token for this process and its children; Ray would write one into the home folder.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     LOOPBACK_SWITCH: "0",
-    "RAY_prestart_worker_first_driver": "0",  # idle workers that no trial and no job would use
+    "RAY_prestart_worker_first_driver": "0",  # no idle workers, which nothing would use
     "RAY_enable_worker_prestart": "0",
-    # Its only node cannot be lost alone: a busy or sleeping machine must not end a run.
+    # The only node cannot be lost by itself: a busy or sleeping machine must not end a run.
     "RAY_health_check_failure_threshold": "60",
-    # Other programs may take memory, too; Ray's own threshold is 0.95.
+    # Other programs need memory, too; Ray's default threshold is 0.95.
     "RAY_memory_usage_threshold": "0.98",
     WATCHER_SWITCH: "0",
 }
@@ -86,13 +85,13 @@ _JOINING_ENVIRONMENT = {
     "RAY_gcs_server_port_wait_time_s": "8",  # tries to reach the head node, about one a second
 }
 _imported_for_local: bool | None = None
-"""Whether Ray was imported in the environment of a local one; None: it was not imported."""
+"""Whether Ray was imported with the environment of a local Ray; None: it was not imported."""
 
 
 def address_variables(address: str) -> dict[str, str | None]:
-    """Return the variables of a Ray that is started here or joined; None: not set.
+    """Return the environment variables of a local or joined Ray; None: not set.
 
-    What the user has set stays, except `RAY_ADDRESS`, which parts of Ray read themselves.
+    The user's values stay, except `RAY_ADDRESS`, which parts of Ray read themselves.
     """
     defaults = _LOCAL_ENVIRONMENT if address == LOCAL else _JOINING_ENVIRONMENT
     variables: dict[str, str | None] = {
@@ -105,13 +104,14 @@ def address_variables(address: str) -> dict[str, str | None]:
 
 @contextmanager
 def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
-    """Set the variables of a local or a joined Ray in a block, in which Ray is imported.
+    """Set the variables of a local or joined Ray in a block in which Ray is imported.
 
     Args:
-        folder: Where a local Ray writes; it opens its folder to every user, so one inside ours.
+        folder: A private folder for the files of a local Ray, which makes its own folder in it
+            readable for every user.
 
     Raises:
-        UserError: If Ray was imported before, in the environment of the other kind.
+        UserError: If Ray was imported before with the environment of the other kind.
     """
     global _imported_for_local
     if _imported_for_local is None and "ray" in sys.modules:
@@ -143,9 +143,9 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
 
 
 def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
-    """Return the variables that `cluster.env` names for Ray's workers.
+    """Return the variables that `cluster.env` passes to Ray's workers.
 
-    Those of a local Ray inherit what is set here.
+    Workers of a local Ray inherit this process's environment anyway.
     """
     variables = {}
     for entry in (PRETENDED_GPUS, *entries):
@@ -163,9 +163,9 @@ def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
 class RayThread:
     """A thread that starts or joins Ray, and shuts it down.
 
-    It is one thread, because the kernel ends Ray's processes with the thread that started them. It
-    is not the main thread, which handles signals: one that interrupted `ray.init` would later crash
-    the interpreter.
+    One thread does both, because the kernel ends Ray's processes with the thread that started them.
+    It is not the main thread: a signal that interrupted `ray.init` would later crash the
+    interpreter.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class RayThread:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        # Ray's processes inherit this. A closed terminal must not end them before they have saved.
+        # Ray's processes inherit this: a closed terminal must not end them before they have saved.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             self._connected.set_result(self._connect())
@@ -219,7 +219,7 @@ class RayThread:
             seconds = INTERRUPTED_SHUTDOWN_SECONDS if is_interrupted else SHUTDOWN_SECONDS
             self._thread.join(seconds)
         if is_interrupted and self._thread.is_alive():
-            # A native thread that is still busy would crash the interpreter's own end.
+            # A native thread that is still busy would crash the interpreter at exit.
             atexit.register(self._exit_now)
         else:
             self._clean_up()
@@ -235,14 +235,14 @@ class LocalRay:
     """A Ray of this machine: its thread, its processes and its temporary folder."""
 
     def __init__(self, cluster: ClusterSettings, num_cpus: int | None) -> None:
-        """Make the folder; nothing is started yet."""
+        """Make the folder; Ray is not started yet."""
         self._scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
         self.folder = self._scratch.folder
         self._thread = RayThread(partial(_start_local, cluster, num_cpus), self.kill)
         self._daemons: list[psutil.Process] = []
         """Ray's processes that this process has started."""
         self._processes: list[psutil.Process] = []
-        """Ray's processes when its end began: the daemons, and the workers that they started."""
+        """Ray's processes at the beginning of the shutdown: the daemons and their workers."""
 
     def start(self) -> Resources:
         """Start Ray, and return what jobs may use.
@@ -260,7 +260,7 @@ class LocalRay:
 
     def stop(self, *, is_interrupted: bool) -> None:
         """Shut Ray down; after a time limit, which is short after an interruption, kill it."""
-        # Workers are found by the daemon that started them, while that lives.
+        # Workers can be found only while the daemon that started them lives.
         for daemon in self._daemons:
             with suppress(psutil.NoSuchProcess):
                 self._processes += [daemon, *daemon.children(recursive=True)]
@@ -276,7 +276,7 @@ class LocalRay:
 
 
 _running: Resources | None = None
-"""What the jobs of the running Ray may use."""
+"""Resources of the running Ray."""
 
 
 @contextmanager
@@ -287,12 +287,12 @@ def ray_cluster(
     num_cpus: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Resources]:
-    """Start or join Ray until the block ends, or use the one that runs; yield what jobs may use.
+    """Start or join Ray until the block ends, or use a running one; yields its resources.
 
     Args:
-        cluster: Says which cluster is joined; the default settings when unset.
-        folder: A folder that all nodes of that cluster must see, such as the workspace.
-        num_cpus: CPUs of a local cluster; all that this process may use when unset.
+        cluster: Names the cluster to join; the default settings when unset.
+        folder: A folder that all nodes must see, such as the workspace.
+        num_cpus: CPUs of a local Ray; all that this process may use when unset.
         say: Called with a sentence before Ray starts, which takes seconds.
 
     Raises:
@@ -365,7 +365,7 @@ def _join_cluster(cluster: ClusterSettings, folder: Path | None) -> Resources:
                 f"the cluster at {address} asks for another token; set RAY_AUTH_MODE=token and "
                 "RAY_AUTH_TOKEN to the token that the cluster was started with"
             ) from error
-        # Ray's reason, such as the versions there and here, may have several lines.
+        # Ray's reason, such as different versions, may have several lines.
         reason = " ".join(str(error).split())
         raise UserError(
             f"the cluster at {address} cannot be joined ({reason}); {_ADVICE}"
@@ -375,7 +375,7 @@ def _join_cluster(cluster: ClusterSettings, folder: Path | None) -> Resources:
 
 
 def _driver_options(cluster: ClusterSettings) -> dict[str, Any]:
-    """Return the options of `ray.init` that a local and a joined Ray share."""
+    """Return the options of `ray.init` for both a local and a joined Ray."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if variables := worker_variables(cluster.env, cluster.ray_address):
         options["runtime_env"] = {"env_vars": variables}
@@ -383,15 +383,15 @@ def _driver_options(cluster: ClusterSettings) -> dict[str, Any]:
 
 
 def _send_messages_to_log() -> None:
-    """Send messages of Ray's daemons, such as that a worker died, to the log.
+    """Send messages of Ray's daemons, such as the death of a worker, to the log.
 
-    Ray has no setting for this, and prints them where a command prints its JSON. This is the only
-    part of Ray that is used here and not public; a version without it prints them.
+    Ray prints them to standard output, where a command prints its JSON, and has no setting for it.
+    This is the only use of a private part of Ray; a version without it prints the messages.
     """
     import ray
 
     worker: Any = getattr(ray, "_private", None) and ray._private.worker
-    # It would say that SIGTERM has no handler of Ray's in this thread; there is one of ours.
+    # Ray would warn that it cannot handle SIGTERM in this thread; this program handles it.
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
     if hasattr(worker, "print_to_stdstream"):
 
@@ -402,7 +402,7 @@ def _send_messages_to_log() -> None:
         worker.print_to_stdstream = log
 
 
-# What can be known in seconds: Ray itself tries an address for 40 seconds or longer
+# Quick checks: Ray itself tries an address for 40 seconds or longer
 
 _ADVICE = (
     f"start it (`ray start --head`), correct cluster.address or {ADDRESS_VARIABLE}, or set "
@@ -411,9 +411,9 @@ _ADVICE = (
 
 
 def check_ray_can_run(address: str) -> None:
-    """Check what can be known in seconds, before anything is prepared for Ray.
+    """Check quickly whether Ray can run, before anything is prepared for it.
 
-    A cluster's head node must answer, and one of its nodes must be this machine.
+    A cluster's head node must answer, and this machine must be one of its nodes.
 
     Raises:
         UserError: Says what is wrong.
@@ -427,8 +427,8 @@ def check_ray_can_run(address: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"no Ray cluster answers at {address} ({reason}); {_ADVICE}") from None
-    # A command talks to the cluster through the node of its own machine. Ray looks for it for a
-    # minute.
+    # A command talks to the cluster through its own machine's node, which Ray would look for for
+    # a minute.
     if any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])):
         return
     if address == AUTO:

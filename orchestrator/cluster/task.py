@@ -1,7 +1,6 @@
-"""Where training jobs run, and parts of text are tokenized: under Ray, or in this process.
+"""Choose where training jobs run and text is tokenized: under Ray, or in this process.
 
-Jobs in this process, for debuggers and profilers, have bitwise the losses that they have under Ray
-with one worker.
+In this process, for debuggers and profilers, a job has bitwise the losses of one worker under Ray.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ T = TypeVar("T")
 AnswerT = TypeVar("AnswerT")
 
 END_SECONDS = 3.0
-"""Longest wait for the end of tasks that are cancelled."""
+"""Longest wait for the end of cancelled tasks."""
 
 
 @contextmanager
@@ -50,7 +49,8 @@ def joined_cluster(
 ) -> Iterator[None]:
     """Join the cluster that the settings name for a block of code, and check it first.
 
-    What the block prepares may take hours. A Ray of this machine starts later, with the first jobs.
+    The block may prepare data for hours, so a mistake must show before. A local Ray starts later,
+    with the first jobs.
 
     Args:
         folder: The workspace.
@@ -71,13 +71,12 @@ def joined_cluster(
 def lack_of_resources(
     cluster: ClusterSettings, check: Callable[[Resources | None], None]
 ) -> str | None:
-    """Return why the cluster that the settings name, or this machine, lacks what a check asks for;
-    None if it has that.
+    """Return which resources the cluster of the settings, or this machine, lacks; None if none.
 
-    A cluster is joined for it, as a run joins it, but nothing is written to the workspace.
+    A cluster is joined for it, as in a run, but nothing is written to the workspace.
 
     Args:
-        check: Raises `UserError` if there are too few CPUs or GPUs; takes None for this machine.
+        check: Raises `UserError` if there are too few CPUs or GPUs; gets None for this machine.
     """
     try:
         if cluster.ray_address == LOCAL:
@@ -94,8 +93,8 @@ def lack_of_resources(
 
 
 def part_runner(cluster: ClusterSettings) -> OpenRunner | None:
-    """Return what tokenizes parts on all nodes of the cluster that the settings name, which must
-    be joined while it runs; None on one machine, whose threads need no Ray."""
+    """Return the runner that tokenizes parts on all nodes of a cluster, which must be joined while
+    it runs; None for a single machine, which uses threads without Ray."""
     return None if cluster.ray_address == LOCAL else _part_tasks
 
 
@@ -109,25 +108,25 @@ def _part_tasks() -> Iterator[PartRunner]:
 
 
 class _PartTasks:
-    """Runs work on parts as Ray tasks of one CPU each. A task's reports come when it ends."""
+    """Runs work on parts as Ray tasks of one CPU each; a task reports when it ends."""
 
     def __init__(self, num_cpus: int) -> None:
         import ray
 
         self.num_at_once = num_cpus
-        # A task has one CPU, and the tokenizer would start threads for all of its node's.
+        # A task has one CPU; the tokenizer would start a thread for each CPU of the node.
         environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
         self._task: Any = ray.remote(num_cpus=1, runtime_env=environment)(_call)
         self._at_work: set[Any] = set()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Start a task; Ray starts it again on another node if its own is lost."""
+        """Start a task; if its node is lost, Ray starts it again on another one."""
         return self._start(work, lambda result: result)
 
     def submit_reporting(
         self, work: Callable[[ReportTokens], T], report: ReportTokens
     ) -> Future[T]:
-        """Start a task; at its end, call `report` once with the sums of what it has reported."""
+        """Start a task; at its end, call `report` once with the sums of its reports."""
 
         def report_sums(answer: tuple[T, int, int]) -> T:
             result, num_tokens, num_bytes = answer
@@ -154,14 +153,15 @@ class _PartTasks:
                 result.set_exception(
                     RunFailed(f"a task on a node failed ({reason}); run the same command again")
                 )
-            except Exception as error:  # `report` raises after an error of another part.
+            except Exception as error:  # `report` raises after an error in another part.
                 result.set_exception(error)
 
         reference.future().add_done_callback(take_result)
         return result
 
     def end(self) -> None:
-        """End what still runs, after an error or Ctrl-C; a part at work is written again."""
+        """Cancel running tasks after an error or Ctrl-C; unfinished parts are written again
+        later."""
         import ray
 
         running = list(self._at_work)
@@ -176,7 +176,7 @@ def _call(work: Callable[[], T]) -> T:
 
 
 def with_reported(work: Callable[[ReportTokens], T]) -> tuple[T, int, int]:
-    """Return what work returns, and the sums of the tokens and bytes that it reports."""
+    """Return the result of work, and the sums of the tokens and bytes that it reports."""
     reports: list[tuple[int, int]] = []
     result = work(lambda num_tokens, num_bytes: reports.append((num_tokens, num_bytes)))
     return result, sum(tokens for tokens, _ in reports), sum(size for _, size in reports)
@@ -191,7 +191,7 @@ def job_runner(
     """Return the function that runs jobs: `run_local_jobs`, or `run_train_jobs` under Ray.
 
     Args:
-        say: Called with what is started while a Ray is, which takes seconds.
+        say: Called with a sentence when Ray starts, which takes seconds.
     """
     if local:
         return run_local_jobs
@@ -208,17 +208,18 @@ def run_local_jobs(
     note: Callable[[str], None] | None = None,
     failed: Callable[[TrainingJob, Exception], None] | None = None,
 ) -> list[TrainingOutcome]:
-    """Run jobs one after the other in this process, the first GPU or the CPU; as `run_train_jobs`.
+    """Run jobs one after the other in this process, on the first GPU or the CPU.
 
-    The loop runs in the main thread with as many PyTorch threads as the single Ray worker would
-    have. Ctrl-C and SIGTERM ask to save and stop; a second one ends at once.
+    Arguments are those of `run_train_jobs`. The loop runs in the main thread, with as many PyTorch
+    threads as a single Ray worker would have. Ctrl-C and SIGTERM make it save and stop; a second
+    one ends it at once.
 
     Raises:
         UserError: If a job cannot run as described, or a GPU's memory is too small for it.
         Diverged: If a loss is not finite.
         Interrupted: After Ctrl-C or SIGTERM; says at which step the state is saved.
-        Exception: What a job raised, or the errors of several in one, when all have ended; after a
-            signal, what a job raised and what is saved.
+        Exception: What a job raised, or one error for several, when all have ended. After a
+            signal, its text also says what is saved.
     """
     from orchestrator.evaluation.decode_timing import torch_threads
     from orchestrator.planning.fit import out_of_memory_explained, sequences_if_uncompiled

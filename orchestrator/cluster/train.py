@@ -50,20 +50,21 @@ from orchestrator.workspace.journal import JOURNAL_NAME
 from orchestrator.workspace.layout import RAY_FOLDER, find_checkpoints
 
 GROW_SECONDS = 300.0
-"""How often a job of variable size looks for nodes that have joined."""
+"""How often a job of variable size looks for new nodes."""
 FIRST_START_SECONDS = 300.0
 """Longest wait for the first slot: somebody sits at the terminal. Later, a node may be lost at
 night, and `cluster.node_wait_minutes` says how long to wait for its replacement."""
 NOTICE_SECONDS = 2.0
-"""How often workers ask whether one of their nodes will be taken away."""
+"""How often workers ask whether the loss of one of their nodes was announced."""
 MAX_FAILED_STARTS = 3
 """Consecutive starts that may fail although a slot was free, such as on a node that just died."""
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables for the network interface of PyTorch's backends; a user's own value stays."""
 HANG_FOLDER = "hang_detector"
-"""Folder, in Ray's and then in the run's, with the workers' stacks when NCCL hung."""
+"""Folder with the workers' stacks after a hang of NCCL: first in Ray's folder, then in the
+run's."""
 FINAL_ERRORS = (UserError, Diverged, CheckpointWriteFailed)
-"""Errors that trying again cannot help."""
+"""Errors that a retry would raise again."""
 
 
 def run_train_jobs(
@@ -77,20 +78,20 @@ def run_train_jobs(
 ) -> list[TrainingOutcome]:
     """Run jobs under Ray Train, as many at the same time as fit; finished ones take no time.
 
-    Jobs that another process trains are waited for. The outcomes are in the order of the jobs.
+    If another process trains a job, this waits for it. The outcomes are in the order of the jobs.
 
     Args:
         jobs: What to train, each in a folder of its own; checked by `check_trainings`.
         watch: Called a few times a second, to show progress.
-        note: Called with a sentence if another process or a node is waited for, or while saving.
-        failed: Called when a job has failed, with its error; the others train on.
+        note: Called with a sentence at a wait for another process or a node, and while saving.
+        failed: Called with a job that has failed, and its error; the others continue.
         say: Called with a sentence when Ray starts.
 
     Raises:
         UserError: If there are too few CPUs or GPUs, or a job cannot run as described.
         Diverged: If a loss is not finite.
-        RunFailed: If a job failed too often, or several failed, with the reason of each. The others
-            have ended before.
+        RunFailed: If a job failed too often, or several failed; has the reason of each. All jobs
+            have ended by then.
         Interrupted: After Ctrl-C or SIGTERM.
     """
     cluster = cluster or ClusterSettings()
@@ -105,7 +106,7 @@ def run_train_jobs(
                     cluster.num_gpus,
                     resources,
                     min_gpus=cluster.min_gpus,
-                    # On GPUs, one job at a time has all that the settings name.
+                    # On GPUs, jobs run one at a time, with all GPUs of the settings.
                     most_at_once=1 if cluster.num_gpus else None,
                 )
                 stop = Signal()
@@ -123,7 +124,7 @@ def _run_together(
     """Run each job in a thread until all have ended; after a signal, ask them to save."""
     jobs = {run.job.folder.name: run.job for run in runs}
     noted: dict[JobRun, str] = {}
-    """What each job was last said to wait for."""
+    """The last note on what each job waits for."""
 
     def show() -> None:
         for run in runs:
@@ -163,7 +164,7 @@ def _run_together(
 
 
 class JobRun:
-    """One job in the Ray that runs already, from the driver or inside a trial."""
+    """One job in a running Ray, started by the driver or by a trial."""
 
     def __init__(
         self, job: TrainingJob, placement: Placement, cluster: ClusterSettings, stop: Signal
@@ -187,10 +188,10 @@ class JobRun:
         return not self.waits_for and self._journal_bytes() > self._num_bytes
 
     def fit(self) -> None:
-        """Run the job to its end, or until it was asked to stop; its folder has the outcome.
+        """Run the job to its end, or until a request to stop; its folder has the outcome.
 
-        It is started again `cluster.max_failures` times after a worker died, if no checkpoint is
-        newer.
+        After the death of a worker it starts again. It may fail `cluster.max_failures` times
+        without a new checkpoint in between.
 
         Raises:
             UserError: If the job cannot run as described, or does not fit into its workers' memory.
@@ -213,7 +214,7 @@ class JobRun:
             try:
                 self._trainer().fit()
                 return
-            except train.PreemptionError:  # A loss that was announced.
+            except train.PreemptionError:  # The loss of a node was announced.
                 continue
             except train.ControllerError as error:
                 num_failed_starts = 1 if self._journal_bytes() > size else num_failed_starts + 1
@@ -225,8 +226,8 @@ class JobRun:
                 for worker_error in errors:
                     if isinstance(worker_error, FINAL_ERRORS):
                         raise worker_error from None
-                # The death of a worker is the reason: the others fail because they have lost the
-                # connection to it.
+                # Report the death of a worker: the others fail because they lost their connection
+                # to it.
                 checks = [getattr(failure, "health_check_failure", None) for failure in errors]
                 deaths = [death for death in checks if death]
                 if any(getattr(death, "preempted", False) for death in deaths):
@@ -236,7 +237,7 @@ class JobRun:
                 num_failures = 1 if newest != before else num_failures + 1
                 if num_failures > self.cluster.max_failures or self.stop.is_sent():
                     raise RunFailed(failed + failure_reason([*deaths, *errors][0])) from error
-            except ray.exceptions.RayError as error:  # Ray's controller died, not the training.
+            except ray.exceptions.RayError as error:  # Ray's controller failed, not the training.
                 saved = describe_saved_state({"": self.job})
                 reason = f"{failure_reason(error)}; {saved}; run the same command again to resume"
                 raise RunFailed(failed + reason) from error
@@ -253,7 +254,7 @@ class JobRun:
         import ray
 
         if self.stop.is_sent():
-            return False  # Ray may have ended already.
+            return False  # Ray may already have ended.
         placement = self.placement
         minutes = self.cluster.node_wait_minutes
         seconds = math.inf if minutes is None else 60 * minutes
@@ -268,7 +269,7 @@ class JobRun:
         ) as group:
             while not self.stop.is_sent() and not group.wait(PLACEMENT_SECONDS):
                 resources = ray.available_resources()  # type: ignore[no-untyped-call]
-                # In the sum over the nodes all may be free, and no node have room for a worker.
+                # The nodes may have enough in total, while none has enough for a worker.
                 num_free = min(resources.get(resource, 0.0), num_needed)
                 shortage = f"{num_free:g} of {num_needed:g} {resource}s are free"
                 self.waits_for = f"{self.job.folder.name} waits for a slot: {shortage}"
@@ -283,17 +284,19 @@ class JobRun:
         return not self.stop.is_sent()
 
     def _trainer(self) -> Any:
-        """Return a trainer that starts the workers once, and waits until they end."""
+        """Return a Ray trainer that starts the workers once and waits for their end."""
         import ray.train.backend
         import ray.train.torch
 
         class SharedGpus(ray.train.backend.Backend):
-            """Each worker sees all GPUs of the job on its node, so that NCCL can connect them."""
+            """Makes each worker see all GPUs of the job on its node, so that NCCL can connect
+            them."""
 
             share_cuda_visible_devices = True
 
         class OwnRendezvous(ray.train.torch.TorchConfig):
-            """The workers connect themselves; Ray would listen on every address of the machine."""
+            """Leaves the rendezvous to the workers: Ray would listen on every address of the
+            machine."""
 
             @property
             def backend_cls(self) -> Any:
@@ -335,11 +338,11 @@ class JobRun:
 
 
 def watch_for_hangs(collective_timeout_seconds: float) -> None:
-    """Let Ray Train ask NCCL whether its workers wait for each other, and store their stacks.
+    """Let Ray Train detect hangs of NCCL, and store the workers' stacks.
 
-    It does so after half of the time in which a collective operation fails: then the processes are
-    gone. Workers without NCCL's program `ncclras` (2.28 or later) are not asked. Ray reads the
-    variables when a training starts; what the user has set stays.
+    It does so after half of the timeout of collective operations, while the processes still exist.
+    It needs NCCL's program `ncclras` (2.28 or later). Ray reads the variables when a training
+    starts; the user's own values stay.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
     half = str(collective_timeout_seconds / 2)
@@ -347,7 +350,7 @@ def watch_for_hangs(collective_timeout_seconds: float) -> None:
 
 
 def keep_stacks(folder: Path) -> None:
-    """Move what Ray has stored about a hang from its own folder, which is deleted, to the run's."""
+    """Move the stacks of a hang from Ray's folder, which is deleted, to the run's folder."""
     for stored in (folder / RAY_FOLDER).glob(f"*/{HANG_FOLDER}"):
         shutil.rmtree(folder / HANG_FOLDER, ignore_errors=True)
         shutil.move(stored, folder / HANG_FOLDER)
@@ -364,7 +367,7 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(placement.cpus)
     device = worker_device(use_gpu=placement.use_gpu)
     if device != "cpu":
-        # The workers of one node see all of their GPUs; Ray knows which one is whose.
+        # All workers of a node see all of their GPUs; Ray knows each worker's own.
         device = str(train.torch.get_device())
         torch.cuda.set_device(device)
     world = World(
@@ -379,8 +382,8 @@ def train_worker(config: dict[str, Any]) -> None:
     noticed = threading.Event()
 
     def wait_for_notice() -> None:
-        # Ray says that a worker's node will be taken away, such as a spot instance. It answers once
-        # all workers have asked, so all ask the same number of times.
+        # Ray announces the loss of a node, such as a spot instance. It answers only when all
+        # workers have asked, so all must ask the same number of times.
         while train.get_preemption_info() is None:
             time.sleep(NOTICE_SECONDS)
         noticed.set()
@@ -406,10 +409,11 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _rendezvous(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None:
-    """Connect the workers of a job; those of one machine talk over loopback.
+    """Connect the workers of a job; on a single machine they use loopback.
 
-    Workers of one machine find each other through a file that only this user can read; the driver
-    deletes it. The group is never taken apart: with NCCL, that may wait for a worker that has died.
+    Workers of one machine find each other through a file that only this user can read, and that the
+    driver deletes. The process group is never destroyed: with NCCL, that may wait for a dead
+    worker.
     """
     import ray.util
     from ray.train.collective import broadcast_from_rank_zero
@@ -437,7 +441,7 @@ def _rendezvous(world: World, config: dict[str, Any], *, is_one_machine: bool) -
 
 
 def failure_reason(error: BaseException) -> str:
-    """Say in one line what went wrong in a worker; the line is stored with the results."""
+    """Return in one line what went wrong in a worker; the line is stored with the results."""
     if failures := getattr(error, "worker_failures", None):
         error = next(iter(failures.values()))
     for name in ("controller_failure", "cause"):

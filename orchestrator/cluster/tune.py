@@ -1,14 +1,13 @@
-"""Trials under Ray Tune: it asks for them one by one, starts them where there is room, and tries
-those that fail again.
+"""Run trials under Ray Tune, which starts them where slots are free, and retries failed ones.
 
 A queue decides which trial is next, and hears how each one ended. Tune gets as many trials as
 the nodes have slots now, so nodes that join later get trials, too. A trial with one worker
-runs directly in a Tune function; one with several is a Ray Train job, which takes five times the
-start-up and three times the memory. A trial resumes from its own folder, so Tune's snapshots, which
-miss their last seconds, are deleted.
+runs directly in a Tune function. One with several workers is a Ray Train job, whose start takes
+five times as long, with three times the memory. A trial resumes from its own folder, so Tune's
+snapshots, which may be seconds old, are deleted.
 
-Ray ends processes when memory runs low, whoever takes it. Tune then loses trials, and often ends
-itself. It is started again with what is left; such an end is no failure of a trial.
+When memory runs low, Ray ends processes, whoever uses the memory. Tune then loses trials, and often
+ends itself. It is started again with the remaining trials; this does not count as a failure.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.journal import VALIDATION_METRIC, JournalReader
 
 # isort: split
-# After our own modules; imported within `ray_cluster`, which sets the environment that Ray reads.
+# Imported last, and within `ray_cluster`, which sets the environment that Ray reads.
 import ray
 import ray.exceptions
 import ray.tune
@@ -71,21 +70,19 @@ STEP = "step"
 LOSS = "validation_loss"
 """What a trial reports to Tune after each validation."""
 ANSWER = "answer"
-"""What a trial reports last: its result and why it failed, as JSON."""
+"""Key of a trial's last report: its result and its error, as JSON."""
 
 RESTART_PAUSES_SECONDS = (5.0, 20.0, 60.0)
-"""Pauses before Tune is started again because memory ran low: others often free it soon."""
+"""Pauses before Tune starts again after memory ran low, which other programs may free soon."""
 MAX_NAMED_PROCESSES = 3
 
 logger = logging.getLogger(__name__)
-# At its end, Tune would warn of each trial that has no file of results; they are switched off.
+# Files of results are switched off, and Tune would warn of each missing one.
 logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
 class TrialQueue(Protocol):
-    """The trials of a sweep, in the order in which they start. Only Tune's thread calls what
-    changes it.
-    """
+    """The trials of a sweep, in the order in which they start. Only Tune's thread changes it."""
 
     @property
     def is_over(self) -> bool:
@@ -102,26 +99,24 @@ class TrialQueue(Protocol):
         """Note that a trial has started."""
 
     def on_early_stop(self, key: str, stop: EarlyStop) -> None:
-        """Note that ASHA ends a trial, which saves its state before it ends."""
+        """Note that ASHA ends a trial, which first saves its state."""
 
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        """Note how a trial ended: with a result, or with an error; with neither (None and an empty
-        text) it is unfinished."""
+        """Note that a trial ended with a result or an error; with neither it is unfinished."""
 
     def start_again(self, reason: str) -> None:
-        """Put the trials back that were taken and have not ended, and note why; called after Tune
-        has ended."""
+        """Put taken trials that have not ended back, and note why; called after the end of Tune."""
 
     def begin_saving(self) -> bool:
-        """Say what the running trials save, and return whether there are any; called after a
-        signal, in the main thread."""
+        """Announce that the running trials save, and return whether there are any; called in the
+        main thread after a signal."""
 
     def saved(self) -> str:
-        """Say what is finished and saved; called after a signal, in the main thread."""
+        """Return what is finished and saved, as text; called in the main thread after a signal."""
 
 
 class TuneProcess:
-    """A process of Tune in which a trial runs, and what ASHA has decided about the trial."""
+    """The Tune process of a trial, and ASHA's decision about the trial."""
 
     def __init__(
         self,
@@ -130,12 +125,12 @@ class TuneProcess:
         cluster: ClusterSettings,
         stops: StopRequests | None = None,
     ) -> None:
-        """Find the devices of the process and of the trial's workers.
+        """Find the devices of this process and of the trial's workers.
 
         Args:
             placement: What Ray has reserved for the trial.
             cluster: How the trial's workers share a model.
-            stops: Requests of ASHA; None if no trials compete.
+            stops: ASHA's requests to stop; None if no trials compete.
         """
         self.placement = placement
         self.num_workers = placement.workers
@@ -143,7 +138,7 @@ class TuneProcess:
         """Device of the trial's own process."""
         self.executor = Executor(device=self.device)
         if placement.use_gpu and placement.workers > 1:
-            # The trial's own process has no GPU: its workers had them, and have ended.
+            # The workers had the GPUs and have ended; this process has reserved none.
             self.executor = Executor(needs_gpu=True, num_cpus=placement.cpus)
         self._key = trial.key
         self._cluster = cluster
@@ -151,7 +146,7 @@ class TuneProcess:
         self._is_beaten = False
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Report a validation loss to Tune, and hear whether the trial goes on."""
+        """Report a validation loss to Tune, which decides whether the trial continues."""
         if VALIDATION_METRIC in numbers:
             # This returns when the scheduler has decided.
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
@@ -162,14 +157,14 @@ class TuneProcess:
         return self._is_beaten
 
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
-        """Train a job on the trial's workers, and report what their journal says; as `run_job`.
+        """Train a job on the trial's workers like `run_job`, and report the losses in its journal.
 
-        If a worker dies, the trial fails and is tried again, from its newest checkpoint.
+        If a worker dies, the trial fails, and a retry resumes from the newest checkpoint.
         """
         if outcome := finished_outcome(job):
             return outcome
         journal = JournalReader(job.folder)
-        journal.read()  # What is there already was reported before.
+        journal.read()  # Earlier records were reported before.
         changes = {"num_shards": self._cluster.shards_of(self.num_workers), "max_failures": 0}
         cluster = self._cluster.model_copy(update=changes)
         run = JobRun(job, self.placement, cluster, Signal())
@@ -178,7 +173,7 @@ class TuneProcess:
             is_over = False
             while not is_over:
                 is_over = bool(wait((training,), timeout=POLL_SECONDS).done)
-                # Also once it is over, however short it was.
+                # Once more after the end, as the training may be short.
                 for record in journal.read():
                     if record["kind"] == "metrics":
                         self.report(record["step"], record["values"])
@@ -190,7 +185,7 @@ class TuneProcess:
 
 
 TrialFunction = Callable[[Trial, TuneProcess], Trial | None]
-"""Importable function that returns a trial with its result; None if it is not finished."""
+"""An importable function that runs a trial and returns it with its result; None if unfinished."""
 
 
 def run_queue(
@@ -206,15 +201,14 @@ def run_queue(
 ) -> None:
     """Run the trials of a queue under Ray Tune, as many at the same time as fit.
 
-    A trial that fails is tried again `sweep.max_failures_per_trial` times, and does not end the
-    others. The function resumes from what is on disk. When Ray has ended a trial because memory
-    ran low, no other starts until the running ones have ended; then, after a pause, what is left
-    starts again.
+    A failed trial is retried `sweep.max_failures_per_trial` times, and does not end the others. The
+    function resumes from the trial's folder. After Ray has ended a trial because memory ran low, no
+    trial starts until the running ones have ended; after a pause the remaining ones start again.
 
     Args:
-        storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
-        num_trials: Trials that can start at once; on CPUs, they share all of them.
-        competitors: For each model with several learning rates, its trials; ASHA ends the worse.
+        storage: Folder for Tune's own files, which all nodes see; deleted at the end.
+        num_trials: Trials that can start at once; on CPUs, they share all CPUs.
+        competitors: For each model with several learning rates, its trials, which ASHA compares.
         watch: Called a few times a second in this thread.
 
     Raises:
@@ -243,7 +237,7 @@ def run_queue(
             stop=stop,
             stops=stops,
         )
-        # As many trials may wait for their processes as the queue gives.
+        # The queue limits how many trials wait for a process.
         os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 
         def run_queue() -> None:
@@ -253,7 +247,7 @@ def run_queue(
                 tuner = tune.Tuner(
                     tune.with_resources(trainable, placement.trial_resources),
                     tune_config=tune.TuneConfig(
-                        # The same processes serve one trial after another: 1 s instead of 2 to 3.
+                        # Processes are reused, so that a trial starts in 1 s instead of 2 to 3.
                         reuse_actors=True,
                         search_alg=suggester,
                         num_samples=-1,
@@ -273,7 +267,7 @@ def run_queue(
                 try:
                     tuner.fit()
                 except Exception as error:
-                    # A shortage that Tune notices between trials ends it.
+                    # A shortage of memory between trials ends Tune itself.
                     if not is_memory_shortage(str(error)):
                         raise
                     listener.shortage = str(error)
@@ -297,7 +291,7 @@ def run_queue(
             stop.send()
             return queue.begin_saving()
 
-        # Tune runs in a thread of its own, because signals reach the main thread.
+        # Tune runs in its own thread, because the main thread receives the signals.
         try:
             with stop_on_signals():
                 tuning = start_thread(run_queue)
@@ -320,7 +314,7 @@ def run_in_tune(
     stop: Signal,
     stops: StopRequests | None,
 ) -> None:
-    """Run a trial in a process of Tune, and report how it ended."""
+    """Run a trial in a Tune process, and report its end."""
     torch.set_num_threads(placement.cpus * placement.workers)
     result = None
     reason = ""
@@ -331,25 +325,25 @@ def run_in_tune(
                 result = function(trial, TuneProcess(trial, placement, cluster, stops))
             except Exception as error:
                 if not (isinstance(error, FINAL_ERRORS) or stop_requested()):
-                    raise  # Tune tries it again.
+                    raise  # Tune retries it.
                 is_known = isinstance(error, UserError | RunFailed)
                 reason = str(error) if is_known else f"{type(error).__name__}: {error}"
     tune.report({ANSWER: json.dumps([result and result.model_dump(mode="json"), reason])})
 
 
 class Suggester(search.Searcher):  # type: ignore[misc]
-    """Gives Tune the trials of a queue, as many at the same time as the nodes hold now."""
+    """Gives Tune the trials of a queue, as many at the same time as the nodes have slots now."""
 
     def __init__(self, queue: TrialQueue, placement: Placement, most: int | None) -> None:
         super().__init__()
         self.is_short_of_memory = False
-        """Whether no other trial starts until the running ones have ended."""
+        """Whether to start no trial until the running ones have ended."""
         self._queue = queue
         self._placement = placement
         self._most = most or math.inf
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return search.Searcher, ()  # Tune pickles it to restore it, and nothing is restored.
+        return search.Searcher, ()  # Tune pickles this, but never restores it.
 
     def suggest(self, *_: Any, **__: Any) -> Any:
         if self.is_short_of_memory or stop_requested() or self._queue.is_over:
@@ -362,7 +356,7 @@ class Suggester(search.Searcher):  # type: ignore[misc]
         return {"key": trial.key, "trial": json.dumps(trial.model_dump(mode="json"))}
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
-        pass  # `Listener` hears more of it.
+        pass  # `Listener` handles it.
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -372,15 +366,15 @@ class Suggester(search.Searcher):  # type: ignore[misc]
 
 
 class Listener(tune.Callback):  # type: ignore[misc]
-    """Tells a queue how its trials start and end. Tune calls it with keyword arguments."""
+    """Tells a queue about starts and ends of its trials. Tune calls it with keyword arguments."""
 
     def __init__(self, queue: TrialQueue, suggester: Suggester) -> None:
         self._queue = queue
         self._suggester = suggester
         self._short_of_memory: set[str] = set()
-        """Keys of trials that Ray has ended because memory ran low."""
+        """Keys of trials that Ray ended because memory ran low."""
         self.shortage = ""
-        """What Ray said of the last of them, or when Tune itself ended; empty if there was none."""
+        """Ray's text about the last shortage of memory; empty if there was none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()
@@ -389,7 +383,7 @@ class Listener(tune.Callback):  # type: ignore[misc]
         self._queue.on_start(trial.config["key"])
 
     def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
-        # A trial that Tune ended itself has reported no answer.
+        # A trial that Tune ended has reported no answer.
         answer = (trial.last_result or {}).get(ANSWER, '[null, ""]')
         result, error = json.loads(answer)
         self._queue.on_end(trial.config["key"], result and Trial.model_validate(result), error)
@@ -400,7 +394,7 @@ class Listener(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
         self._look_for_shortage(trial)
         key = trial.config["key"]
-        # Tune counted the ends for want of memory as failures. The next Tune counts anew.
+        # Tune counted shortages of memory as failures; the next Tune starts at zero.
         if key not in self._short_of_memory:
             self._queue.on_end(key, None, failure_reason(_trial_error(trial)))
 
@@ -415,8 +409,8 @@ class Listener(tune.Callback):  # type: ignore[misc]
 def _trial_error(trial: Any) -> Exception:
     """Return the last error of a trial.
 
-    Tune writes the text of each error into a file, after a line that counts it. It pickles those
-    that functions raised, and those of actors that died, but no others.
+    Tune writes the text of every error to a file, after a numbered line. It pickles only errors of
+    functions and of dead actors.
     """
     path = Path(trial.error_file)
     texts = re.split(r"^Failure # .*\n", path.read_text() if path.is_file() else "", flags=re.M)
@@ -424,7 +418,7 @@ def _trial_error(trial: Any) -> Exception:
     pickled = trial.pickled_error_file
     if pickled and Path(pickled).is_file():
         error: Exception = pickle.loads(Path(pickled).read_bytes())
-        if str(error).strip() == text:  # Else it is an earlier one.
+        if str(error).strip() == text:  # Otherwise the pickled error is an earlier one.
             return error
     return RunFailed(text)
 
@@ -435,10 +429,10 @@ def is_memory_shortage(text: str) -> bool:
 
 
 def describe_shortage(text: str) -> str:
-    """Return the memory and the largest processes that Ray's error about a shortage names."""
+    """Return the used memory and the largest processes in Ray's error about a shortage, as text."""
     memory = re.search(r"([\d.]+) ?GB(?: used)? / ([\d.]+) ?GB", text)
     facts = [f"{memory[1]} of {memory[2]} GB were used"] if memory else []
-    # Lines of process, gigabytes and command; the words of a command may hold secrets.
+    # Lines have process, gigabytes and command; arguments of a command may contain secrets.
     processes = re.findall(r"^(\d+)\t([\d.]+)\t(\S+)", text, flags=re.M)
     largest = [
         f"{PurePath(command).name} (process {process}) {size} GB"
@@ -452,8 +446,8 @@ def describe_shortage(text: str) -> str:
 class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
     """Asynchronous successive halving (ASHA; Li et al., MLSys 2020), one bracket per model.
 
-    Only learning rates of the same model compete. Tune would kill a worse trial; here it is asked
-    to end, saves its state and returns, so its workers and its lock are free.
+    Only learning rates of the same model compete. Tune would kill a worse trial; here the trial is
+    asked to stop, saves its state and returns, so its workers and its lock are free.
     """
 
     def __init__(
@@ -466,8 +460,8 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         """Prepare a bracket for each model.
 
         Args:
-            models: For each model, its trials; without any, nothing is ended early.
-            queue: Stores why a trial is ended.
+            models: For each model, its trials; if empty, no trial is stopped early.
+            queue: Stores why a trial is stopped.
             stops: Carries the request to the trial.
         """
         super().__init__()
@@ -479,11 +473,11 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         self._brackets: dict[str, Any] = {}
         """Key of a trial -> Ray's ASHA for its model."""
         self._first_starts: dict[str, Any] = {}
-        """Key -> Tune's trial when it first started; later starts are the same competitor."""
+        """Key -> Tune's trial at its first start; a retry is the same competitor."""
         self._losses = defaultdict[str, dict[int, float]](dict)
         """Key -> step -> validation loss."""
         self._beaten: set[str] = set()
-        """Keys of the trials that were asked to end."""
+        """Keys of the trials that were asked to stop."""
         for trials in models:
             num_all = num_steps(trials[0])
             bracket = schedulers.ASHAScheduler(
@@ -507,31 +501,31 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
             self._brackets[key].on_trial_add(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide about a trial after a validation; to Tune, it always continues.
+        """Decide about a trial after a validation; Tune is always told to continue.
 
-        The reason for its end names the competitor with the lowest loss by then.
+        The reason of a stop names the competitor with the lowest loss at that step.
         """
         key = trial.config["key"]
         loss = result.get(LOSS, math.nan)
-        # A loss that is not finite ends its training by itself.
+        # A loss that is not finite ends the training anyway.
         if key in self._brackets and math.isfinite(loss):
             step = result[STEP]
             self._losses[key][step] = loss
             first_start = self._first_starts[key]
             decision = self._brackets[key].on_trial_result(controller, first_start, result)
             is_worse = decision == schedulers.TrialScheduler.STOP
-            # One that has died since it was asked to end, and was tried again, is asked again.
+            # Its process may have died after the request; then the retry needs the request again.
             if is_worse or key in self._beaten:
                 self._ask_to_end(key, step)
         return str(schedulers.TrialScheduler.CONTINUE)
 
     def _ask_to_end(self, key: str, step: int) -> None:
-        """Ask a trial to end after a step, unless that is its last one."""
+        """Ask a trial to stop after a step, unless that is its last one."""
         rivals = self._rivals[key]
         num_all = num_steps(rivals[0])
         if step >= num_all:
             return
-        # The loss of each rival at the step that is nearest, the lower one of two.
+        # The loss of each rival at the nearest step; of two equally near steps, the lower loss.
         rival_losses: dict[str, float] = {}
         for rival in rivals:
             losses = self._losses.get(rival.key)

@@ -1,8 +1,8 @@
-"""Where a training runs: its workers and devices, precision, sharding, and compiled layers.
+"""Workers and devices of a training, precision, sharding, and compiled layers.
 
-Each function does nothing for one worker. All workers agree on every number that decides what
-happens next (stop, divergence, losses) before they act on it: a collective operation that one
-worker leaves out hangs all others.
+For one worker these functions do nothing. Workers agree on every number that decides what happens
+next (stop, divergence, losses) before they act on it: a collective operation that one worker skips
+hangs all others.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ T = TypeVar("T")
 ResultT = TypeVar("ResultT")
 POLL_SECONDS = 0.1
 _COMPILED_GRAPHS = {
-    # Recompute what is cheap, as the uncompiled forms do: a fifth less memory for 3 % more time
-    # (340M, estimated from its kernels), and no more than the plan.
+    # Recompute cheap operations, as the uncompiled forms do: a fifth less memory for 3 % more
+    # time (340M, estimated from its kernels). The plan of the memory assumes it.
     "ban_recompute_materialized_backward": False,
-    # Compile the backward pass with the forward pass: both fail, or take their time, in one place.
+    # Compile the backward pass with the forward pass, so that both fail, or take long, together.
     "force_non_lazy_backward_lowering": True,
 }
 
@@ -55,9 +55,9 @@ _COMPILED_GRAPHS = {
 
 
 def mean_over_workers(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
-    """Return the mean of each number over all workers, which pass the same names in one order.
+    """Return the mean of each number over all workers, which pass the same names in the same order.
 
-    Scalar tensors of the device are read together, so that a GPU is waited for once.
+    Scalar tensors are read from the device together, so that the host waits for a GPU once.
     """
     host_names = [name for name, value in values.items() if not isinstance(value, Tensor)]
     device_names = [name for name in values if name not in host_names]
@@ -112,14 +112,13 @@ def run_on_first(function: Callable[[], T], world: World) -> T:
 
 
 class Replicas:
-    """The replicas of a decoder on all workers, whose backward passes average gradients.
+    """The replicas of a decoder on all workers (DDP), whose backward passes average gradients.
 
-    They average the gradients of what a step uses: under schedules that leave out a layer's
-    corrections, the norm of its corrections has none. DDP can look for such parameters in each
-    pass, but then it does not keep gradients where it sends them, and several passes hold them
-    twice. So replicas are made once for each stage of the training, that is when its schedules
-    change, and what a stage leaves out is frozen in it. Only the cheaper members of an elastic step
-    leave out more than the step, so there DDP looks.
+    A schedule without corrections in a layer leaves the norm of its corrections unused. DDP can
+    look for unused parameters in each pass; but then gradients do not stay in the buckets that it
+    sends, and several passes hold them twice. So whenever the schedules of a training change, DDP
+    is set up again, and unused parameters are frozen. Only in elastic training do the passes of one
+    step use different parameters, and DDP looks for the unused ones.
     """
 
     def __init__(self, decoder: Decoder, world: World) -> None:
@@ -128,12 +127,12 @@ class Replicas:
         self._trained = [p for p in decoder.parameters() if p.requires_grad]
         self._model: nn.Module = decoder
         self._schedules: tuple[IterationSchedule, ...] = ()
-        """Those of the stage that the model is made for; empty before the first one."""
+        """The schedules that the model was made for; empty before the first step."""
 
     def model_for(self, schedules: Sequence[IterationSchedule]) -> nn.Module:
-        """Return the model to call in the passes of a step, which have these schedules.
+        """Return the model to call in the passes of a step under these schedules.
 
-        A decoder of one worker, or a sharded one, is returned as it is. All workers call this.
+        With one worker, or a sharded decoder, that is the decoder itself. All workers call this.
         """
         if self._world.size == 1 or self._world.is_sharded:
             return self._decoder
@@ -153,9 +152,9 @@ class Replicas:
         replicas = DistributedDataParallel(
             self._decoder, find_unused_parameters=passes_differ, gradient_as_bucket_view=True
         )
-        # DDP makes new buckets after the first pass, in the order in which gradients came. From
-        # then on it keeps gradients in the buckets that it sends. Two small passes make these
-        # buckets here, before the activations of a step need the memory.
+        # DDP makes new buckets after the first pass, in the order in which gradients arrive, and
+        # from then on keeps gradients in them. Two small passes make these buckets here, before
+        # the activations of a step need the memory.
         for _ in range(2):
             torch.autograd.backward(_small_loss(replicas, schedules[0], self._world))
         replicas.zero_grad(set_to_none=False)
@@ -175,8 +174,8 @@ class Replicas:
 
 
 def _small_loss(model: nn.Module, schedule: IterationSchedule, world: World) -> Tensor:
-    """Return the loss of a sequence of two tokens, which compiles nothing and draws no numbers
-    that a training would draw."""
+    """Return the loss of a sequence of two tokens. It compiles nothing and uses no random numbers
+    of the training."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=world.device)
     gpus = [world.device] if world.is_gpu else []
     with torch.random.fork_rng(devices=gpus), uncompiled():
@@ -189,14 +188,14 @@ def _small_loss(model: nn.Module, schedule: IterationSchedule, world: World) -> 
 def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     """Shard a decoder in place (FSDP2); it may be on the meta device. Make its optimizer later.
 
-    A frozen decoder has weights alone, and forward passes.
+    A frozen decoder has only weights and forward passes.
 
     Each worker holds a shard of weights, gradients and moments. The matrices of a layer's field are
     one unit, gathered once for all evaluations of the field: in the forward pass, and again in the
-    backward pass. All else (embeddings, head, norms, the mix) is the root's unit, gathered once per
-    step: 2L + 1 gathers for L layers. A method that repeats the stack gathers the layers again in
-    each run. With bf16, fields are sent as bf16 and gradients are summed in float32; the root's
-    unit stays float32, which the fused norms need.
+    backward pass. The other parameters (embeddings, head, norms, the mix) are the root's unit,
+    gathered once per step: 2L + 1 gathers for L layers. A method that repeats the stack gathers the
+    layers again in each repetition. With bf16, fields are sent as bf16 and gradients are summed in
+    float32; the root's unit stays float32, which the fused norms need.
 
     Replicas of shards (HSDP) gather within `World.num_shards` workers, and only gradients are
     averaged over all of them. Any number of workers or shards reads the same checkpoints
@@ -206,7 +205,7 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # Workers that follow each other, which are on one node where it has enough, share a model.
+    # Consecutive ranks, which are on one node if it has enough GPUs, share a model.
     sizes = {"replicas": world.size // world.num_shards, "shards": world.num_shards}
     if sizes["replicas"] == 1:
         del sizes["replicas"]
@@ -222,7 +221,7 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     layers: Any = decoder.model.layers
     matrices = {p for layer in layers for p in layer.field_parameters() if p.ndim > 1}
-    # A unit has one dtype. The root comes first: it would not look into layers that are units.
+    # A unit has one dtype. The root is visited first: it does not look into layers that are units.
     fully_shard(decoder, mesh=mesh, ignored_params=matrices)
     for layer in layers:
         others = set(layer.parameters()) - matrices
@@ -232,12 +231,11 @@ def shard(decoder: Decoder, world: World, *, precision: str) -> None:
 def pass_of_several(
     model: nn.Module, world: World, *, is_last: bool
 ) -> AbstractContextManager[None]:
-    """Return the context of one of several passes of a step, forward and backward.
+    """Return the context of one of several passes (forward and backward) of a step.
 
-    Replicas of the model average their gradients in the last pass only, also those of weights that
-    this pass does not use. Shards are gathered in the first pass and kept until the last one has
-    ended. Gradients are sharded in every pass: whole ones between the passes would take twice the
-    memory of whole weights in bf16.
+    Replicas average their gradients in the last pass only, also of weights that this pass does not
+    use. Shards are gathered in the first pass and kept until the last one has ended. Gradients are
+    sharded in every pass, because unsharded ones would take twice the memory of bf16 weights.
     """
     if world.is_sharded:
         return _sharded_pass(model, is_last=is_last)
@@ -250,7 +248,7 @@ def pass_of_several(
 def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
     def keep_weights(*, forward: bool, backward: bool) -> None:
         model.set_reshard_after_backward(not backward)
-        for layer in model.model.layers:  # The root never gives up its own after a forward pass.
+        for layer in model.model.layers:  # The root keeps its weights after a forward pass anyway.
             layer.set_reshard_after_forward(not forward, recurse=False)
 
     keep_weights(forward=True, backward=not is_last)
@@ -263,11 +261,11 @@ def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
 
 
 def with_all_gradients(model: Model) -> Model:
-    """Return a model each of whose passes gives every parameter of its method a gradient.
+    """Return a model whose every pass gives each parameter of its method a gradient.
 
-    The gradient is zero where the schedule of the pass does not use the parameter. Replicas of
-    shards add up the gradients of a step's passes, so all passes must have the same ones. Other
-    models are returned as they are: they add up each parameter by itself.
+    The gradient is zero if the schedule of the pass does not use the parameter. Replicas of shards
+    (HSDP) add up the gradients of a step's passes as one block, so all passes need the same ones.
+    Any other model adds up each parameter by itself, and is returned unchanged.
     """
     decoder: Any = model
     if not hasattr(decoder, "set_requires_all_reduce"):
@@ -289,10 +287,10 @@ def with_all_gradients(model: Model) -> Model:
 
 
 def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Forget the gradients of a step.
+    """Clear the gradients of a step.
 
-    The gradients of replicas become zeros, and stay in the buckets that send them. Otherwise all
-    passes of the next step but the last would add up gradients elsewhere, and hold them twice.
+    The gradients of replicas become zeros, and stay in the buckets that send them. Otherwise the
+    passes of the next step would hold gradients twice, except the last one.
     """
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
@@ -306,15 +304,15 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def copy_rows(whole: Tensor | LazyTensor, target: Any) -> None:
-    """Copy a whole tensor into another one: into a sharded one, this worker's rows.
+    """Copy a whole tensor into another one; into a sharded one only this worker's rows.
 
-    Only these rows are read of a tensor that is mapped from a file.
+    If the tensor is mapped from a file, only these rows are read.
     """
     mesh = getattr(target, "device_mesh", None)
     if mesh is None:
         target.copy_(whole[...])
         return
-    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
+    shards = mesh.ndim - 1  # With replicas (HSDP), theirs is the dimension before.
     num_rows = -(-len(whole) // mesh.size(shards))
     first = num_rows * mesh.get_local_rank(shards)
     target.to_local().copy_(whole[first : first + num_rows])
@@ -324,13 +322,13 @@ def copy_rows(whole: Tensor | LazyTensor, target: Any) -> None:
 
 
 def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) -> Decoder:
-    """Return the decoder on this worker's device, sharded if the model is, in training mode.
+    """Return the decoder in training mode on this worker's device, sharded if the world is.
 
     Its weights are those of the checkpoint to resume from, else the job's initial ones, or random.
-    A source of another method gives the weights of a plain model; what the method of the job adds
-    is initialised as in a model with random weights.
-    The decoder is made without memory for weights, and then filled tensor by tensor: a shard with
-    its own rows only. So no worker needs memory for a model beside its own.
+    A source model of another method gives the weights of a plain model; what the job's method adds
+    is initialized as in a model with random weights. The decoder is made without memory for weights
+    and then filled tensor by tensor, a shard with its own rows only. So no worker needs memory for
+    a second model.
     """
     torch.manual_seed(job.recipe.seed)
     use_tf32(world.device)
@@ -363,8 +361,8 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
 
 
 def _random_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the initial weights of a model by name. Nothing is made until the first is asked for: a
-    run that resumes needs none."""
+    """Yield the initial weights of a model by name. Nothing is computed before the first request,
+    because a resumed run needs none."""
     with torch.device("meta"):
         pattern = Decoder(config)
     yield from initial_weights(pattern, config.initializer_std)
@@ -372,16 +370,16 @@ def _random_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _fill(decoder: Decoder, weights: Iterable[tuple[str, Tensor | LazyTensor]]) -> None:
-    """Copy whole weights by name into a decoder; into a sharded one, this worker's rows.
+    """Copy whole weights by name into a decoder; into a sharded one only this worker's rows.
 
-    Of two weights of one name the first counts. Weights are read or drawn until none is missing.
+    Of two weights with one name the first counts. Weights are read or drawn until none is missing.
     """
     missing = dict(decoder.named_parameters())
     for name, tensor in weights:
         parameter: Any = missing.pop(name, None)
         if parameter is not None:
             copy_rows(tensor, parameter)
-        if not missing:  # The next weight would be read or drawn for nothing.
+        if not missing:  # Do not read or draw further weights.
             break
     assert not missing, f"no weights for {sorted(missing)}"
 
@@ -397,9 +395,9 @@ def autocast(precision: str, world: World) -> AbstractContextManager[None]:
 
 
 def check_precision(precision: str, device: str | torch.device, *, section: str) -> None:
-    """Check that a training's device has its precision, which the section of the settings names.
+    """Check that a training's device supports the precision that the settings name in `section`.
 
-    A silent change to float32 would give another model than the plan and its key say.
+    A silent change to float32 would train another model than the plan and the key describe.
 
     Raises:
         DeviceError: If bf16 is set and the GPU would emulate it.
@@ -414,11 +412,10 @@ def check_precision(precision: str, device: str | torch.device, *, section: str)
 
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
-    """Return the frozen model that the job learns from, on this worker's device; None if it has
-    none.
+    """Return the frozen model that the job learns from, on this worker's device; None without one.
 
-    The teacher is sharded if the trained model is. Its units are gathered in its own type, so it
-    computes what a whole teacher does.
+    It is sharded if the trained model is. Its units are gathered in its own dtype, so its
+    predictions are those of an unsharded teacher.
     """
     if job.frozen_teacher is None:
         return None
@@ -437,10 +434,10 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | None:
 
 
 def free_gathered(teacher: Decoder | None) -> None:
-    """Free what a sharded teacher has gathered in a step and keeps: its embeddings, head and norms.
+    """Free the gathered embeddings, head and norms of a sharded teacher at the end of a step.
 
-    Layers are freed after each use. The head is read by the losses, which come after the teacher's
-    forward pass; and without a backward pass FSDP does not know when the teacher's step ends.
+    FSDP frees layers after each use. The losses still read the head after the teacher's forward
+    pass; and without a backward pass FSDP does not know when the teacher's step ends.
     """
     reshard = getattr(teacher, "reshard", None)
     if reshard is not None:
@@ -448,7 +445,7 @@ def free_gathered(teacher: Decoder | None) -> None:
 
 
 def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:
-    """Return the dtype of a teacher's weights: a GPU needs no float32 ones for bf16."""
+    """Return the dtype of a teacher's weights: bf16 on a GPU that computes in bf16."""
     is_half = precision == "bf16" and torch.device(device).type == "cuda"
     return torch.bfloat16 if is_half else torch.float32
 
@@ -460,7 +457,7 @@ _is_compiling_allowed = True
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run layers by their plain formulas in a `with` block: its shapes deserve no graph."""
+    """Run layers uncompiled in a `with` block, whose shapes are not worth a graph."""
     global _is_compiling_allowed
     _is_compiling_allowed = False
     try:
@@ -471,7 +468,7 @@ def uncompiled() -> Iterator[None]:
 
 @dataclass
 class Compilation:
-    """What became of the compiler in a training."""
+    """Whether the compiler works in a training."""
 
     has_succeeded: bool = False
     has_failed: bool = False
@@ -485,21 +482,21 @@ def compile_layers(
 
     One graph serves the fields of all evaluations, layers and iteration schedules, and a few graphs
     the sums of all layers (`iiet.model.mix.TERMS_AT_ONCE`). Passes without gradients run
-    as they are: a graph of their own would take longer than the few validations of a run. After a
-    failure of the compiler training continues uncompiled. `event` gets `compiled` with the seconds
+    uncompiled: their graph would take longer than the few validations of a run. If the compiler
+    fails, training continues uncompiled. `event` gets `compiled` with the seconds
     of the first call, or `not compiled` with a text.
     """
     from torch._dynamo import config as dynamo_config  # Importing it takes two seconds.
     from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config
 
-    torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs for eight.
+    torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs of only eight.
     # Dynamo would split each field where the buckets of `Replicas` end, so that gradients are sent
     # while the rest of a graph runs. A field is evaluated several times, so its gradients wait for
     # the first evaluation anyway, and each cut keeps tensors that a whole graph recomputes (81 GiB
     # instead of 70 for the 340M recipe, traced).
     dynamo_config.optimize_ddp = False
-    # Each worker of a node starts so many processes that compile, by default one per CPU of it.
+    # Compiling processes of each worker; by default as many as the node has CPUs.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(torch.get_num_threads()))
     warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
     for name, value in _COMPILED_GRAPHS.items():
@@ -548,14 +545,13 @@ def compile_a_field(
     num_sequences: int,
     num_tokens: int,
 ) -> None:
-    """Let the compiler make the graphs of the fields for passes of these sizes.
+    """Compile the graphs of the fields for passes of these sizes, before training.
 
-    All workers agree on whether the compiler failed. Training would find out in the middle of its
-    first pass, which is too late: plain formulas keep more activations, and may need passes of
-    fewer sequences.
+    All workers agree on whether the compiler failed. The middle of the first pass would be too late
+    to find out: uncompiled layers keep more activations, and may need smaller micro-batches.
 
     Args:
-        decoder: As a whole, after `compile_layers`; shards would have to be gathered.
+        decoder: Not sharded, after `compile_layers`.
         compilation: What `compile_layers` has returned; gets the result.
     """
     layer: Any = decoder.model.layers[-1]  # The first ones may be frozen.

@@ -1,4 +1,4 @@
-"""The training of a student: its job, and its schedule, which is relative to its teacher."""
+"""The training of a student: its job, and its schedule relative to the teacher."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ STUDENTS_SECTION = "distillation.training"
 def student_schedule(
     text: ScheduleLike, full: IterationSchedule, setting: str
 ) -> IterationSchedule:
-    """Read a schedule that is relative to a teacher, as a user writes it.
+    """Read a student's schedule, relative to the teacher, as a user writes it.
 
     Args:
-        setting: The setting or option that holds it.
+        setting: The setting or option that holds it, for errors.
 
     Raises:
-        UserError: If it has another number of layers, or asks for more corrections.
+        UserError: If it has another number of layers than the teacher, or more corrections.
     """
     try:
         schedule = IterationSchedule.parse(text, num_layers=full.num_layers)
@@ -55,8 +55,8 @@ def student_job(
         schedule: The student's, relative to the teacher.
 
     Raises:
-        UserError: If a step of the training is not a whole number of sequences, or hidden states
-            of a student with fewer layers are to be compared.
+        UserError: If a step is not a whole number of sequences, or the loss compares hidden states
+            with a student of fewer layers.
     """
     if distillation.control == "pruned":
         return None
@@ -65,7 +65,7 @@ def student_job(
     if leaves_layers_out and distillation.control == "distill" and distillation.hidden_weight:
         raise UserError(
             f"distillation.hidden_weight={distillation.hidden_weight:g}: hidden states are "
-            f"compared layer with layer, and a student under {schedule} has fewer layers; leave it "
+            f"compared layer by layer, and a student under {schedule} has fewer layers; leave it "
             "out, or set sweep.leave_out_layers=none"
         )
     sequences_per_step(distillation.training, config, section=STUDENTS_SECTION)
@@ -84,7 +84,7 @@ def student_job(
         objective=objective,
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
-        # Random weights have no layers to keep.
+        # From random weights, there are no layers to keep.
         kept_layers=schedule.kept_layers if leaves_layers_out and not is_scratch else None,
         distillation=distillation_loss(distillation) if is_distilled else None,
         section=STUDENTS_SECTION,
@@ -93,7 +93,7 @@ def student_job(
 
 
 def distillation_loss(distillation: DistillationSettings) -> DistillationConfig:
-    """Return the loss of a student that reads its teacher's predictions."""
+    """Return the loss of a student that learns from its teacher's predictions."""
     return DistillationConfig(
         kl_weight=distillation.kl_weight,
         temperature=distillation.temperature,

@@ -1,8 +1,8 @@
-"""A training before it runs: the job of some settings, its key, its checks, and how far it is.
+"""A training before it runs: its job from settings, its key, its checks, and its state.
 
-The key is the hash of everything that determines the result. Equal weights are not trained twice,
-whatever they are for: a run of `pretrain --name`, a model of a sweep and a student may be the same
-training. Which fields of a recipe are part of the key, their marks say (`settings/effects.py`).
+The key is the hash of everything that determines the result, so equal weights are trained once: a
+run of `pretrain --name`, a model of a sweep and a student may be the same training. Marks on the
+fields of a recipe say which are part of the key (`settings/effects.py`).
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ def pretraining_job(
     *,
     source: Source | None = None,
 ) -> TrainingJob:
-    """Return the job that pretrains the model of these settings; its sizes are checked.
+    """Return the job that pretrains the model of these settings; checks the sizes.
 
     Args:
-        tokens: Folder of prepared tokens. Without it the job has the expected vocabulary and can be
-            planned, but not run.
-        name: Name of the run's folder; when unset, that of a finished run of this model, or else
-            made from method, schedule and content.
-        source: The model whose sizes this one has, and its weights, too, if `training.source` is
-            set; that of `training.source` when unset. It need not exist yet where no tokens are
-            given.
+        tokens: Folder of prepared tokens. Without it the job has the expected vocabulary, and can
+            be planned but not run.
+        name: Name of the run's folder. When unset, the name of a finished run of this model, else
+            one made from method, schedule and content.
+        source: The source model, which gives the sizes, and with `training.source` also the
+            weights; when unset, the one that `training.source` names. It may be missing if no
+            tokens are given.
 
     Raises:
         UserError: If the settings do not go together.
@@ -92,7 +92,7 @@ def pretraining_job(
     recipe = checked_family(settings.training, config)
     sequences_per_step(recipe, config)
     check_sequence_length(settings.data, recipe.tokens_per_sequence(config))
-    if facts_of(config.method).full_level is not None:  # Its levels are no stages of a training.
+    if facts_of(config.method).full_level is not None:  # Levels cannot be switched on later.
         stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
         recipe = recipe.model_copy(update=stages)
     job = TrainingJob(
@@ -109,7 +109,7 @@ def pretraining_job(
 
 
 def in_usual_folder(job: TrainingJob, workspace: Workspace) -> TrainingJob:
-    """Return a job with the folder of a finished training of these weights, or else with one that
+    """Return a job with the folder of a finished training of the same key, else with a folder that
     is named after method, schedule and content."""
     key = job_key(job)
     usual_folder = workspace.runs / f"{usual_name(job.model)}-{key[:KEY_CHARACTERS]}"
@@ -118,18 +118,18 @@ def in_usual_folder(job: TrainingJob, workspace: Workspace) -> TrainingJob:
 
 
 def check_trained_layers(trained: TrainedLayers, config: ModelConfig) -> None:
-    """Check that a training of this part of a model leaves the rest as it is.
+    """Check that only these layers of a model can be trained.
 
     Raises:
-        UserError: If the model is not its source at the start, or nothing would be trained.
+        UserError: If the model does not start as its source model, or nothing would be trained.
     """
     if trained == "all":
         return
     is_plain = not facts_of(config.method).has_corrections
     if not is_plain and getattr(config.options, "start", None) != "identity":
         raise UserError(
-            f"training.trained_layers={trained}: layers are frozen where the model begins as its "
-            "source; set model.method_options.start=identity, with the method iiet"
+            f"training.trained_layers={trained}: layers can be frozen only if the model starts as "
+            "its source model; set model.method_options.start=identity, with the method iiet"
         )
     try:
         trained_part(config.corrections, trained)
@@ -153,8 +153,8 @@ def sequences_per_step(
     """Return the number of sequences in the global batch.
 
     Raises:
-        UserError: If a sequence is longer than the model's context, or the tokens per step are no
-            multiple of a sequence.
+        UserError: If a sequence is longer than the model's context, or the tokens per step are not
+            a multiple of a sequence.
     """
     length = recipe.tokens_per_sequence(config)
     if length > config.context_length:
@@ -187,12 +187,12 @@ def job_key(job: TrainingJob) -> str:
 
 
 def key_fields(job: TrainingJob) -> dict[str, Any]:
-    """Return everything that determines a job's result, as JSON-able values.
+    """Return everything that determines a job's result, as JSON values.
 
-    What is off is absent: the keys of such jobs are those of versions that could not do it.
+    A feature that is off has no entry, so that the key is the same as before the feature existed.
     """
     recipe = job.recipe
-    if job.sequence_length == job.model.context_length:  # Set or not, the weights are the same.
+    if job.sequence_length == job.model.context_length:  # The default, written out.
         recipe = recipe.model_copy(update={"sequence_length": None})
     recipe_fields = key_values(recipe)
     if recipe.elastic is not None:
@@ -207,7 +207,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model": job.model.to_dict(),
         "recipe": recipe_fields,
-        # A dry run plans jobs whose tokens are not prepared; no stored job has their key.
+        # In a dry run tokens may not be prepared. No stored job has this key.
         "tokens": open_data(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,
         "initial": _initial_key(job),
@@ -224,7 +224,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
 def _initial_key(job: TrainingJob) -> str | None:
     """Return the hash of the weights that a training starts from; None if they are random.
 
-    A plan has jobs whose source is not imported or not trained; no stored job has their key.
+    In a plan the source model may not be imported or trained yet. No stored job has such a key.
     """
     if job.initial_folder is None:
         return None
@@ -250,10 +250,10 @@ def describe_difference(earlier: Any, now: Any, prefix: str = "") -> str:
 
 
 def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
-    """Return the folder in which the training of a key is finished, else its usual folder."""
+    """Return the folder that holds the finished training of a key, else its usual folder."""
     if (usual / JOB_NAME).exists():
         return usual
-    # Folders of trials are named by their keys, so only the names of runs tell nothing.
+    # Folders of trials are named by their keys; in folders of runs, the key must be read.
     finished_runs = sorted(done.parent for done in workspace.runs.glob(f"*/{DONE_NAME}"))
     for folder in (*finished_runs, workspace.trials / key):
         job_file = folder / JOB_NAME
@@ -266,18 +266,18 @@ def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
 
 @lru_cache(maxsize=4096)
 def _stored_key(job_file: Path, _modified: int) -> str | None:
-    """Return the key in a job's file; `_modified`, its time, makes the cache hold no old key.
+    """Return the key in a job's file. `_modified`, the file's time, renews the cache.
 
-    The file is not checked as a record: a plan reads the keys of all runs in a workspace.
+    The file is not validated, because a plan reads the keys of all runs in a workspace.
     """
     try:
         return (read_json(job_file) or {}).get("key")
     except UserError:
-        return None  # Who uses that run is told of the damage.
+        return None  # Commands that use this run report the damage.
 
 
 def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
-    """Check within a moment that a job can run, and that its folder holds no other job.
+    """Check quickly that a job can run, and that its folder holds no other job.
 
     Raises:
         UserError: If tokens or checkpoints are missing, sizes do not fit together, or the batch
@@ -351,12 +351,12 @@ def write_job_file(job: TrainingJob) -> None:
 
 
 def training_of(job: TrainingJob) -> Training | None:
-    """Return what the folder of a job holds, its last checkpoint verified.
+    """Return the training in the folder of a job, after verifying its last checkpoint.
 
-    None while its tokens are not prepared: then nobody knows whether the folder is that of the job.
+    None while the tokens are not prepared, because then the job has no key to compare.
 
     Raises:
-        UserError: If what was to be done, or how it ended, cannot be read.
+        UserError: If the files of the job or of its end cannot be read.
     """
     if not job.tokens_folder:
         return None
@@ -364,7 +364,7 @@ def training_of(job: TrainingJob) -> Training | None:
 
 
 def has_diverged(job: TrainingJob) -> bool:
-    """Return whether a job diverged when it ran last.
+    """Return whether the last run of a job diverged.
 
     Raises:
         UserError: As `finished_outcome`.
@@ -377,7 +377,7 @@ def finished_outcome(job: TrainingJob) -> TrainingOutcome | None:
     """Return the outcome of a finished job with an intact last checkpoint, else None.
 
     Raises:
-        UserError: If what was to be done, or how it ended, cannot be read.
+        UserError: If the files of the job or of its end cannot be read.
     """
     training = training_of(job)
     return training.outcome if training else None

@@ -1,8 +1,8 @@
-"""How fast a training runs and what fills its machine, as metrics; and profiles of a few steps.
+"""Metrics of a training's throughput and of the machine's load; profiles of a few steps.
 
-Speed counts steps, without validation and saving. MFU is the share of the GPU's peak FLOP/s; it is
-left out if the peak is not known, and on CPUs. The load of the machine has the names of MLflow's
-system metrics. A profile changes no result: `profile/trace.json.gz` opens in
+Throughput counts steps, without validation and saving. MFU is the share of the GPU's peak FLOP/s;
+it is missing if the peak is unknown, and on CPUs. The load has the names of MLflow's system
+metrics. A profile changes no result: `profile/trace.json.gz` opens in
 https://ui.perfetto.dev. On a GPU, `profile/memory.pickle` has every allocation with its stack, for
 https://pytorch.org/memory_viz. On the CPU, the operators are listed in `profile/memory.txt` by the
 memory that they allocate.
@@ -30,9 +30,10 @@ from orchestrator.workspace.layout import PROFILE_NAME
 GIGABYTE = 1e9
 MEGABYTE = 1e6
 STEPS_BEFORE = 3
-"""The first steps also allocate memory and choose kernels; the profiler warms up in the last."""
+"""Steps before a profile: they also allocate memory and choose kernels, and the last one warms
+the profiler up."""
 MAX_MEMORY_EVENTS = 1_000_000
-"""Latest allocations and releases that a snapshot of the memory holds."""
+"""Most allocations and releases in a snapshot of the memory; it holds the latest ones."""
 MAX_TABLE_ROWS = 50
 
 SENSORS: dict[str, Callable[[torch.device], float]] = {
@@ -48,8 +49,8 @@ SENSORS: dict[str, Callable[[torch.device], float]] = {
 def gpu_loads(world: World) -> dict[str, float]:
     """Return `system/gpu_RANK_SENSOR` of all workers; empty on CPUs. Call it on every worker.
 
-    A GPU that does not answer has no such metric; none has utilization and power where the extra
-    `gpu` is not installed.
+    A metric is missing if its GPU does not answer; utilization and power are missing without the
+    extra `gpu`.
     """
     if not world.is_gpu:
         return {}
@@ -70,7 +71,7 @@ def _used_memory(device: torch.device) -> tuple[int, float]:
 
 
 class ThroughputMeter:
-    """Measures the speed between two calls of `measure`."""
+    """Measures the throughput between two calls of `measure`."""
 
     def __init__(self, position: Position, world: World, precision: str) -> None:
         self._last = replace(position)
@@ -84,8 +85,8 @@ class ThroughputMeter:
     def measure(self, position: Position) -> dict[str, float]:
         """Return the metrics since the last call; every worker calls it at the same steps.
 
-        `train/memory_gb` is this training's peak so far on a GPU, and the present resident set on
-        a CPU.
+        `train/memory_gb` is the peak of this training on a GPU, and the current resident set on a
+        CPU.
         """
         last = self._last
         self._last = replace(position)
@@ -111,7 +112,7 @@ class ThroughputMeter:
 
 
 class StepProfiler:
-    """Profiles `num_steps` steps of this process, after `STEPS_BEFORE` others."""
+    """Profiles `num_steps` steps of this process, after the first `STEPS_BEFORE`."""
 
     def __init__(
         self, run_folder: Path, num_steps: int, device: str, event: Callable[..., None]
@@ -137,7 +138,7 @@ class StepProfiler:
             self._profiler.step()
 
     def close(self) -> None:
-        """End the profile; if the run ended before its last step, it holds fewer steps."""
+        """End the profile; it has fewer steps if the run ended early."""
         self._profiler.stop()
         if not self._is_written:
             if self._memory:

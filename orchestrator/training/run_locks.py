@@ -1,9 +1,8 @@
-"""Which process trains in a run folder, and what it has saved there.
+"""Locks of run folders, so that one process trains in a folder, and what it has saved there.
 
-One driver or trial at a time trains in a run folder, and holds its lock. The others wait, then use
-the result, or take over if the process died: the system releases a dead process's lock. The workers
-take another lock (`trainer.py`), because they outlive a killed driver by seconds. The folder must
-be on a file system that supports locks.
+A driver or a trial holds the lock while it trains. Others wait and use the result, or take over if
+the process died, which releases its lock. Workers hold another lock (`trainer.py`), because they
+outlive a killed driver by seconds. The file system must support locks.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from orchestrator.workspace.locks import is_locked, lock_file
 
 
 def lock_run_folder(folder: Path, *, wait: bool = False) -> AbstractContextManager[bool]:
-    """Hold a run folder's lock in a `with` block; it yields whether the lock was acquired.
+    """Hold a run folder's lock in a `with` block; yields whether it was acquired.
 
-    With `wait`, wait for another process that holds it, until a stop is requested.
+    With `wait`, wait for a process that holds it, unless a stop is requested.
     """
     seconds = None if wait else 0.0
     return lock_file(folder / RUN_LOCK_NAME, seconds=seconds, should_stop=stop_requested)
@@ -45,16 +44,16 @@ def jobs_to_train(
     watch: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Generator[list[TrainingJob], None, None]:
-    """Yield the unfinished jobs that this process must train, until all jobs are finished.
+    """Yield unfinished jobs that this process must train, until all jobs are finished.
 
     Their folders are locked until the next iteration, or until the generator is closed (use
-    `contextlib.closing`). While another process trains the remaining jobs, this waits.
+    `contextlib.closing`). While other processes train the remaining jobs, this waits for them.
 
     Args:
-        jobs: What to train, each in its own folder; finished ones take no time.
+        jobs: What to train, each in its own folder; finished jobs take no time.
         outcomes: Filled with the outcome of each finished job, by its run folder.
         watch: Called a few times a second while waiting, to show progress.
-        note: Called once with a sentence if another process is waited for.
+        note: Called once with a sentence if this waits for another process.
 
     Raises:
         Interrupted: If a yielded job is unfinished at the next iteration, or after Ctrl-C or
@@ -69,7 +68,7 @@ def jobs_to_train(
     while remaining := [job for job in jobs if not is_finished(job)]:
         with ExitStack() as stack:
             locked = [job for job in remaining if stack.enter_context(lock_run_folder(job.folder))]
-            # Ask again: the process that held the lock before may have finished the job.
+            # Check again: an earlier holder of the lock may have finished the job.
             if unfinished := [job for job in locked if not is_finished(job)]:
                 yield unfinished
                 if not all(map(is_finished, unfinished)):
@@ -92,14 +91,14 @@ def _is_one_unlocked(folders: Sequence[Path]) -> bool:
 
 
 def waiting_text(names: Sequence[str]) -> str:
-    """Return the sentence that announces the wait for runs of another process."""
+    """Return the sentence that announces a wait for runs of another process."""
     return f"waiting for another process, which trains {join_names(names)}"
 
 
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
-    """Say what each run, by its name, has saved; a single run is named only if `named`.
+    """Return what each run has saved, as text; with `named`, a single run is named, too.
 
-    No checkpoint is verified: users wait for this text after Ctrl-C, and reading takes minutes.
+    Checkpoints are not verified: that takes minutes, and users wait for this text after Ctrl-C.
     """
     texts = []
     for name, job in jobs.items():

@@ -1,12 +1,13 @@
-"""Checkpoints of sharded models, written and read with PyTorch's distributed checkpoint (DCP).
+"""Write and read checkpoints of sharded models with PyTorch's distributed checkpoint (DCP).
 
-Each worker copies its rows of weights and moments, and a thread writes them to files of its own
-while training goes on. When all have written, the first worker puts whole weights together, piece
-by piece, in the file that an unsharded training would have written. The moments stay in the
-workers' files, of which any number of workers reads its own rows. So no process holds the model.
+Each worker copies its rows of weights and moments, and a thread writes them to the worker's own
+files while training continues. When all have written, the first worker joins the rows of the
+weights, piece by piece, to the file that an unsharded training would have written. Moments stay in
+the workers' files, from which any number of workers can read its own rows. So no process ever holds
+the whole model.
 
-All these files are safetensors: DCP's own format has to be unpickled, which could run code. This
-module is imported where shards are written or read; its own imports take a second.
+All files are safetensors, because DCP's own format must be unpickled, which could run code. This
+module is imported only where shards are written or read: its imports take a second.
 """
 
 from __future__ import annotations
@@ -50,27 +51,27 @@ from orchestrator.workspace.files import UnfinishedFolder
 from orchestrator.workspace.provenance import file_digest
 
 WRITE_LIMIT = timedelta(days=1)
-"""How long workers wait for each other's files; a lost worker is noticed at once."""
+"""Longest wait of workers for each other's files; a lost worker is noticed at once."""
 _ROWS_PREFIX = "rows"
-"""Begins the names of the files with the workers' rows of weights, until they are put together."""
+"""Prefix of the files with the workers' rows of weights, until these are joined."""
 
 Complete = Callable[[UnfinishedFolder, Mapping[str, str], float], None]
-"""Called in the first worker's thread with the folder that holds whole weights and the moments, the
-SHA-256 of these files by name, and the time (`time.perf_counter`) at which the copies were made. It
-writes the other files, and gives the folder its name."""
+"""Writes the other files of a checkpoint, in the first worker's thread, and gives the folder its
+name. Arguments: the folder with weights and moments; name -> SHA-256 of these files; and when
+(`time.perf_counter`) the copies were made."""
 
 
 class ShardSaver:
-    """Saves sharded models; all workers make it, and call it at the same steps."""
+    """Saves sharded models; each worker has one and calls it at the same steps."""
 
     def __init__(self, world: World) -> None:
-        # A group of its own: collective operations of two threads in one group would mix.
+        # A separate group: collective operations of two threads must not share one.
         self._group = dist.new_group(backend="gloo", timeout=WRITE_LIMIT)
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=world.is_gpu,
                 use_shared_memory=False,
-                use_async_staging=False,  # The next step changes what is copied.
+                use_async_staging=False,  # The next step already changes the weights.
                 use_non_blocking_copy=world.is_gpu,
             )
         )
@@ -84,11 +85,11 @@ class ShardSaver:
     ) -> Future[None]:
         """Copy this worker's rows to the host's memory, and let a thread write them.
 
-        The files of the last call have to be written before.
+        The previous call must have finished.
 
         Returns:
-            What ends on all workers when the folder is complete, or with the first error of any
-            worker; a worker that was lost is a `RunFailed`.
+            A future that ends on all workers when the folder is complete, or with the first error
+            of any worker; a lost worker gives a `RunFailed`.
         """
         writer = _Writer(folder, weights, moments, complete)
         saving = async_save(
@@ -108,7 +109,7 @@ class ShardSaver:
 
 
 def _end(saved: Future[None], writer: _Writer, saving: Future[Any]) -> None:
-    """End the future of a checkpoint as DCP's own one has ended."""
+    """End the future of a checkpoint like DCP's own future."""
     writer.close()
     error = saving.exception()
     if error is None:
@@ -139,9 +140,9 @@ class _Writer(HuggingFaceStorageWriter):
         moments: Mapping[str, Tensor],
         complete: Complete,
     ) -> None:
-        # DCP puts what has one number into one file of each worker.
+        # DCP writes tensors with the same number to one file of each worker.
         numbers = {**dict.fromkeys(weights, 1), **dict.fromkeys(moments, 2)}
-        # The path is that of the unfinished folder once the first worker has made it.
+        # The path changes to the unfinished folder when the first worker has made it.
         super().__init__(str(folder.parent), fqn_to_index_mapping=numbers, save_distributed=True)
         self.per_thread_copy_ahead = 0  # Nothing is on a GPU any more.
         self._folder = folder
@@ -165,7 +166,7 @@ class _Writer(HuggingFaceStorageWriter):
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
-        """Write this worker's rows; each result says in which file they are."""
+        """Write this worker's rows; each result names the file of its rows."""
         self.path = Path(plan.storage_data["folder"])
         results: list[WriteResult] = super().write_data(plan, planner).value()
         number = f"{plan.storage_data['shard_index']:05d}-of-{dist.get_world_size():05d}"
@@ -215,7 +216,7 @@ class _Writer(HuggingFaceStorageWriter):
         self.close()
 
     def close(self) -> None:
-        """Delete the folder if it is not complete; the first worker's."""
+        """On the first worker, delete the folder if it is not complete."""
         unfinished = self._unfinished
         self._unfinished = None
         if unfinished is not None:
@@ -225,12 +226,12 @@ class _Writer(HuggingFaceStorageWriter):
 def write_whole(
     path: Path, shapes: Mapping[str, Sequence[int]], pieces: Mapping[str, Sequence[Path]]
 ) -> str:
-    """Write whole float32 tensors whose rows are in several safetensors, one piece after the other.
+    """Write whole float32 tensors whose rows are in several safetensors files, piece by piece.
 
     Args:
-        path: The file; its bytes are those that `safetensors.torch.save_file` writes.
+        path: The file, whose bytes equal those of `safetensors.torch.save_file`.
         shapes: Name -> shape of each tensor.
-        pieces: Name -> the files that hold its rows, under that name, in their order.
+        pieces: Name -> the files with its rows, in order; the tensor has the same name in each.
 
     Returns:
         The SHA-256 of the file.
@@ -246,15 +247,17 @@ def write_whole(
         write(head)
         for name in names:
             for piece in pieces[name]:
-                # Opened for each tensor: what was read stays in memory until a file is closed.
+                # Opened for each tensor, because pages that were read stay in memory until it is
+                # closed.
                 with safe_open(piece, framework="numpy") as rows:
                     write(rows.get_tensor(name).data)
     return digest.hexdigest()
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors by name from the safetensors of a checkpoint: of a sharded one, its own rows."""
-    # Each worker plans for itself what it reads, so none waits for the others.
+    """Fill tensors by name from the safetensors of a checkpoint; a sharded tensor with its own
+    rows."""
+    # Each worker plans its own reads, so none waits for the others.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -1,8 +1,9 @@
-"""The source of a training: the model whose weights it starts from (`training.source`).
+"""The source model of a training, whose weights it starts from (`training.source`).
 
-In: what a user names, and settings. Out: the source, settings that follow it, and the model that is
-trained. Sizes, attention, tokenizer and context come from the source; method, schedule and recipe
-from the settings, some of whose defaults are others with a source. Nothing is loaded or written.
+In: what a user names, and settings. Out: the source model, settings adapted to it, and the model
+that is trained. Sizes, attention, tokenizer and context come from the source model; method,
+schedule and recipe from the settings, some of which then have other defaults. Nothing is loaded or
+written.
 """
 
 from __future__ import annotations
@@ -26,24 +27,23 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, checkpoint_name
 
 IMPORTED_LEARNING_RATE: Final = 5e-5
-"""Peak learning rate for a source whose own recipe is not known."""
+"""Peak learning rate for a source model whose own recipe is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model whose weights a training starts from."""
+    """A source model."""
 
     folder: Path
-    """The model's checkpoint, which a training may have to make first; of a model that is not
-    imported yet, its folder."""
+    """The model's checkpoint, which may have to be trained first; before an import, its folder."""
     config: ModelConfig
     learning_rate: float | None
-    """Peak rate of the training that made the model; None of a model from elsewhere."""
+    """Peak learning rate of the model's own training; None if it was trained elsewhere."""
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it can be trained from; a model from elsewhere is imported first, and that of
-        another training is trained."""
+        """Whether a training can start from it now: it is imported, and its own training
+        finished."""
         return is_checkpoint(self.folder) and self.folder.is_dir()
 
     @property
@@ -53,11 +53,12 @@ class Source:
         return path if path.is_file() else None
 
     def model(self, settings: ModelSettings) -> ModelConfig:
-        """Return the model that is trained: the source's sizes, the settings' method and schedule.
+        """Return the model to train: sizes of the source model, method and schedule of the
+        settings.
 
         Raises:
-            UserError: If the settings name another shape, or the method's options or the schedule
-                do not fit.
+            UserError: If the settings name other sizes, or the method's options or the schedule do
+                not fit.
         """
         self._check_sizes(settings)
         config = self.config
@@ -88,8 +89,8 @@ class Source:
                 if shapes.get(name) != shape:
                     raise UserError(
                         f"model.method_options={options}: the source {self.folder} has a weight "
-                        f"{name} of shape {shape}, for which the model then has no place; leave "
-                        "them out, to take those of the source"
+                        f"{name} of shape {shape}, which the model would lack; leave the options "
+                        "out, to take those of the source"
                     )
         return model
 
@@ -119,12 +120,12 @@ class Source:
 
 
 def find_source(workspace: Workspace, name: str) -> Source:
-    """Return the source that a user names: a run, a trial, a checkpoint, a model folder, `hub:`.
+    """Return the source model that a user names: a run, trial, checkpoint, model folder or `hub:`.
 
     Raises:
         UserError: If there is no such model, it is damaged, or a decoder cannot run it.
     """
-    # A folder with a config.json alone has a plan; its import, before a run, asks for weights.
+    # A plan needs only config.json; the import, before a run, also needs the weights.
     model = open_model(name, workspace, needs_weights=False)
     if model.config is None:
         raise UserError(model.why_no_decoder)
@@ -132,14 +133,14 @@ def find_source(workspace: Workspace, name: str) -> Source:
         return Source(folder=model.path, config=model.config, learning_rate=None)
     return Source(
         folder=model.path,
-        # A trial may be measured under another schedule than its checkpoint's own.
+        # A trial's schedule may differ from that of its checkpoint.
         config=load_config(model.path),
         learning_rate=stored_recipe(model.path).get("learning_rate"),
     )
 
 
 def source_of_run(job: TrainingJob) -> Source:
-    """Return the model that a pretraining makes, as a source; it may not be trained yet."""
+    """Return the model of a pretraining as a source model; it may not be trained yet."""
     return Source(
         folder=job.folder / checkpoint_name(job.recipe.num_steps),
         config=job.model,
@@ -158,14 +159,14 @@ def with_source(settings: Settings, source: Path | str | None) -> Settings:
 def follow_source(
     settings: Settings, source: Source, prepared: Path | None
 ) -> tuple[Settings, dict[str, Any]]:
-    """Return settings with the source's tokenizer and the defaults of a training from it.
+    """Return settings with the source model's tokenizer and the defaults of a training from it.
 
     Args:
-        prepared: Folder of the tokens of these settings, if they are prepared. Tokens that the
-            source reads stay as they are.
+        prepared: Folder of the prepared tokens of these settings, if they exist. They are kept if
+            the source model has their tokenizer.
 
     Returns:
-        The settings; and the defaults that are others than without a source, by setting.
+        The settings; and setting -> default, where a source model changes the default.
 
     Raises:
         UserError: If the settings name another tokenizer.
@@ -179,7 +180,7 @@ def follow_source(
     has_corrections = facts_of(settings.model.method).has_corrections
     if has_corrections and "iterate_from_fraction" not in recipe.model_fields_set:
         defaults["training.iterate_from_fraction"] = 0.0
-    # Published models have contexts of many thousand tokens, a step on a CPU has fewer.
+    # Published models have contexts of many thousand tokens; a step on a CPU has fewer.
     if recipe.sequence_length is None and recipe.num_tokens_per_step < source.config.context_length:
         defaults["training.sequence_length"] = recipe.num_tokens_per_step
     changes = {name.removeprefix("training."): value for name, value in defaults.items()}
@@ -188,8 +189,8 @@ def follow_source(
     has_symbols = any(name not in TEXT_SOURCES for name in data.shares) and not data.has_words
     trains_tokenizer = data.tokenizer == "train" and reads_text
     is_prepared = prepared is not None and _has_tokenizer(source, prepared / TOKENIZER_NAME)
-    # A mixture adds the symbols of its tasks to a tokenizer. A source that was trained on such a
-    # mixture has them in its tokenizer already, which could not get them again.
+    # A mixture adds the symbols of its tasks to a tokenizer. If the source model was trained on
+    # such a mixture, its tokenizer already has them.
     if source.tokenizer and trains_tokenizer and not has_symbols and not is_prepared:
         defaults["data.tokenizer"] = str(source.tokenizer)
         data = data.model_copy(update={"tokenizer": str(source.tokenizer)})
@@ -202,19 +203,19 @@ def follow_source(
 
 
 def check_tokenizer(source: Source, other: Path, shown: str) -> None:
-    """Check that text is tokenized as the source reads it.
+    """Check that text has the source model's tokenizer.
 
     Args:
         other: The `tokenizer.json` of the text.
         shown: The value of `data.tokenizer`, for the message.
 
     Raises:
-        UserError: If the source has another tokenizer.
+        UserError: If the source model has another tokenizer.
     """
     if not _has_tokenizer(source, other):
         raise UserError(
             f"data.tokenizer={shown}: the tokens of {other.parent} have another tokenizer than "
-            f"the source {source.folder}; leave it out, and take data of the source's kind"
+            f"the source {source.folder}; leave it out, or choose data that fit the source"
         )
 
 

@@ -1,7 +1,7 @@
 """What MLflow shows of trainings, and of the models that were trained or measured.
 
-There is one logged model for the same weights and schedule, so a teacher is one model, whichever
-runs trained and measured it. Each metric names the data that it was measured on.
+Weights and schedule together are one logged model, whichever runs trained and measured it. Each
+metric names the data that it was measured on.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ Dataset = tuple[str, str]
 def training_run(
     job: TrainingJob, kind: str, label: str, settings: str, *, status: RunStatus, reason: str = ""
 ) -> TrackedRun:
-    """Return what MLflow shows of a training: it starts and ends when its journal does.
+    """Return what MLflow shows of a training; start and end are those of its journal.
 
     Args:
-        label: Name of the job among others that are trained with it.
+        label: Name of the job among those that are trained together.
         settings: The `settings.yaml` of its run.
-        status: With FINISHED, the model is shown, too.
-        reason: Shown if the run has failed.
+        status: With FINISHED, MLflow also shows the model.
+        reason: Why the run has failed.
     """
     outcome = finished_outcome(job) if status == "FINISHED" else None
     tags = {"iiet.method": job.model.method}
@@ -84,16 +84,16 @@ def training_run(
 
 
 def _key_of_training(checkpoint: Path) -> str | None:
-    """Return the tag `iiet.key` of the run that trained a checkpoint; None if nobody knows."""
-    with suppress(UserError):  # The checkpoint may be deleted since.
+    """Return the tag `iiet.key` of the run that trained a checkpoint; None if it is unknown."""
+    with suppress(UserError):  # The checkpoint may have been deleted.
         return load_provenance(checkpoint).get(JOB_KEY)
     return None
 
 
 def job_model(job: TrainingJob) -> TrackedModel | None:
-    """Describe what a finished training made; None if it has not finished, or its folder is gone.
+    """Describe the model of a finished training; None if it is unfinished or its folder is gone.
 
-    It is linked with what was measured on the validation data at its last step.
+    The model is linked with the validation metrics of the last step.
     """
     outcome = finished_outcome(job)
     if outcome is None:
@@ -103,10 +103,9 @@ def job_model(job: TrainingJob) -> TrackedModel | None:
 
 
 def trial_model(trial: Trial) -> TrackedModel | None:
-    """Describe the model of a measured trial, with its costs and qualities; None if its folder is
-    gone.
+    """Describe the model of a measured trial, with costs and qualities; None if its folder is gone.
 
-    Its name tells a student from a baseline, or the teacher, of the same schedule.
+    The name tells a student, a baseline and a teacher of the same schedule apart.
     """
     data = _dataset(trial.suite.tokens_folder)
     suite = trial.suite
@@ -133,12 +132,12 @@ def tracked_model(
     *,
     seed: int | None = None,
 ) -> TrackedModel | None:
-    """Describe a checkpoint that was measured; None if there is none, or its folder is gone.
+    """Describe a measured checkpoint; None if there is none, or its folder is gone.
 
     Args:
         checkpoint: Its folder.
-        config: The model, with the iteration schedule that was measured.
-        datasets: What was measured -> the data that it was measured on.
+        config: The model, with the measured iteration schedule.
+        datasets: Name of a metric -> the data that it was measured on.
         seed: Seed of its training, if known.
     """
     if checkpoint is None:
@@ -153,7 +152,7 @@ def tracked_model(
         name += f" {config.corrections}"
     if seed is not None:
         params["seed"] = str(seed)
-    # A key has a number for each layer; texts for people may shorten equal ones.
+    # In a key every layer has its number; text for people shortens equal ones.
     numbers = ",".join(map(str, config.corrections)) if "schedule" in params else ""
     key = f"{weights} {numbers}".strip()
     return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))

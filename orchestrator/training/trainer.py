@@ -1,10 +1,10 @@
-"""Run a training job in this process: read it from top to bottom.
+"""Run a training job in this process; read this file from top to bottom.
 
 `run_job` is idempotent: a finished job returns at once; an unfinished one resumes from its newest
 intact checkpoint, with the same result as without interruption. All state is in the model, the
 optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit. The first
-worker looks for files, and sends what it finds to the others; of a sharded model each worker reads
-and writes its own rows. Nothing here knows Ray or MLflow.
+worker looks for files and tells the others; in a sharded model each worker reads and writes its own
+rows. Nothing here knows Ray or MLflow.
 """
 
 from __future__ import annotations
@@ -95,17 +95,17 @@ from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
 
 LOCK_SECONDS = 180.0
-"""Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
+"""Longest wait for the lock of an earlier worker; NFS keeps a lost node's lock for 90 seconds."""
 RECORD_EVERY_STEPS = 10
-"""Steps between two records of training losses, each the mean of the steps since the one before."""
+"""Steps between two records of training losses, which are means since the last record."""
 RECORD_EVERY_SECONDS = 15.0
-"""Longest time between two of them: a step of a large model may take a minute."""
+"""Longest time between two records: a step of a large model may take a minute."""
 NUM_RECORDED_POINTS = 250
-"""Records of a run that is so short that it would have fewer."""
+"""Fewest records of a run, if it has that many steps."""
 SPIKE_WINDOW = 64
-"""Steps whose median gradient norm defines a spike; a quarter of them is enough to start."""
+"""Steps whose median gradient norm defines a spike; checks start after a quarter of them."""
 STEPS_BETWEEN_COLLECTIONS = 50
-"""Garbage is collected after so many steps, on all workers in the same one."""
+"""Steps between garbage collections, which all workers make in the same step."""
 
 ReportMetrics = Callable[[int, Mapping[str, float]], None]
 
@@ -129,11 +129,11 @@ def run_job(
         job: What to train.
         world: This worker's rank and device; a single worker on the CPU when unset.
         should_stop: Called after each step on the first worker, and before the first step.
-        should_save: Called likewise; True if the workers may soon be lost, so that a checkpoint is
-            written that the recipe does not ask for.
+        should_save: Called likewise; True if workers may soon be lost, which writes a checkpoint at
+            once.
         report: Called with (steps done, metrics) on the first worker, in addition to the journal.
-        sequences_if_uncompiled: Most sequences of a pass if the compiler fails, which fit the
-            device's memory then; None for as many as the recipe says.
+        sequences_if_uncompiled: Sequences of a micro-batch that fit the memory if the compiler
+            fails; None for as many as the recipe says.
 
     Raises:
         UserError: If the job cannot run, or its folder holds another job.
@@ -141,15 +141,15 @@ def run_job(
         Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
     """
     world = world or World()
-    # Replicas may have unequal shares of a step. Shards make the same number of passes.
+    # Replicas may have unequal shares of a step; shards must make the same number of passes.
     num_workers = world.size if world.is_sharded else 1
     with ExitStack() as stack:
 
         def open_folder() -> TrainingOutcome | None:
             check_job(job, num_workers=num_workers)
-            # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the
-            # node. Two commands on one folder do not meet here: the second one waits for the run's
-            # lock (`run_locks.py`).
+            # Workers outlive a killed driver by seconds, and a lost node's lock outlives the node.
+            # Two commands never get here with one folder: the second waits for the run's lock
+            # (`run_locks.py`).
             lock = lock_file(job.folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)
             if not stack.enter_context(lock):
                 raise RunFailed(
@@ -180,7 +180,7 @@ class Trainer:
     """One training in progress, on one of its workers."""
 
     model: nn.Module
-    """The decoder to call: replicated or sharded if there are several workers."""
+    """The decoder to call; with several workers it is replicated or sharded."""
     decoder: Decoder
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -210,7 +210,7 @@ class Trainer:
         self.frozen_teacher = load_teacher(job, world)
         self.teacher = self.frozen_teacher
         if self.frozen_teacher and job.recipe.elastic:
-            # All schedules of a step read the answers of one forward pass.
+            # All schedules of a step share one forward pass of the teacher.
             self.teacher = RememberingTeacher(self.frozen_teacher)
         self.drawn_at = drawn_by_step(job.model.corrections, job.recipe)
         self.cheaper_at = cheaper_by_step(job.model.corrections, job.recipe)
@@ -238,8 +238,7 @@ class Trainer:
                 part.close()
 
     def prepare(self) -> None:
-        """Make model, optimizer and losses, with the state of the newest checkpoint if there is
-        one."""
+        """Make model, optimizer and losses, and load the newest checkpoint if there is one."""
         job = self.job
         recipe = self.recipe
         world = self.world
@@ -279,8 +278,7 @@ class Trainer:
         self.meter = ThroughputMeter(self.position, world, recipe.precision)
 
     def _compile(self) -> None:
-        """Compile the layers; if that fails, make the passes smaller where plain formulas need
-        more memory than there is."""
+        """Compile the layers; if that fails, reduce the micro-batch to what fits uncompiled."""
         compilation = compile_layers(self.decoder, self.event)
         if self.world.is_sharded:
             return
@@ -301,10 +299,10 @@ class Trainer:
             self.event("smaller passes", text=f"{text}, so a step has more passes (same gradients)")
 
     def _find_start(self) -> Path | None:
-        """Return the checkpoint to continue, if there is one.
+        """Return the checkpoint to start from, if there is one.
 
-        It is the run's own, one of its storage, or that of the run that it continues, whose metrics
-        are then recorded as this run's.
+        It is the run's own, one from its storage, or that of the continued run, whose metrics are
+        then recorded as this run's.
         """
 
         def warn(text: str) -> None:
@@ -322,14 +320,14 @@ class Trainer:
         return start
 
     def train(self) -> bool:
-        """Train from the position to the recipe's last step.
+        """Train from the current position to the recipe's last step.
 
-        One reduction over the workers ends a step, so that the host waits for the device once. In
-        it they agree on the step's losses, the sizes of the next batch, a record, a stop and a
-        save.
+        A step ends with one reduction over the workers, so that the host waits for the device once.
+        In it they agree on the step's losses, the sizes of the next batch, and whether to record,
+        stop and save.
 
         Returns:
-            True after the last step, False if stopped before it. The state is saved in both cases.
+            True after the last step, False after an earlier stop. The state is saved in both cases.
 
         Raises:
             Diverged: If loss or gradient are bad (not finite, or a spike) in more consecutive steps
@@ -368,7 +366,8 @@ class Trainer:
                     to_agree |= _counts(batch)
                 if not validates:
                     to_agree |= self.requests(step)
-                # All workers record the same steps, as each tells the others about its GPU then.
+                # All workers record in the same step, because they exchange the loads of their
+                # GPUs.
                 is_late = time.monotonic() - recorded_at >= RECORD_EVERY_SECONDS
                 to_agree["late"] = float(is_late)
                 agreed = mean_over_workers(to_agree, world)
@@ -407,17 +406,17 @@ class Trainer:
                     self.profiler.end_step()
                 if is_last:
                     return True
-                if validates:  # Asked only now: its result may be a reason to stop.
+                if validates:  # After it, because its result may be a reason to stop.
                     agreed |= mean_over_workers(self.requests(step), world)
                 if step % STEPS_BETWEEN_COLLECTIONS == 0:
                     collect_garbage()
 
     def try_largest_step(self) -> None:
-        """Run the largest step that is left, if it is not the next one, and change nothing by it:
-        neither weights, nor the optimizer's memory of earlier steps, nor a random state.
+        """Run the largest remaining step, if it is not the next one, without changing any state.
 
-        Corrections may begin after days. Then a step that does not fit into memory, or that cannot
-        be compiled, ends the training in its first minute.
+        Corrections may begin after days. If their step does not fit into memory, or cannot be
+        compiled, the training then ends in its first minute. Weights, moments and random states
+        stay as they are.
         """
         world = self.world
         next_step = self.position.step
@@ -432,7 +431,8 @@ class Trainer:
         with torch.random.fork_rng([world.device] if world.is_gpu else []):
             self.compute_gradients(batch, step)
         if not self.optimizer.state:
-            # A first update makes this memory; with gradients and a rate of 0 it changes no weight.
+            # A first update allocates the moments; with zero gradients and rate it changes no
+            # weight.
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.zero_()
@@ -444,8 +444,8 @@ class Trainer:
     def compute_gradients(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Run a step forward and backward; return loss, its parts and the norm of the gradient.
 
-        Parts of a batch save memory. Each divides by its share of the targets of all workers, so
-        the gradients are those of a single pass up to rounding.
+        Micro-batches save memory. Their losses are divided by the targets of the whole batch, so
+        the gradients equal those of a single pass up to rounding.
         """
         schedules = (self.schedule_at(step), *self.cheaper_at(step))
         self.model = self.replicas.model_for(schedules)
@@ -453,7 +453,7 @@ class Trainer:
         cheaper = self.drawn_at(step)
         num_passes = len(parts_of_batch) * (1 + len(cheaper))
         passes_left = num_passes
-        totals: dict[str, Any] = {}  # Added up on the device, which is not waited for.
+        totals: dict[str, Any] = {}  # Added up on the device, without waiting for it.
         for part in parts_of_batch:
             share = len(part) / len(batch)
             losses = losses_of(
@@ -486,7 +486,7 @@ class Trainer:
         """Return whether the weights are updated; if not, count the step as skipped.
 
         Raises:
-            Diverged: If as many steps in a row were skipped as the recipe allows.
+            Diverged: If the recipe allows no further skipped step.
         """
         recipe = self.recipe
         position = self.position
@@ -537,11 +537,11 @@ class Trainer:
 
     def with_advice(self, error: Diverged) -> Diverged:
         """Record a divergence; return it with the last good checkpoint and what to change."""
-        with suppress(RunFailed):  # The divergence is the error to report.
+        with suppress(RunFailed):  # Report the divergence, not a failure to save.
             self.writer.wait()
         self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
         section = self.job.section
-        # Models from scratch may have a rate of their own, and a control's follows from another.
+        # In a sweep, a model from random weights may have its own rate.
         or_own_rate = ", or its own in sweep.learning_rates" if section == "training" else ""
         return Diverged(
             f"{error}; the last good checkpoint is {self.writer.checkpoint or 'none'}; lower "
@@ -549,13 +549,13 @@ class Trainer:
             f"{section}.warmup_steps, or raise {section}.skip_bad_steps"
         )
 
-    # What the loop asks and tells: a test replaces these, and needs no files then.
+    # Inputs and outputs of the loop, which a test replaces to need no files.
 
     def batch(self, step: int) -> Batch:
         """Return a step's batch, on the CPU, and gather the next one in a thread.
 
-        So a step does not wait for the disk. A batch depends on its step only: a run that resumes
-        gets the same ones. An error of the thread is raised in the step that needs the batch.
+        So a step does not wait for the disk. A batch depends on its step alone, also in a resumed
+        run. An error of the thread is raised in the step that needs the batch.
         """
         ahead = self._ahead.pop(step, None)
         batch = ahead.result() if ahead else self._gather(step)
@@ -574,11 +574,13 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
         )
-        return batch.pinned() if world.is_gpu else batch  # Read by a GPU without blocking.
+        return (
+            batch.pinned() if world.is_gpu else batch
+        )  # A GPU reads pinned memory asynchronously.
 
     def requests(self, step: int) -> dict[str, float]:
-        """Return whether the first worker wants to stop or to save after a step; asked once for
-        each."""
+        """Return whether the first worker wants to stop or save after a step; call it once per
+        step."""
         stops = False
         saves = False
         if self.world.is_first:
@@ -588,9 +590,10 @@ class Trainer:
         return {"stop": float(stops), "save": float(saves)}
 
     def validate(self) -> dict[str, float]:
-        """Return the validation metrics under the schedule of the latest step and the sizes of the
-        fields' outputs, the same on all workers; of an elastic model also the loss of its cheapest
-        schedule.
+        """Return the validation metrics, the same on all workers.
+
+        They are those under the schedule of the latest step, and the sizes of the fields' outputs;
+        in elastic training also the loss under the cheapest schedule.
         """
         job = self.job
         recipe = self.recipe
@@ -613,7 +616,7 @@ class Trainer:
         )
         schedule = self.schedule_at(last_step)
         metrics = metrics_of(schedule)
-        # One sequence, whatever the batches are: the sizes of two runs can be compared.
+        # One sequence, whatever the batch size, so that sizes of two runs can be compared.
         metrics |= output_sizes(
             self.decoder,
             batches[0].input_ids[:1],
@@ -639,7 +642,7 @@ class Trainer:
 
 
 def _counts(batch: Batch) -> dict[str, float]:
-    """Return what a loss divides by, as means over the workers: their shares of a step differ."""
+    """Return the counts that a loss divides by; the loop averages them over the workers."""
     return {
         "targets": float(batch.num_targets),
         "positions": float(batch.num_positions),
@@ -649,9 +652,9 @@ def _counts(batch: Batch) -> dict[str, float]:
 
 @contextmanager
 def _rare_garbage_collections() -> Iterator[Callable[[], object]]:
-    """Collect garbage in a `with` block only by the function that this yields.
+    """Collect garbage in a `with` block only when the yielded function is called.
 
-    A worker that pauses for garbage at a time of its own keeps all others waiting.
+    A worker that collects at its own time would keep all others waiting.
     """
     was_enabled = gc.isenabled()
     gc.collect(1)

@@ -1,7 +1,7 @@
-"""How running trainings are followed: the terminal's progress, and their runs in MLflow.
+"""Follow running trainings: progress on the terminal, and runs in MLflow.
 
-Training writes only journals, which `RunMonitor` reads. So neither the terminal nor the tracking
-server can slow or stop it.
+A training writes only its journal, which `RunMonitor` reads. So neither the terminal nor the
+tracking server can slow or stop it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from orchestrator.tracking.tracker import Tracking
 
 MAX_SPEEDS = 10
-"""Last records whose mean speed counts: a single one may lie in a pause."""
+"""Last records whose mean throughput counts: a single one may lie in a pause."""
 MIN_SPEEDS = 2
-"""Records of each running job before the time left is said."""
+"""Records of each running job before the remaining time is shown."""
 
 
 class RunMonitor:
@@ -51,12 +51,12 @@ class RunMonitor:
         self._losses: dict[str, float | None] = dict.fromkeys(jobs)
         self._speeds = {label: deque[float](maxlen=MAX_SPEEDS) for label in jobs}
         self._begun: set[str] = set()
-        """Jobs with a record since the monitor started."""
+        """Jobs with a record since this monitor started."""
         self._stepped: set[str] = set()
-        """Begun jobs with a step since they started or resumed."""
+        """Of these, jobs with a step since they started or resumed."""
         self._warm: set[str] = set()
-        """Begun jobs whose first speed is known, which does not count: it includes what is done
-        once."""
+        """Of these, jobs whose first throughput was recorded, which includes one-time work and does
+        not count."""
         self._errors: dict[str, Exception] = {}
         """Why jobs failed."""
         self._kind = ""
@@ -77,7 +77,7 @@ class RunMonitor:
         return training_run(job, self._kind, label, settings, status=status, reason=reason)
 
     def note_failure(self, job: TrainingJob, error: Exception) -> None:
-        """Say at once why a job failed, if others train on; the command's end says it again."""
+        """Say at once why a job failed, if others continue; the end of the command repeats it."""
         folders = {own_job.run_folder: label for label, own_job in self._jobs.items()}
         label = folders[job.run_folder]
         self._errors[label] = error
@@ -104,17 +104,17 @@ class RunMonitor:
                 stages.append(self._stage_text(label, step))
                 if self._speeds[label]:
                     total_speed += harmonic_mean(self._speeds[label])
-        # An earlier process may have made the counted steps, so they do not say that this one runs.
+        # The counted steps may be those of an earlier process.
         parts = ["starting, no step yet"] if has_steps_left else [""]
         if losses:
             speed = f"{total_speed:,.0f} tokens/s" if total_speed else ""
-            # A narrow terminal loses the losses first.
+            # On a narrow terminal the losses are left out first.
             all_parts = (f"loss {'; '.join(losses)}", speed, *dict.fromkeys(stages))
             parts = [part for part in all_parts if part]
         self._progress.advance(num_done, parts, seconds_left=self._seconds_left())
 
     def _stage_text(self, label: str, step: int) -> str:
-        """Say that a model with corrections is still trained without; empty once it makes them."""
+        """Return until which step a model makes no corrections yet; empty after that."""
         job = self._jobs[label]
         num_steps = steps_before_corrections(job.recipe)
         if step >= num_steps or not job.model.corrections.max_corrections:
@@ -122,9 +122,10 @@ class RunMonitor:
         return f"r = 0 until step {num_steps:,}"
 
     def _seconds_left(self) -> float:
-        """Return the time that all jobs still take; NaN while a running one has no known speed.
+        """Return the remaining seconds of all jobs; NaN while the speed of a running one is
+        unknown.
 
-        Corrections make steps slower, so steps are weighted by FLOPs.
+        Steps are weighted by FLOPs, because corrections make them slower.
         """
         flops_left = 0.0
         flops_per_second = 0.0
@@ -142,7 +143,7 @@ class RunMonitor:
             flops_per_second_of_job = harmonic_mean(speeds) * flops_per_token
             flops_per_second += flops_per_second_of_job
             longest = max(longest, costs[step] / flops_per_second_of_job)
-        # Jobs that wait start when others have ended; no job ends sooner than it would alone.
+        # Waiting jobs start when others end; no job ends sooner than it would by itself.
         return max(longest, flops_left / flops_per_second) if flops_per_second else math.nan
 
     def _read(self) -> None:
@@ -162,7 +163,7 @@ class RunMonitor:
                 if record["kind"] == "event":
                     self._note(label, record)
                 if record.get("name") in ("started", "resumed"):
-                    # The records before it are those of an earlier process.
+                    # Earlier records are those of an earlier process.
                     self._stepped.discard(label)
                     self._warm.discard(label)
                     self._speeds[label].clear()
@@ -185,7 +186,7 @@ class RunMonitor:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """End the runs, except those that another process trains."""
+        """End the runs, except those of jobs that another process trains."""
         self._read()
         ended = [
             label
@@ -196,7 +197,7 @@ class RunMonitor:
         self._tracking.wait(briefly=error is not None)
 
     def _ended_run(self, label: str, error: BaseException | None) -> TrackedRun:
-        """Return a run as it ended: finished, or by its own error, or by that of all."""
+        """Return a run with its end: finished, its own error, or the error that ended all."""
         own_error = self._errors.get(label, error)
         if own_error is None or Training(self._jobs[label].folder).outcome:
             return self._run(label, "FINISHED")
@@ -204,7 +205,7 @@ class RunMonitor:
 
 
 def remaining_flops(job: TrainingJob) -> list[float]:
-    """Return the FLOPs of the steps that remain, a teacher's included, by number of steps done."""
+    """Return the remaining FLOPs, with a teacher's, for each number of finished steps."""
     teacher = decoder_config(Path(job.frozen_teacher)) if job.frozen_teacher else None
     flops_at = flops_per_token_by_step(job, teacher)
     num_tokens = job.recipe.num_tokens_per_step

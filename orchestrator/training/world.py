@@ -1,6 +1,6 @@
-"""A worker: its rank and device, and the peak speeds of GPUs.
+"""A worker: its rank and device; and the peak FLOP/s of GPUs.
 
-Without torch, so that plans can name them.
+PyTorch is not imported, so that plans can use this.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class World:
     parallel: str = "ddp"
     """`ddp`: each worker has the whole model; `fsdp`: each worker has a shard of it."""
     shards: int | None = None
-    """Workers that share one copy of the model, if not all; it divides `size`."""
+    """With `fsdp`, workers that hold one model together, if not all; it divides `size`."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes files and takes decisions."""
+        """Whether this worker writes the files and makes the decisions."""
         return self.rank == 0
 
     @property
@@ -52,17 +52,17 @@ class World:
 
     @property
     def num_shards(self) -> int:
-        """Number of workers that share one copy of the model; 1 if each has all of it."""
+        """Number of workers that hold one model together; 1 if each has the whole model."""
         return self.shards or self.size if self.is_sharded else 1
 
 
 # GPUs
 
 _PEAK_TFLOPS = {
-    # By full name, without vendor, brand and size of the memory: cards of one family differ by a
-    # third (H100 as module and as PCIe card), and a laptop's or a sliced GPU is another one.
-    # (bfloat16, TF32) by their vendors' figures, dense, without sparsity; tensor cores compute
-    # float32 products as TF32.
+    # By full name, without vendor, brand and memory size. GPUs of one family differ by a third
+    # (H100 as module and as PCIe card), and laptop or partitioned GPUs differ more.
+    # (bfloat16, TF32): the vendors' figures for dense matrices; tensor cores compute float32
+    # products as TF32.
     "GB200": (2500.0, 1250.0),
     "B200": (2250.0, 1100.0),
     "H200": (989.0, 494.0),
@@ -76,7 +76,7 @@ _PEAK_TFLOPS = {
     "A40": (149.7, 74.8),
     "A10": (125.0, 62.5),
     "L4": (121.0, 60.0),
-    # Older ones have neither format; their products stay float32.
+    # Older GPUs have neither format; their products stay float32.
     "V100 SXM2": (None, 15.7),
     "T4": (None, 8.1),
 }

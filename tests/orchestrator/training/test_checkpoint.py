@@ -119,7 +119,7 @@ def test_another_machine_resumes_from_whole_uploads(make_job, tmp_path):
     (half / PROVENANCE).unlink()
     run_job(third)
     assert [event["step"] for event in events(third, "resumed")] == [4]
-    assert "earlier copy" in events(third, "damaged")[0]["text"]
+    assert "earlier upload" in events(third, "damaged")[0]["text"]
 
 
 def test_runs_of_one_name_share_a_storage_and_take_only_their_own_uploads(make_job, tmp_path):
