@@ -50,6 +50,7 @@ from orchestrator.reporting.sections import markdown_table
 from orchestrator.reporting.statistics import sum_of_means
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.models import (
+    SweptModels,
     check_models,
     check_sweep,
     has_counts,
@@ -142,7 +143,7 @@ class IiadStudy:
         self.choices = choices
         self.session = session
         check_sweep(settings)
-        check_models(settings)
+        check_models(settings, SweptModels.of(settings))
         if len(set(choices.seeds)) < len(choices.seeds):
             raise UserError(f"--seeds: a seed is given twice in {list(choices.seeds)}")
         counts = [r for r in settings.sweep.iterations if isinstance(r, int) and r]

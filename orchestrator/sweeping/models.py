@@ -8,7 +8,7 @@ here, before anything is read or trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -179,6 +179,32 @@ def _under_seeds(settings: Settings, models: Iterable[ModelVariant]) -> list[Mod
     return [replace(model, seed=seed) for model in models for seed in seeds]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweptModels:
+    """The models that a sweep trains from random weights or a source, as its settings name them."""
+
+    teachers: Mapping[str, ModelVariant]
+    """By label; none of an iterations sweep."""
+    baselines: Sequence[ModelVariant]
+    """Beside the teachers."""
+    variants: Sequence[ModelVariant]
+    """Those of an iterations sweep; none of others."""
+
+    @staticmethod
+    def of(settings: Settings) -> SweptModels:
+        """Return the models that the settings name."""
+        if settings.sweep.kind == "iterations":
+            return SweptModels(teachers={}, baselines=(), variants=(*swept_variants(settings),))
+        teachers = teachers_by_label(settings)
+        return SweptModels(teachers=teachers, baselines=baseline_models(settings), variants=())
+
+    @property
+    def labels(self) -> set[str]:
+        """Labels of all of them."""
+        trained = (*self.baselines, *self.variants)
+        return {*self.teachers, *(variant.label for variant in trained)}
+
+
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     """Return the settings of a variant, at its learning rate, or else its model's first one."""
     changes: dict[str, Any] = {"method": variant.method}
@@ -205,7 +231,7 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
 
 
 def teacher_and_baselines(
-    settings: Settings, teacher_settings: Settings | None = None
+    settings: Settings, swept: SweptModels, teacher_settings: Settings | None = None
 ) -> dict[str, Settings]:
     """Return the settings of the teachers and the baselines that a sweep trains, by label.
 
@@ -217,9 +243,9 @@ def teacher_and_baselines(
         changes = {"training": settings.training.without_source(), "source_training": None}
         baseline_settings = settings.model_copy(update=changes)
     models: dict[str, Settings] = {}
-    for label, variant in teachers_by_label(settings).items():
+    for label, variant in swept.teachers.items():
         models[label] = settings_of(teacher_settings or settings, variant)
-    for variant in baseline_models(settings):
+    for variant in swept.baselines:
         models[variant.label] = settings_of(baseline_settings, variant)
     return models
 
@@ -228,7 +254,7 @@ def teacher_and_baselines(
 
 
 def named_baselines(
-    settings: Settings, workspace: Workspace, teacher: Path | None
+    settings: Settings, swept: SweptModels, workspace: Workspace, teacher: Path | None
 ) -> dict[str, Path]:
     """Return label -> checkpoint of the runs in `sweep.baseline_runs`.
 
@@ -244,13 +270,9 @@ def named_baselines(
     if teacher:
         usual_layers: int | None = load_config(teacher).num_layers
         taken_labels = {TEACHER}
-    elif settings.sweep.kind == "iterations":
-        usual_layers = num_layers_of_settings(settings)
-        taken_labels = {variant.label for variant in swept_variants(settings)}
     else:
         usual_layers = num_layers_of_settings(settings)
-        taken_labels = {model.label for model in baseline_models(settings)}
-        taken_labels.update(teachers_by_label(settings))
+        taken_labels = swept.labels
     baselines: dict[str, Path] = {}
     for name in settings.sweep.baseline_runs:
         try:
@@ -332,8 +354,7 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """
     if broken := broken_rules(settings, of_sweep=True):
         raise UserError(list_of_problems("settings", broken))
-    has_several_rates = any(variant.learning_rate for variant in swept_variants(settings))
-    if settings.sweep.asha and not has_several_rates:
+    if settings.sweep.asha and not any(model.learning_rate for model in swept_variants(settings)):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
             "one; name several for each model: --set 'sweep.learning_rates={iiet: [1e-3, 2e-3]}'"
@@ -419,7 +440,7 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig, metric: str | None) -
         )
 
 
-def check_models(settings: Settings, source: Source | None = None) -> None:
+def check_models(settings: Settings, swept: SweptModels, source: Source | None = None) -> None:
     """Check that the models of a sweep can be built, without any data.
 
     Args:
@@ -436,13 +457,12 @@ def check_models(settings: Settings, source: Source | None = None) -> None:
     sweep = settings.sweep
     data = settings.data
     is_scratch = sweep.kind == "iterations"
-    models = [*swept_variants(settings)] if is_scratch else baseline_models(settings)
+    models = swept.variants if is_scratch else swept.baselines
 
     # Every model is built once. Baselines are built as their teacher, so that one is enough.
     problems = []
     configs = []
-    variants = models if is_scratch else list(teachers_by_label(settings).values())
-    for variant in variants:
+    for variant in swept.variants if is_scratch else swept.teachers.values():
         model = settings_of(settings, variant).model
         try:
             length = sequence_length(data)

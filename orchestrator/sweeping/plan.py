@@ -39,7 +39,7 @@ from orchestrator.reporting.statistics import (
 )
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings
 from orchestrator.settings.data import is_depth_task
-from orchestrator.sweeping.models import check_devices
+from orchestrator.sweeping.models import SweptModels, check_devices
 from orchestrator.sweeping.plan_text import plan_sentences, plan_table
 from orchestrator.sweeping.retrofit import Retrofit
 from orchestrator.sweeping.states import TrialState, competing_trials, trial_states
@@ -67,6 +67,8 @@ class SweepPlan(Plan):
     """A given teacher; without it, the sweep trains its models from scratch."""
     named_baselines: Mapping[str, Path]
     """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
+    swept: SweptModels
+    """What the sweep trains before its students, or instead of any."""
     models: Mapping[str, Settings] | None
     """Label -> settings of the models of an iterations sweep, if they are not the settings' own."""
     name: str | None

@@ -34,13 +34,12 @@ from orchestrator.records.trial import SOURCE, SOURCE_CONTINUED
 from orchestrator.settings import Settings
 from orchestrator.sweeping.models import (
     TEACHER,
-    baseline_models,
+    SweptModels,
     check_models,
     check_named_baselines,
     check_sweep,
     named_baselines,
     teacher_and_baselines,
-    teachers_by_label,
 )
 from orchestrator.sweeping.plan import SweepPlan
 from orchestrator.sweeping.retrofit import (
@@ -129,11 +128,13 @@ def plan_sweep(
         prepared = find_prepared(settings.data, space.tokens)
         data = follow_source(settings, source, prepared)[0].data
         settings = settings.model_copy(update={"data": data})
+    swept = SweptModels.of(settings)
     plan = SweepPlan(
         settings=settings,
         workspace=space,
         teacher=checkpoint,
-        named_baselines=named_baselines(settings, space, checkpoint),
+        named_baselines=named_baselines(settings, swept, space, checkpoint),
+        swept=swept,
         models=models,
         name=name,
         source=source,
@@ -144,7 +145,7 @@ def plan_sweep(
     else:
         check_sweep_tasks(settings, tasks_of_source(settings.data))
         if models is None:
-            check_models(settings, source)
+            check_models(settings, swept, source)
         plan = plan_from_tokens(plan, find_prepared(settings.data, space.tokens))
     if name is not None and plan.is_complete:
         # The keys of trials follow from the tasks of lm-eval, too, which may not be loaded yet.
@@ -166,7 +167,7 @@ def plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
 
     plan = plan_pretraining(plan.changed(gaps=gaps), tokens)
     jobs = {label: job for stage in plan.pretraining for label, job in stage.jobs.items()}
-    teacher_configs = {label: jobs[label].model for label in teachers_by_label(settings)}
+    teacher_configs = {label: jobs[label].model for label in plan.swept.teachers}
     if tokens:  # Before anything is trained.
         check_named_baselines(plan.named_baselines, tokens, teacher_configs.values())
     teachers, baselines = models_by_role(plan, plan.pretrained)
@@ -210,7 +211,7 @@ def plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
             gaps.append(f"the teacher starts from {source.folder}{source_defaults_text(defaults)}")
         is_source_there = source is None or source.is_checkpoint
         teacher_stage = plan_models(
-            teacher_and_baselines(settings, teacher_settings),
+            teacher_and_baselines(settings, plan.swept, teacher_settings),
             plan.workspace,
             tokens if is_source_there else None,  # The keys follow from the source's weights, too.
             model_source=source,
@@ -219,7 +220,7 @@ def plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
 
         retrofit = None
         if source is not None:
-            [teacher_label] = teachers_by_label(settings)
+            [teacher_label] = plan.swept.teachers
             retrofit = Retrofit(
                 teacher=teacher_stage.jobs[teacher_label],
                 source=source,
@@ -343,6 +344,7 @@ def plan_students(
     settings = plan.settings
     trials = trials_of_teachers(
         settings,
+        plan.swept,
         plan.workspace,
         teachers,
         tables,
@@ -403,9 +405,9 @@ def models_by_role(
     teachers = {TEACHER: plan.teacher} if plan.teacher else {}
     baselines: dict[str, Path] = {}
     if not plan.teacher:
-        labels = teachers_by_label(plan.settings)
+        labels = plan.swept.teachers
         teachers = {label: finished[label] for label in labels if label in finished}
-        for model in baseline_models(plan.settings):
+        for model in plan.swept.baselines:
             if model.label not in labels and model.label in finished:
                 baselines[model.label] = finished[model.label]
     if plan.retrofit:
@@ -425,7 +427,7 @@ def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], reason: st
     distillation = settings.distillation
     bound = []
     sentences = []
-    for label, variant in teachers_by_label(settings).items():
+    for label, variant in plan.swept.teachers.items():
         # The bound of a teacher's first seed is that of the students of all its seeds.
         if variant.seed is None or variant.seed == sweep.seeds[0]:
             config = teachers[label]

@@ -27,12 +27,11 @@ from orchestrator.records.trial import (
 )
 from orchestrator.settings import SearchSettings, Settings
 from orchestrator.sweeping.models import (
-    baseline_models,
+    SweptModels,
     check_teacher,
     has_counts,
     settings_of,
     swept_variants,
-    teachers_by_label,
 )
 from orchestrator.sweeping.student_schedules import StudentSchedule, most_left_out
 from orchestrator.sweeping.students import Students, checkpoint_trial, make_trial
@@ -130,6 +129,7 @@ def baseline_trials(
 
 def trials_of_teachers(
     settings: Settings,
+    swept: SweptModels,
     workspace: Workspace,
     teachers: Mapping[str, Path],
     influence: Mapping[str, InfluenceTable],
@@ -144,14 +144,14 @@ def trials_of_teachers(
     The seeds of a teacher have the same schedules, those of their mean influence.
 
     Args:
-        teachers: Label of `teachers_by_label` -> checkpoint.
+        teachers: Label -> checkpoint.
         influence: Label -> table; without them the plan has no students.
         baselines: Label -> checkpoint of those that the sweep has trained. A baseline of several
             teachers is listed once for each seed.
         named_baselines: Label -> checkpoint of the runs that the user wants beside them.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
-    variants = teachers_by_label(settings)
+    variants = swept.teachers
     first_name = next(iter(variants.values())).name
     students_by_teacher: list[Students] = []
     for label, checkpoint in teachers.items():
@@ -168,7 +168,11 @@ def trials_of_teachers(
         # Baselines stand beside the only teacher, or beside the seeds of the first of several.
         teacher_baselines: Mapping[str, Path] = baselines or {}
         if settings.sweep.teachers and variant.name == first_name:
-            teacher_baselines = _baselines_of_seed(settings, baselines or {}, variant.seed)
+            teacher_baselines = {
+                model.name: baselines[model.label]
+                for model in swept.baselines
+                if baselines and model.seed == variant.seed and model.label in baselines
+            }
         elif settings.sweep.teachers:
             teacher_baselines = {}
 
@@ -197,17 +201,6 @@ def trials_of_teachers(
         family = trials_of_students(*students_by_teacher, named_trials=named_trials)
         return trials_of_search(family, settings.search, name)
     return trials_of_students(*students_by_teacher, named_trials=named_trials, name=name)
-
-
-def _baselines_of_seed(
-    settings: Settings, baselines: Mapping[str, Path], seed: int | None
-) -> dict[str, Path]:
-    """Return the trained baselines of a seed, by their names without it."""
-    return {
-        model.name: baselines[model.label]
-        for model in baseline_models(settings)
-        if model.seed == seed and model.label in baselines
-    }
 
 
 def trials_of_students(

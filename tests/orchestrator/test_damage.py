@@ -39,7 +39,7 @@ from orchestrator.records.trial import SweepTrials
 from orchestrator.reporting.costs import with_costs
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
-from orchestrator.sweeping.models import TEACHER
+from orchestrator.sweeping.models import TEACHER, SweptModels
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.trials import make_search, trials_from_scratch, trials_of_teachers
 from orchestrator.terminal.progress import Progress
@@ -328,7 +328,8 @@ def _fill(workspace: Workspace) -> None:
     folder = workspace.sweeps / "s"
     assert influence
     tables = {TEACHER: influence}
-    plan = trials_of_teachers(settings, workspace, {TEACHER: teacher}, tables, name="s")
+    swept = SweptModels.of(settings)
+    plan = trials_of_teachers(settings, swept, workspace, {TEACHER: teacher}, tables, name="s")
     plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial))]
@@ -342,7 +343,7 @@ def _fill(workspace: Workspace) -> None:
     ).write(workspace.picked)
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
-    plan = trials_of_teachers(settings, workspace, {TEACHER: teacher}, tables, name="search")
+    plan = trials_of_teachers(settings, swept, workspace, {TEACHER: teacher}, tables, name="search")
     search = make_search(settings, workspace, plan, teacher)
     search.open({})
     assert search.suggest()

@@ -19,6 +19,7 @@ from orchestrator.reporting.results import model_results, teachers_of
 from orchestrator.settings import TrainingSettings, read_settings, resolve_settings
 from orchestrator.sweeping.models import (
     TEACHER,
+    SweptModels,
     check_models,
     check_named_baselines,
     named_baselines,
@@ -52,11 +53,11 @@ def models_of(*assignments: str) -> dict[str, tuple[Any, ...]]:
     """Return by label what a sweep trains from scratch: method, corrections, layers, learning rate,
     seed."""
     settings = resolve_settings({}, assignments)
-    check_models(settings)
+    check_models(settings, SweptModels.of(settings))
     if settings.sweep.kind == "iterations":
         chosen = {v.label: settings_of(settings, v) for v in swept_variants(settings)}
     else:
-        chosen = teacher_and_baselines(settings)
+        chosen = teacher_and_baselines(settings, SweptModels.of(settings))
     models = {}
     for label, model_settings in chosen.items():
         config = model_settings.model.build(vocab_size=300)
@@ -158,13 +159,14 @@ def test_the_models_of_a_sweep_and_their_names(other_method):
         depth = f"sweep.num_layers={{iiet: {number}}}"
         assert models_of("sweep.kind=iterations", depth) == models_of("sweep.kind=iterations")
     with refused(UserError, "sweep.teachers", "model.method=vanilla"):
-        check_models(resolve_settings({}, ["sweep.teachers=[vanilla]"]))
+        settings = resolve_settings({}, ["sweep.teachers=[vanilla]"])
+        check_models(settings, SweptModels.of(settings))
 
 
 def test_beside_a_teacher_with_a_source_only_named_baselines_are_trained_from_random_weights():
     recipe = "training.source=plain", "training.source_kl_weight=0.5", "training.learning_rate=0.1"
     settings = resolve_settings({}, [*recipe, "sweep.baselines=[r = 1]"])
-    models = teacher_and_baselines(settings, settings)
+    models = teacher_and_baselines(settings, SweptModels.of(settings), settings)
     assert [*models] == ["teacher", "r = 1"]
     assert (models["teacher"].training.source, models["teacher"].training.source_kl_weight) == (
         "plain", 0.5,
@@ -192,7 +194,7 @@ def test_options_are_of_the_models_own_method(other_method):
     }
     damped = {name: c["method_options"] for name, c in configs.items() if "method_options" in c}
     assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
-    check_models(settings)
+    check_models(settings, SweptModels.of(settings))
 
 
 # What is refused
@@ -201,10 +203,12 @@ def test_options_are_of_the_models_own_method(other_method):
 def test_a_threshold_is_negative_only_where_an_influence_may_be():
     negative = "sweep.thresholds=[-0.1]"
     for more in ("influence.metric=loss", "sweep.leave_out_layers=1"):  # Then `loss` is usual.
-        check_models(resolve_settings({}, [negative, more]))
+        settings = resolve_settings({}, [negative, more])
+        check_models(settings, SweptModels.of(settings))
     for more in ("influence.metric=relative", "sweep.seeds=[]"):
+        settings = resolve_settings({}, [negative, more])
         with refused(UserError, "sweep.thresholds", "below 0"):
-            check_models(resolve_settings({}, [negative, more]))
+            check_models(settings, SweptModels.of(settings))
 
 
 REFUSED = [
@@ -283,7 +287,9 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
             )
             for label in teachers
         }
-        plan = trials_of_teachers(settings, space, teachers, tables, baselines=baselines)
+        plan = trials_of_teachers(
+            settings, SweptModels.of(settings), space, teachers, tables, baselines=baselines
+        )
         groups = {trial.group for trial in plan.trials}
         assert groups == {*of_teacher, "vanilla"}
     by_label = {trial.label: trial for trial in plan.trials}
@@ -300,7 +306,9 @@ def test_students_of_several_teachers_are_named_and_keep_their_seed(space, pretr
     # The teachers are trained alike, but for the seed and the method.
     teacher_of = teachers_of(model_results(plan.trials))
     assert len(teacher_of) == 4
-    bare = trials_of_teachers(settings, space, teachers, {}, baselines=baselines)
+    bare = trials_of_teachers(
+        settings, SweptModels.of(settings), space, teachers, {}, baselines=baselines
+    )
     assert [trial.role for trial in bare.trials].count("trial") == 0
 
 
@@ -316,7 +324,7 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     }
     names = [*runs, f"runs/v/{runs['v'].name}"]
     settings = resolve_settings({}, [f"sweep.baseline_runs={names}"])
-    baselines = named_baselines(settings, space, teacher)
+    baselines = named_baselines(settings, SweptModels.of(settings), space, teacher)
     assert baselines == {
         "vanilla": runs["v"],
         "vanilla (again)": runs["again"],
@@ -326,21 +334,24 @@ def test_runs_that_the_user_names_stand_beside_the_front(space, pretrain, tiny_t
     }, "one that is named twice stands there once"
     check_named_baselines(baselines, tokens, [load_config(teacher)])
 
-    plan = trials_of_teachers(settings, space, {TEACHER: teacher}, {}, named_baselines=baselines)
+    plan = trials_of_teachers(
+        settings, SweptModels.of(settings), space, {TEACHER: teacher}, {}, named_baselines=baselines
+    )
     assert [(trial.role, trial.label) for trial in plan.trials] == [
         ("teacher", "teacher"), *(("baseline", label) for label in baselines)
     ]  # fmt: skip
     assert [trial.checkpoint for trial in plan.trials] == [
         str(checkpoint) for checkpoint in (teacher, *baselines.values())
     ]
-    bare = trials_of_teachers(settings, space, {TEACHER: teacher}, {})
+    bare = trials_of_teachers(settings, SweptModels.of(settings), space, {TEACHER: teacher}, {})
     assert [trial.role for trial in bare.trials] == ["teacher"], "no run is there by itself"
     # A sweep that trains its models has used their labels. The teacher of a plan is listed once.
     trains_models = resolve_settings({}, ["model.num_layers=2", "sweep.baseline_runs=[v]"])
-    assert named_baselines(trains_models, space, None) == {"vanilla (v)": runs["v"]}
+    swept = SweptModels.of(trains_models)
+    assert named_baselines(trains_models, swept, space, None) == {"vanilla (v)": runs["v"]}
     named_teacher = {"r = 2,1 (teacher)": teacher}
     plan = trials_of_teachers(
-        trains_models, space, {TEACHER: teacher}, {}, named_baselines=named_teacher
+        trains_models, swept, space, {TEACHER: teacher}, {}, named_baselines=named_teacher
     )
     assert [trial.role for trial in plan.trials] == ["teacher"]
 
