@@ -1,9 +1,9 @@
-"""Which model of a front to take: what it says in sentences, and rules that pick one.
+"""Which model of a front to take: a headline, the facts behind it, and rules that pick one.
 
 A model is called better or worse only where the 95% interval of the difference excludes zero. A
 student that was chosen among several is compared by the interval of so many comparisons. Without
 values of single items, the errors of both models are added, which gives a longer interval, so the
-sentences err on the careful side.
+facts err on the careful side.
 """
 
 from __future__ import annotations
@@ -35,74 +35,88 @@ from orchestrator.workspace.errors import UserError
 HIGH_CONFIDENCE = 0.95
 
 
+@dataclass(frozen=True)
+class Fact:
+    """Something that a front shows, with its name."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}."
+
+
 def findings(front: Front) -> list[str]:
-    """Return what the front says: in one sentence, then how sure that is, and what stands beside
-    it."""
+    """Return the headline of a front, then its facts, a line for each."""
     full = front.full
     if full is None:
         text = _nothing_placed(front)
         return [f"{text[0].upper()}{text[1:]}."]
     if front.axes.cost == DECODE_MS and (problem := busy_machine(front.placed)):
         return [f"Not measured: {problem}."]
-    cheapest = front.cheapest_keeping(DEMANDED_SHARE)
-    cheaper = None if cheapest is full else cheapest
-    unbeaten = unbeaten_baselines(front)
-    # What is kept of a teacher that gains nothing is no success.
-    has_meaningful_shares = not unbeaten
-    if has_meaningful_shares:
-        sentences = [_headline(front, full, cheaper)]
+    if unbeaten := unbeaten_baselines(front):
+        sentences = _no_gain(front, full, unbeaten)
     else:
-        sentences = [_teacher_shows_no_gain(front, full, unbeaten)]
-    controls = [model for model in front.placed if model.role in (SOURCE, SOURCE_CONTINUED)]
-    if full.role == "teacher" and controls:
-        sentences.append(f"{_teacher_against(front, full, controls)}.")
-    confidence = None if cheaper is None else front.confidence_keeps(cheaper)
-    if cheaper is not None and confidence is not None and has_meaningful_shares:
-        sentences.append(_how_sure(front, full, cheaper, confidence))
-    sentences += _what_can_be_told(front)
-    for name, pick in (("knee of the front", "knee"), ("best model", "best")):
+        sentences = [_headline(front, full)]
+    return list(dict.fromkeys([*sentences, *map(str, _facts(front, full))]))
+
+
+def _facts(front: Front, full: PlacedModel) -> list[Fact]:
+    """Return what the front shows: how sure it is, what it can tell, and other models to take."""
+    cheaper = _cheapest_keeping_it(front)
+    choice = cheaper or full
+    unbeaten = unbeaten_baselines(front)
+    rivals = plain_rivals(front.placed, full) if unbeaten else []
+    if full.role == "teacher":
+        rivals += [model for model in front.placed if model.role in (SOURCE, SOURCE_CONTINUED)]
+    facts = [
+        _against(front, full, rival) for rival in sorted(rivals, key=lambda model: model.label)
+    ]
+    # What is kept of a teacher that gains nothing is no success.
+    if not unbeaten:
+        facts += _how_sure(front, full)
+    facts += _what_can_be_told(front)
+    for name, pick in (("Knee of the front", "knee"), ("Best model", "best")):
         model = front.named_picks.get(pick)
         if model is not None and model is not cheaper and model is not full:
-            description = describe_model(front, model, with_share=has_meaningful_shares)
-            sentences.append(f"The {name} is {description}.")
-    choice = cheaper or full
+            text = _model_text(front, model, with_share=not unbeaten)
+            facts.append(Fact(f"{name}, {model.label}", text))
     for model in front.placed:
         if model.role not in BASELINE_ROLES or model is choice:
             continue
-        if choice is full and (model in controls or model in unbeaten):
-            continue  # The teacher is compared with them above.
-        sentences.append(_comparison(front, model, choice))
+        if choice is not full or model not in rivals:  # The teacher is compared with these above.
+            facts.append(_against(front, model, choice))
+        if beaten := front.members_beaten_by(model):
+            labels = join_names([member.label for member in beaten])
+            facts.append(Fact(f"On the front, {model.label} beats", labels))
     if front.unmeasured:
         names = join_names([model.trial.name for model in front.unmeasured])
-        sentences.append(f"Models that lack a measurement are not on the front: {names}.")
+        facts.append(Fact("Not on the front, as a measurement is missing", names))
     if problem := busy_machine(front.placed):
-        sentences.append(f"Times with {BUSY_MARK} decide nothing: {problem}.")
-    return list(dict.fromkeys(sentences))
+        facts.append(Fact(f"Times with {BUSY_MARK} decide nothing", problem))
+    return facts
 
 
-def _headline(front: Front, full: PlacedModel, cheaper: PlacedModel | None) -> str:
-    """Return what a reader should take from the front, in one sentence.
+def _cheapest_keeping_it(front: Front) -> PlacedModel | None:
+    """Return the cheapest model that keeps the demanded share, if it is not the full one."""
+    cheapest = front.cheapest_keeping(DEMANDED_SHARE)
+    return None if cheapest is front.full else cheapest
 
-    Args:
-        cheaper: The cheapest model that keeps the demanded share, if it is not the full one.
-    """
+
+def _headline(front: Front, full: PlacedModel) -> str:
+    """Return what a reader should take from the front, in one sentence."""
     name = front.axes.quality_metric.title.lower()
     quality = name if front.axes.quality_metric.is_percent else f"quality ({name})"
-    if cheaper is not None:
-        share = _share_text(front, cheaper)
-        keeps = f"{cheaper.label} keeps {share} of {_possessive(full)} {quality}"
-        sentence = f"{keeps} {_at_cost(front, cheaper)}"
-        confidence = front.confidence_keeps(cheaper)
-        if front.basis and confidence is not None and confidence < HIGH_CONFIDENCE:
-            sentence += f", as far as {front.basis.num_items:,} items can tell"
-        return f"{sentence}."
-    candidates = [model for model in front.placed if model.is_candidate and model.cost < full.cost]
-    sentence = f"No cheaper model keeps {DEMANDED_SHARE:.0%} of {_possessive(full)} {quality}"
-    if not candidates:
-        return f"{sentence}."
-    nearest = max(candidates, key=lambda model: front.share_of_full(model) or 0.0)
-    share = f"with {_share_text(front, nearest)} {_at_cost(front, nearest)}"
-    return f"{sentence}; {nearest.label} comes nearest, {share}."
+    cheaper = _cheapest_keeping_it(front)
+    if cheaper is None:
+        return f"No cheaper model keeps {DEMANDED_SHARE:.0%} of {_possessive(full)} {quality}."
+    share = _share_text(front, cheaper)
+    keeps = f"{cheaper.label} keeps {share} of {_possessive(full)} {quality}"
+    sentence = f"{keeps} {_at_cost(front, cheaper)}"
+    confidence = front.confidence_keeps(cheaper)
+    if front.basis and confidence is not None and confidence < HIGH_CONFIDENCE:
+        sentence += f", as far as {front.basis.num_items:,} items can tell"
+    return f"{sentence}."
 
 
 def _name(full: PlacedModel) -> str:
@@ -134,48 +148,63 @@ def _costs_text(front: Front, model: PlacedModel) -> str:
     return f"{costs} {front.axes.cost_metric.unit}".rstrip()
 
 
-def _how_sure(front: Front, full: PlacedModel, model: PlacedModel, confidence: float) -> str:
-    """Return how sure it is that a model keeps the demanded share, and which model surely does."""
-    sentence = (
-        f"That {model.label} keeps {DEMANDED_SHARE:.0%} has a confidence of "
-        f"{confidence_text(confidence)}"
-    )
-    if (on_front := model.number(CONFIDENCE_ON_FRONT)) is not None:
-        sentence += f", that it is on the front one of {confidence_text(on_front)}"
-    if confidence >= HIGH_CONFIDENCE:
-        return f"{sentence}."
-    confident = [
-        model
-        for model in front.placed
-        if model.is_candidate
-        and model.cost < full.cost
-        and (front.confidence_keeps(model) or 0.0) >= HIGH_CONFIDENCE
+def _how_sure(front: Front, full: PlacedModel) -> list[Fact]:
+    """Return how sure it is that a model keeps the demanded share, and which model surely does; if
+    none keeps it, which comes nearest."""
+    cheaper_than_full = [
+        model for model in front.placed if model.is_candidate and model.cost < full.cost
     ]
-    at_least = f"with a confidence of {HIGH_CONFIDENCE} or more"
-    if not confident:
-        return f"{sentence}; no cheaper model than {full.label} keeps it {at_least}."
-    cheapest = describe_model(front, min(confident, key=lambda model: model.cost))
-    return f"{sentence}; the cheapest that keeps it {at_least} is {cheapest}."
+    model = _cheapest_keeping_it(front)
+    if model is None:
+        if not cheaper_than_full:
+            return []
+        nearest = max(cheaper_than_full, key=lambda model: front.share_of_full(model) or 0.0)
+        share = f"{_share_text(front, nearest)} {_at_cost(front, nearest)}"
+        return [Fact(f"Nearest, {nearest.label}", share)]
+
+    confidence = front.confidence_keeps(model)
+    if confidence is None:
+        return []
+    text = f"{confidence_text(confidence)} that it keeps {DEMANDED_SHARE:.0%}"
+    if (on_front := model.number(CONFIDENCE_ON_FRONT)) is not None:
+        text += f", {confidence_text(on_front)} that it is on the front"
+    facts = [Fact(f"Confidence of {model.label}", text)]
+    if confidence < HIGH_CONFIDENCE:
+        confident = [
+            model
+            for model in cheaper_than_full
+            if (front.confidence_keeps(model) or 0.0) >= HIGH_CONFIDENCE
+        ]
+        surest = "none is cheaper than the full model"
+        if confident:
+            surest = describe_model(front, min(confident, key=lambda model: model.cost))
+        name = f"Cheapest that keeps {DEMANDED_SHARE:.0%} with a confidence of {HIGH_CONFIDENCE}"
+        facts.append(Fact(f"{name} or more", surest))
+    return facts
 
 
 def describe_model(front: Front, model: PlacedModel, *, with_share: bool = True) -> str:
-    """Return one clause on a model: its name, quality, cost and confidence.
+    """Return a model's name, quality, cost and confidence.
 
     Args:
         with_share: Say which share of the full model's quality it keeps, and how surely.
     """
+    return f"{model.label} with {_model_text(front, model, with_share=with_share)}"
+
+
+def _model_text(front: Front, model: PlacedModel, *, with_share: bool) -> str:
     full = front.full
     share = front.share_of_full(model)
-    text = f"{model.label} with {_quality(front, model)}"
-    if not with_share:
-        return f"{text} at {_costs_text(front, model)}"
-    if full is not None and share is not None and full.cost:
+    parts = [_quality(front, model)]
+    if with_share and full is not None and share is not None and full.cost:
         interval = "" if model is full else _share_interval_text(front, model)
-        text += f", {share:.1%} of {_possessive(full)}{interval}, {_at_cost(front, model)}"
-    if model is full or (confidence := front.confidence_keeps(model)) is None:
-        return text
-    demanded = f"{100 * front.demanded_share:.4g}%"
-    return f"{text}; it keeps {demanded} with confidence {confidence_text(confidence)}"
+        parts.append(f"{share:.1%} of {_possessive(full)}{interval}")
+    parts.append(_costs_text(front, model))
+    confidence = front.confidence_keeps(model)
+    if with_share and model is not full and confidence is not None:
+        demanded = f"{100 * front.demanded_share:.4g}%"
+        parts.append(f"confidence {confidence_text(confidence)} that it keeps {demanded}")
+    return "; ".join(parts)
 
 
 def _share_interval_text(front: Front, model: PlacedModel) -> str:
@@ -192,8 +221,8 @@ def _share_interval_text(front: Front, model: PlacedModel) -> str:
     # The share itself is over all items of the model, which then are others.
     left_out = " that all answered" if front.basis and front.basis.num_left_out else ""
     return (
-        f" ({INTERVAL_LEVEL:.0%} interval {100 * share.low:.1f} to {100 * share.high:.1f}% over "
-        f"the {share.over}{left_out})"
+        f" ({INTERVAL_LEVEL:.0%} interval {100 * share.low:.1f} to {100 * share.high:.1f}%, "
+        f"{share.over}{left_out})"
     )
 
 
@@ -218,42 +247,50 @@ def confidence_note(front: Front) -> list[str]:
     basis = front.basis
     if basis is None or not basis.num_items:
         return []
+    over = "the items of one seed"
+    covered = "They say nothing of other trainings."
     if basis.num_seeds > 1:
         over = "the seeds and items; for a model of one seed, over its items"
         covered = "They say nothing of other seeds of a model that has one."
-    else:
-        over = "the items of one seed"
-        covered = "They say nothing of other trainings."
-    left_out = f"; {basis.num_left_out:,} that only some answered are left out"
-    return [
-        f"Intervals hold the truth in {INTERVAL_LEVEL:.0%} of such sweeps, and are over {over}: "
-        f"{basis.num_items:,} items that all models answered"
-        f"{left_out if basis.num_left_out else ''}. A confidence is that of the one-sided "
-        f"interval that just says so; those of {basis.num_models} models are corrected for "
-        f"their number by Holm's method. {covered}"
+    notes = [
+        f"Intervals hold the truth in {INTERVAL_LEVEL:.0%} of such sweeps. They are over {over}.",
+        f"All models answered {basis.num_items:,} items.",
     ]
+    if basis.num_left_out:
+        notes.append(f"{basis.num_left_out:,} items that only some answered are left out.")
+    notes += [
+        "A confidence is that of the one-sided interval that just says so.",
+        f"Confidences of {basis.num_models} models are corrected for their number by Holm's "
+        f"method. {covered}",
+    ]
+    return [" ".join(notes)]
 
 
-def _what_can_be_told(front: Front) -> list[str]:
+def _what_can_be_told(front: Front) -> list[Fact]:
     """Return which differences a sweep can show, and the models that it does not tell from the full
     one; nothing without values of single items."""
     basis = front.basis
     if front.full is None or basis is None or basis.resolvable is None:
         return []
+    full = _name(front.full)
     seeds = f" under {basis.num_seeds} seeds" if basis.num_seeds > 1 else ""
-    sentences = [
-        f"This sweep can tell models apart from {_size_text(front, basis.resolvable)} on "
-        f"({POWER:.0%} power, {INTERVAL_LEVEL:.0%} confidence): {basis.num_items:,} items{seeds}, "
-        f"of which {_name(front.full)} and another model differ on {basis.share_differing:.1%}."
+    size = _size_text(front, basis.resolvable)
+    facts = [
+        Fact(
+            "Smallest difference that this sweep can show",
+            f"{size} ({POWER:.0%} power, {INTERVAL_LEVEL:.0%} confidence)",
+        ),
+        Fact(
+            "Items that all models answered",
+            f"{basis.num_items:,}{seeds}; {full} and another model differ on "
+            f"{basis.share_differing:.1%}",
+        ),
     ]
-    tied = tied_with_full(front)
-    if tied:
+    if tied := tied_with_full(front):
         names = join_names([model.label for model in tied])
-        sentences.append(
-            f"Tied with {_name(front.full)}, by {basis.num_models} comparisons that are corrected "
-            f"for their number by Holm's method: {names}."
-        )
-    return sentences
+        comparisons = f"{basis.num_models} comparisons, corrected by Holm's method"
+        facts.append(Fact(f"Tied with {full}", f"{names} ({comparisons})"))
+    return facts
 
 
 def tied_with_full(front: Front) -> list[PlacedModel]:
@@ -297,46 +334,38 @@ def plain_choice(front: Front) -> PlacedModel | None:
     return max(same_method or unbeaten, key=lambda model: model.signed_quality, default=None)
 
 
-def _teacher_shows_no_gain(
-    front: Front, teacher: PlacedModel, unbeaten: Sequence[PlacedModel]
-) -> str:
+def _no_gain(front: Front, teacher: PlacedModel, unbeaten: Sequence[PlacedModel]) -> list[str]:
     """Say that a teacher is not shown to be better than models without corrections, and what that
     means."""
-    rivals = plain_rivals(front.placed, teacher)
     names = join_names([model.label for model in unbeaten])
-    text = (
-        f"{_teacher_against(front, teacher, rivals)}: no gain over {names} is shown here, so a "
-        "share of its quality says nothing of what a student keeps"
-    )
+    choice = plain_choice(front)
+    assert choice is not None, "one is unbeaten"
+    sentences = [
+        f"No gain of {_name(teacher)} over {names} is shown: take {choice.label} "
+        f"({_costs_text(front, choice)}).",
+        f"So a share of {_possessive(teacher)} quality says nothing of what a student keeps.",
+    ]
     passing = [
         model.trial
         for model in front.placed
         if model.is_candidate and model.signed_quality > teacher.signed_quality
     ]
     if any(trial.job is not None and trial.job.initial_folder for trial in passing):
-        text += "; students that pass it were trained for further steps"
-    choice = plain_choice(front)
-    assert choice is not None, "one is unbeaten"
-    return (
-        f"{text}. Take {choice.label} ({_costs_text(front, choice)}). A longer training "
-        "(training.num_steps) may change that."
-    )
+        sentences.append("Students that pass it were trained for further steps.")
+    return [*sentences, "A longer training (training.num_steps) may change that."]
 
 
-def _teacher_against(front: Front, teacher: PlacedModel, rivals: Sequence[PlacedModel]) -> str:
-    """Say without a full stop which models a teacher beats, and which it does not."""
-    clauses = []
-    for rival in sorted(rivals, key=lambda model: model.label):
-        interval = _difference(front, teacher, rival)
-        size = _difference_text(front, interval)
-        if not interval.excludes_zero:
-            clause = f"differs from {rival.label} by less than these items can resolve"
-        elif (interval.value > 0) == front.axes.higher_is_better:
-            clause = f"beats {rival.label}"
-        else:
-            clause = f"is worse than {rival.label}"
-        clauses.append(f"{clause} ({size})")
-    return f"{_name(teacher)[0].upper()}{_name(teacher)[1:]} {' and '.join(clauses)}"
+def _against(front: Front, model: PlacedModel, other: PlacedModel) -> Fact:
+    """Compare two models over the same items, else by their separate errors."""
+    interval = _difference(front, model, other)
+    verdict = "no difference shown"
+    if interval.excludes_zero:
+        is_better = (interval.value > 0) == front.axes.higher_is_better
+        verdict = "better" if is_better else "worse"
+    name = f"{_name(model)} against {_name(other)}"
+    if name.startswith("the "):
+        name = name.capitalize()
+    return Fact(name, f"{verdict}, {_difference_text(front, interval)}")
 
 
 def _difference(front: Front, model: PlacedModel, other: PlacedModel) -> Interval:
@@ -366,33 +395,22 @@ def _size_text(front: Front, size: float) -> str:
     """Return the size of a difference of the front's quality: `2.6 points`."""
     if front.axes.quality_metric.is_percent:
         return f"{100 * size:.1f} points"
-    return f"{size:.3f} {front.axes.quality_metric.title.lower()}"
+    return f"{size:.3f} {_unit_of_quality(front)}"
+
+
+def _unit_of_quality(front: Front) -> str:
+    return front.axes.quality_metric.title.lower()
 
 
 def _difference_text(front: Front, interval: Interval) -> str:
-    """Return the size of a difference, a positive number, with its interval."""
+    """Return a difference with its sign and its interval."""
     is_percent = front.axes.quality_metric.is_percent
-    scale, unit, digits = (100, " points", 1) if is_percent else (1, "", 3)
-    # The interval of a negative difference is turned around.
-    side = 1 if interval.value >= 0 else -1
-    low, high = sorted(side * scale * bound for bound in (interval.low, interval.high))
+    scale, unit, digits = (100, "points", 1) if is_percent else (1, _unit_of_quality(front), 3)
     return (
-        f"{abs(scale * interval.value):.{digits}f}{unit}, {INTERVAL_LEVEL:.0%} interval "
-        f"{low:.{digits}f} to {high:.{digits}f} over the {interval.over}"
+        f"{scale * interval.value:+.{digits}f} {unit} ({INTERVAL_LEVEL:.0%} interval "
+        f"{scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f}, "
+        f"{interval.over})"
     )
-
-
-def _comparison(front: Front, baseline: PlacedModel, choice: PlacedModel) -> str:
-    """Compare a baseline with a model over the same items, else by their separate errors."""
-    interval = _difference(front, choice, baseline)
-    size = _difference_text(front, interval)
-    claim = f"and {choice.label} differ by less than these items can resolve ({size})"
-    if interval.excludes_zero:
-        is_worse = (interval.value > 0) == front.axes.higher_is_better
-        claim = f"is {'worse' if is_worse else 'better'} than {choice.label} by {size}"
-    beaten = [model.label for model in front.members_beaten_by(baseline)]
-    also = f"; it beats {join_names(beaten)} on the front" if beaten else ""
-    return f"{baseline.label} ({_quality(front, baseline)}) {claim}{also}."
 
 
 def better_baselines(front: Front, picked: PlacedModel) -> list[str]:
@@ -401,12 +419,12 @@ def better_baselines(front: Front, picked: PlacedModel) -> list[str]:
     for model in front.placed:
         if model.role not in BASELINE_ROLES or model.cost > picked.cost:
             continue
-        interval = _difference(front, picked, model)  # As the front holds it.
-        is_better = (interval.value < 0) == front.axes.higher_is_better
+        interval = _difference(front, model, picked)
+        is_better = (interval.value > 0) == front.axes.higher_is_better
         has_noise = interval.low < interval.high  # Known, and so worth comparing with.
         if is_better and has_noise and interval.excludes_zero:
             clauses.append(
-                f"{model.label} ({_quality(front, model)}) costs no more and is better by "
+                f"{model.label} ({_quality(front, model)}) costs no more and is better, "
                 f"{_difference_text(front, interval)}"
             )
     return clauses

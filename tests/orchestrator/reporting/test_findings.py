@@ -74,10 +74,9 @@ def test_nothing_is_said_in_the_milliseconds_of_a_busy_machine(sample_results):
 
 def test_what_is_said_where_no_model_keeps_the_quality_or_none_has_a_place(sample_results):
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    expected = (
-        "No cheaper model keeps 99% of the teacher's accuracy; 0,0,0,0,0,0 comes nearest, with "
-    )
-    assert findings(sample_front(results))[0].startswith(expected)
+    headline, nearest, *_ = findings(sample_front(results))
+    assert headline == "No cheaper model keeps 99% of the teacher's accuracy."
+    assert nearest.startswith("Nearest, 0,0,0,0,0,0: 44.8% at 25% of its NFE")
     nothing_right = [with_accuracy(r, 0.0) for r in sample_results]
     without_points = sample_front(nothing_right, FrontAxes(quality="quality/other"))
     expected = "no trial of this sweep has other and NFE per token; it has accuracy, bits"
@@ -93,17 +92,17 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results):
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
         ]
-        return next(s for s in findings(sample_front(results)) if s.startswith("vanilla"))
+        return " ".join(s for s in findings(sample_front(results)) if "vanilla" in s)
 
     # Each accuracy has an error of 1.21 points, so the difference has one of 1.71. The student is
     # one of nine: 2.77 times that is 4.74, as 5% in nine parts are outside of 2.77.
     sentences = about_vanilla(0.4437 - 0.048)
-    assert_names(sentences, "worse than 0,1,1,1,1,1", "4.8 points", "0.1 to 9.5")
+    assert_names(sentences, "against 0,1,1,1,1,1: worse, -4.8 points", "-9.5 to -0.1")
     for accuracy in (0.4437 - 0.047, 0.4176, 0.44, 0.4437 + 0.047):
-        assert "differ by less" in about_vanilla(accuracy)
-    assert "is better than 0,1,1,1,1,1" in about_vanilla(0.5)
+        assert "no difference shown" in about_vanilla(accuracy)
+    assert "against 0,1,1,1,1,1: better" in about_vanilla(0.5)
     # Vanilla costs as little as the cheapest, so it beats every member that is not better.
-    assert "it beats 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
+    assert "vanilla beats: 0,0,0,0,0,0; 0,1,0,0,0,1" in about_vanilla(0.44)
 
 
 def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sample_evaluations):
@@ -119,12 +118,15 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
     answers[by_label["r = 0 from scratch"]] = answers[nearly_as_good]
     measured = with_confidence(front, answers)
     [warning, *other_sentences] = findings(measured)
-    assert warning.startswith("The teacher differs from r = 0 from scratch by less than")
-    assert_names(warning, "beats vanilla", "no gain over r = 0 from scratch is shown")
-    assert "Take r = 0 from scratch (6 of 24 NFE)" in warning
+    assert warning == (
+        "No gain of the teacher over r = 0 from scratch is shown: take r = 0 from scratch "
+        "(6 of 24 NFE)."
+    )
+    text = " ".join(other_sentences)
+    assert_names(text, "The teacher against r = 0 from scratch: no difference shown")
+    assert_names(text, "The teacher against vanilla: better")
     assert not any("% of the teacher's" in sentence for sentence in [warning, *other_sentences])
     assert not any(" keeps " in sentence for sentence in [warning, *other_sentences])
-    assert any(sentence.startswith("vanilla") for sentence in other_sentences)
     picked = pick_from_front(measured, PickRule(name="cheapest"))
     pick_text = describe_pick(measured, picked)
     assert_names(pick_text, "no gain of the teacher over r = 0 from scratch is shown")
@@ -136,10 +138,10 @@ def test_shares_of_a_teacher_that_gains_nothing_are_not_said(sample_results, sam
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
         ]
-        [first_sentence, *_] = findings(sample_front(results))
+        [first_sentence, *other_sentences] = findings(sample_front(results))
         assert (" keeps " in first_sentence) == is_beaten
-        assert ("no gain over vanilla is shown" in first_sentence) != is_beaten
-        assert ("is worse than vanilla" in first_sentence) == (accuracy == 0.6)
+        assert ("No gain of the teacher over vanilla is shown" in first_sentence) != is_beaten
+        assert ("teacher against vanilla: worse" in " ".join(other_sentences)) == (accuracy == 0.6)
         # A model that was trained for longer is no measure of what corrections gain.
         tokens = {"vanilla": 2000, "teacher": 1000}
         results = [
@@ -202,7 +204,7 @@ def test_a_baseline_that_is_better_and_costs_no_more_is_said_of_a_pick(
     cheapest = pick_from_front(front, PickRule(name="cheapest"))
     [zero] = better_baselines(front, cheapest)
     assert zero.startswith("r = 0 from scratch (accuracy 42.0 ± 1.1%) costs no more and is better")
-    assert re.search(r" by 0\.\d points, 95% interval 0\.\d to \d\.\d over the items", zero)
+    assert re.search(r"better, \+0\.\d points \(95% interval 0\.\d to \d\.\d, items", zero)
     # That vanilla is better is not sure of one among nine students, but of one that stands alone.
     alone = [r for r in sample_results if r.role != "trial" or r.key == cheapest.key]
     front = with_confidence(sample_front(alone), sample_evaluations)
@@ -227,8 +229,9 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     assert cheapest is not None
     unsure_ending = ", as far as 2,000 items can tell."
     # The cheapest is not certain enough; a costlier one is.
-    sure = "the cheapest that keeps it with a confidence of 0.95 or more is "
-    assert sure in findings(front)[1]
+    sure = "Cheapest that keeps 99% with a confidence of 0.95 or more: "
+    assert findings(front)[1].startswith(f"Confidence of {cheapest.label}: ")
+    assert sure in findings(front)[2]
     # The full model has all of its own quality.
     assert "interval" not in describe_model(front, front.full)
 
@@ -243,11 +246,10 @@ def test_claims_have_their_confidence(sample_results, front, sample_evaluations)
     vanilla_key = next(r.key for r in sample_results if r.label == "vanilla")
     with_equal_answers = {**sample_evaluations, vanilla_key: sample_evaluations[cheapest.key]}
     sentences = findings(with_confidence(unsure, with_equal_answers))
-    vanilla = next(s for s in sentences if s.startswith("vanilla"))
+    vanilla = next(s for s in sentences if s.startswith("vanilla against"))
     # Where all answers are equal, one item in 2,000 could be another one.
-    assert (
-        "differ by less than these items can resolve (0.0 points, 95% interval -0.3 to 0.3 over "
-        "the items of one seed)" in vanilla
+    assert vanilla.endswith(
+        "no difference shown, +0.0 points (95% interval -0.3 to 0.3, items of one seed)."
     )
     tied = next(s for s in sentences if s.startswith("Tied with the teacher"))
     assert_names(tied, "3,3,3,3,3,3", "Holm", "11 comparisons")
@@ -307,7 +309,7 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front, sample_results):
 
 
 def test_a_teacher_with_a_source_beats_its_controls_or_is_called_worse(sample_results):
-    def about_controls(source: float, continued: float) -> str:
+    def about_controls(source: float, continued: float) -> list[str]:
         names = {"vanilla": "source", "r = 0 from scratch": "source_continued"}
         accuracies = {"source": source, "source_continued": continued}
         results = []
@@ -316,14 +318,15 @@ def test_a_teacher_with_a_source_beats_its_controls_or_is_called_worse(sample_re
                 control = result.model_copy(update={"role": name, "label": name})
                 result = with_accuracy(control, accuracies[name])
             results.append(result)
-        [sentence] = [s for s in findings(sample_front(results)) if s.startswith("The teacher")]
-        return sentence
+        return [s for s in findings(sample_front(results)) if s.startswith("The teacher")]
 
     # The teacher has 44.65 %, and a difference below 3.35 points is not resolved.
-    assert about_controls(0.3465, 0.3965) == (
-        "The teacher beats source (10.0 points, 95% interval 6.6 to 13.4 over the items of one "
-        "seed) and beats source_continued (5.0 points, 95% interval 1.6 to 8.4 over the items of "
-        "one seed)."
-    )
-    worse = about_controls(0.43, 0.4965)
-    assert_names(worse, "source by less", "(1.7 points", "worse than source_continued (5.0 points")
+    assert about_controls(0.3465, 0.3965) == [
+        "The teacher against source: better, +10.0 points (95% interval 6.6 to 13.4, items of one "
+        "seed).",
+        "The teacher against source_continued: better, +5.0 points (95% interval 1.6 to 8.4, items "
+        "of one seed).",
+    ]
+    source, continued = about_controls(0.43, 0.4965)
+    assert "no difference shown, +1.7 points" in source
+    assert "worse, -5.0 points" in continued

@@ -85,12 +85,12 @@ def test_baselines_compete_only_where_there_is_no_teacher():
     assert front.full
     assert front.full.cost == 24
     assert front.members_beaten_by(front.members[0]) == []
-    assert_names(" ".join(findings(front)), "vanilla (accuracy 40.0 ± 1.0%)", "than full by 10")
+    assert_names(" ".join(findings(front)), "vanilla against full: worse, -10")
 
     front = sample_front([vanilla, result(18, 0.5, "baseline", key="rk2")])
     assert front.full
     assert (len(front.members), front.full.key) == (2, "rk2")
-    assert "than rk2" in " ".join(findings(front))
+    assert "against rk2: worse" in " ".join(findings(front))
 
 
 def test_a_baseline_of_equal_quality_or_equal_cost_beats_a_member():

@@ -203,7 +203,7 @@ def test_an_accuracy_that_is_less_well_known_than_it_may_change_is_no_default(
     if in_bits:
         # 30 % of 1,000 items differ: 1.96 errors of the difference are 3.4 points to each side.
         # Where all answers are equal, they are 0.3.
-        assert_names(reason, "1,000 items", "99%", "to lose 0.4")
+        assert_names(reason, "1,000 items", "99%", "may lose 0.4 points")
         [width] = re.findall(r"within ([0-9.]+) points", reason)
         assert float(width) == pytest.approx(6.7 if share_changed else 0.6, abs=0.5)
     # Who may lose half needs to know less.
@@ -436,7 +436,7 @@ def test_several_sweeps_share_a_front_and_are_distinguished(workspace, sample_re
     assert sum(row["role"] == "teacher" for row in rows) == 1
     # Only names that two sweeps share include the sweep.
     text = " ".join(written.sentences)
-    assert "vanilla (accuracy" in text
+    assert "vanilla against" in text
     assert "0,1,1,1,0,1 (second)" in text
 
     written = write_sweep_report(workspace, "first", "second", axes=parse_axes("ms", "bits"))
