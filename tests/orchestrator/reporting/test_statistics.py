@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,7 +115,9 @@ def test_an_interval_is_the_longer_one_of_seeds_alone_and_seeds_with_items():
     little = Estimate(
         0.0, seeds_variance=1.0, seeds_freedom=1, items_variance=0.01, items_freedom=99
     )
-    assert little.half_width() == pytest.approx(t.ppf(0.975, 1))
+    assert little.half_width() == pytest.approx(math.sqrt(1 - 0.06 * 0.01) * t.ppf(0.975, 1))
+    more = replace(little, items_variance=4.0)  # Of two seeds, 0.06 of it is taken off.
+    assert more.half_width() == pytest.approx(math.sqrt(1 - 0.06 * 4) * t.ppf(0.975, 1))
     much = Estimate(0.0, seeds_variance=1.0, seeds_freedom=1, items_variance=1e6, items_freedom=99)
     assert much.half_width() == pytest.approx(1e3 * t.ppf(0.975, 99), rel=1e-4)
     equal = Estimate(0.0, seeds_variance=1.0, seeds_freedom=4, items_variance=2.0, items_freedom=50)
