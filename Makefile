@@ -26,7 +26,7 @@ ELSEWHERE := MLFLOW_TRACKING_URI=http://127.0.0.1:9 MLFLOW_EXPERIMENT_NAME=their
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-elsewhere test-long test-floors test-wheel mutants mutants-random wheel lint format docs docs-links bench gpu ui clean
+.PHONY: help demo test test-quick test-elsewhere test-long test-floors test-wheel mutants mutants-random wheel lint format modeling docs docs-links bench gpu ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ lint: $(INSTALLED) ## Check style and types
 format: $(INSTALLED) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+modeling: $(INSTALLED) ## Make the models of transformers, iiet/hf/modeling_*.py, from their templates
+	$(BIN)/python modeling/make_modeling.py
 
 docs: $(INSTALLED) ## Build the documentation site in build/site; a broken link or reference fails
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/site

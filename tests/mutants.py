@@ -31,7 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("iiet", "orchestrator", "tests", "sweeps", "docs", "examples", "research", "benchmarks")
+COPIED = (
+    "iiet", "orchestrator", "tests", "sweeps", "docs", "examples", "modeling", "research",
+    "benchmarks",
+)  # fmt: skip
 COPIED_FILES = ("pyproject.toml", "README.md", "Makefile")
 LIBRARIES = (
     "torch._dynamo", "torch.profiler", "transformers.generation", "ray.train.torch",

@@ -1,3 +1,4 @@
+# Made by `make modeling` of iiet-orch from modeling/explicit.py.jinja; change that file.
 """Explicit methods as a model of transformers, in one file that needs torch and transformers alone.
 
 An exported folder contains this file as `modeling_iiet.py`, so
@@ -124,9 +125,8 @@ class IIETConfig(PreTrainedConfig):
         """The stages of each layer."""
         return [LAYERS[self.method].num_evaluations] * self.num_layers
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.set_slots
     def set_slots(self) -> None:
-        """Count the evaluations, one layer after the other, and say what each attends to."""
+        """Count the evaluations, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_layers:
@@ -141,7 +141,6 @@ class IIETConfig(PreTrainedConfig):
             for _ in range(count)
         ]
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -161,7 +160,6 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
-# Copied from iiet.hf.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -257,7 +255,6 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    # Copied from iiet.hf.modeling_iiet.IIETDecoderLayer.field
     def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
         """Evaluate F, the Llama block, with keys and values in a slot."""
         residual = hidden_states
@@ -357,7 +354,7 @@ class IIETPreTrainedModel(PreTrainedModel):
 
 
 class IIETModel(IIETPreTrainedModel):
-    """Embed, advance L times, norm."""
+    """All of the model but its head."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -439,7 +436,6 @@ class IIETModel(IIETPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -462,7 +458,6 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -471,7 +466,6 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -497,7 +491,6 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
 
         self.post_init()
 
-    # Copied from iiet.hf.modeling_iiet.IIETForCausalLM.forward
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -541,7 +534,6 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         )
 
 
-# Copied from iiet.hf.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

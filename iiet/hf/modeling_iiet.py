@@ -1,8 +1,9 @@
+# Made by `make modeling` of iiet-orch from modeling/iiet.py.jinja; change that file.
 """IIET as a model of transformers, in one file that needs torch and transformers alone.
 
-An exported folder contains this file, so `AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True)` works where the package is not installed. It computes what `iiet.Decoder`
-computes, under the same names of weights.
+An exported folder contains this file as `modeling_iiet.py`, so
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where the package is
+not installed. It computes what `iiet.Decoder` computes, under the same names of weights.
 
 A layer's *field* F is its whole Llama block. IIET evaluates it once for a *prediction* and then
 corrects that as often as the *iteration schedule* (`config.corrections`) says. Each layer leaves an
@@ -76,7 +77,7 @@ class IIETConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # No pipeline plan: a layer reads the estimates of all earlier ones.
+    # No pipeline plan: it would divide the evaluations, as if each were a layer.
 
     method: str = "iiet"
     method_options: dict[str, Any] | None = None
@@ -164,7 +165,7 @@ class IIETConfig(PreTrainedConfig):
         return [1 + count for count in self.corrections]
 
     def set_slots(self) -> None:
-        """Count the evaluations, one layer after the other, and say what each attends to."""
+        """Count the evaluations, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_layers:
@@ -472,7 +473,7 @@ class IIETPreTrainedModel(PreTrainedModel):
 
 
 class IIETModel(IIETPreTrainedModel):
-    """Embed, advance L times, norm."""
+    """All of the model but its head."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -529,9 +530,9 @@ class IIETModel(IIETPreTrainedModel):
         )
 
         hidden_states = inputs_embeds
-        estimates = [at_least_float32(inputs_embeds)]
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
+        estimates = [at_least_float32(inputs_embeds)]
         first_slot = 0
         for decoder_layer, num_evaluations in zip(
             self.layers, self.config.evaluations_per_layer, strict=True

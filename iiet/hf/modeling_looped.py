@@ -1,3 +1,4 @@
+# Made by `make modeling` of iiet-orch from modeling/looped.py.jinja; change that file.
 """Looped models as a model of transformers, in one file that needs torch and transformers alone.
 
 An exported folder contains this file as `modeling_iiet.py`, so
@@ -65,7 +66,7 @@ class IIETConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # No pipeline plan: the first layer reads what the last one returned.
+    # No pipeline plan: it would divide the evaluations, as if each were a layer.
 
     method: str = "looped"
     method_options: dict[str, Any] | None = None
@@ -107,7 +108,6 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -118,7 +118,6 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.__setattr__
     def __setattr__(self, name: str, value: Any) -> None:
         # After the first time, which is before the number of layers is known.
         if name == "corrections" and vars(self).get("num_layers") is not None:
@@ -126,7 +125,6 @@ class IIETConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.from_dict
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets keyword arguments on a config that has counted its evaluations.
@@ -155,7 +153,7 @@ class IIETConfig(PreTrainedConfig):
         return 1 + self.corrections[0]
 
     def set_slots(self) -> None:
-        """Count the layers of all runs, and say what each attends to."""
+        """Count the evaluations, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_layers:
@@ -169,7 +167,6 @@ class IIETConfig(PreTrainedConfig):
             for window in windows
         ]
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -189,7 +186,6 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
-# Copied from iiet.hf.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -283,9 +279,8 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, slot: int, **kwargs: Unpack[TransformersKwargs]
-    ) -> Tensor:
+    def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
+        """Evaluate F, the Llama block, with keys and values in a slot."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states, slot=slot, **kwargs)
@@ -295,6 +290,11 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
+
+    def forward(
+        self, hidden_states: Tensor, slot: int, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
+        return self.field(hidden_states, slot, **kwargs)
 
 
 class IIETPreTrainedModel(PreTrainedModel):
@@ -315,7 +315,7 @@ class IIETPreTrainedModel(PreTrainedModel):
 
 
 class IIETModel(IIETPreTrainedModel):
-    """Embed, run the stack of layers as often as the schedule says, norm."""
+    """All of the model but its head."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -405,7 +405,6 @@ class IIETModel(IIETPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -428,7 +427,6 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -437,7 +435,6 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -448,7 +445,6 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
-# Copied from iiet.hf.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -518,7 +514,6 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         return copy.deepcopy(self, {id(self.config): config, **shared})
 
 
-# Copied from iiet.hf.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

@@ -1,3 +1,4 @@
+# Made by `make modeling` of iiet-orch from modeling/pcformer.py.jinja; change that file.
 """PCformer as a model of transformers, in one file that needs torch and transformers alone.
 
 An exported folder contains this file as `modeling_iiet.py`, so
@@ -71,7 +72,7 @@ class IIETConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # No pipeline plan: a layer reads the estimates of all earlier ones.
+    # No pipeline plan: it would divide the evaluations, as if each were a layer.
 
     method: str = "pcformer"
     """`pcformer`, or `pcformer_rk4` with a prediction of order 4."""
@@ -115,7 +116,6 @@ class IIETConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     """`full_attention` or `sliding_attention` for each evaluation."""
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.__post_init__
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -126,7 +126,6 @@ class IIETConfig(PreTrainedConfig):
         self.set_corrections(self.corrections)
         super().__post_init__(**kwargs)
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.__setattr__
     def __setattr__(self, name: str, value: Any) -> None:
         # After the first time, which is before the number of layers is known.
         if name == "corrections" and vars(self).get("num_layers") is not None:
@@ -134,7 +133,6 @@ class IIETConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.from_dict
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # The base class sets keyword arguments on a config that has counted its evaluations.
@@ -171,9 +169,8 @@ class IIETConfig(PreTrainedConfig):
             return [EVALUATIONS_OF_RK4] * self.num_layers
         return [1 + level for level in self.corrections]
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.set_slots
     def set_slots(self) -> None:
-        """Count the evaluations, one layer after the other, and say what each attends to."""
+        """Count the evaluations, and say what each attends to."""
         for name in ("rotary_layers", "sliding_windows"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_layers:
@@ -188,7 +185,6 @@ class IIETConfig(PreTrainedConfig):
             for _ in range(count)
         ]
 
-    # Copied from iiet.hf.modeling_iiet.IIETConfig.window_sizes
     @property
     def window_sizes(self) -> list[int]:
         """The sizes of the sliding windows, each once."""
@@ -208,7 +204,6 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
 
 
-# Copied from iiet.hf.modeling_iiet.IIETAttention
 class IIETAttention(nn.Module):
     """Causal attention. One module serves all evaluations of its layer."""
 
@@ -292,13 +287,11 @@ class IIETAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
-# Copied from iiet.hf.modeling_iiet.at_least_float32
 def at_least_float32(x: Tensor) -> Tensor:
     """Return a float32 or float64 tensor as it is, and any other as float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# Copied from iiet.hf.modeling_iiet.KeepsFloat32
 class KeepsFloat32(nn.Module):
     """A module whose own parameters stay float32 when the model is moved to half precision."""
 
@@ -312,7 +305,6 @@ class KeepsFloat32(nn.Module):
         return super()._apply(moved, recurse)
 
 
-# Copied from iiet.hf.modeling_iiet.IIETEstimateNorm
 class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
     """The LayerNorm that makes an estimate of a field's output, at least in float32."""
 
@@ -324,7 +316,6 @@ class IIETEstimateNorm(KeepsFloat32, nn.LayerNorm):
         )
 
 
-# Copied from iiet.hf.modeling_iiet.IIETMix
 class IIETMix(KeepsFloat32):
     """A layer's rows of two matrices: the inner one gives the field's points, the outer h_l."""
 
@@ -392,7 +383,6 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.correction_norm = IIETEstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mix = IIETMix(layer_idx)
 
-    # Copied from iiet.hf.modeling_iiet.IIETDecoderLayer.field
     def field(self, hidden_states: Tensor, slot: int, **kwargs: Any) -> Tensor:
         """Evaluate F, the Llama block, with keys and values in a slot."""
         residual = hidden_states
@@ -469,7 +459,7 @@ class IIETPreTrainedModel(PreTrainedModel):
 
 
 class IIETModel(IIETPreTrainedModel):
-    """Embed, advance L times, norm."""
+    """All of the model but its head."""
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -527,9 +517,9 @@ class IIETModel(IIETPreTrainedModel):
         )
 
         hidden_states = inputs_embeds
-        estimates = [at_least_float32(inputs_embeds)]
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
+        estimates = [at_least_float32(inputs_embeds)]
         first_slot = 0
         for decoder_layer, num_evaluations in zip(
             self.layers, self.config.evaluations_per_layer, strict=True
@@ -556,7 +546,6 @@ class IIETModel(IIETPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.make_causal_masks
     def make_causal_masks(
         self, attention_mask: Tensor | dict[str, Tensor | None] | None, **mask_kwargs: Any
     ) -> dict[str | int | None, Tensor | None]:
@@ -579,7 +568,6 @@ class IIETModel(IIETPreTrainedModel):
                 )
         return causal_masks
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.check_one_window
     def check_one_window(self) -> None:
         """Raise a ValueError for windows of several sizes, where masks are made elsewhere."""
         if len(self.config.window_sizes) > 1:
@@ -588,7 +576,6 @@ class IIETModel(IIETPreTrainedModel):
                 "dynamic cache and a mask of two dimensions alone, not in a batching server"
             )
 
-    # Copied from iiet.hf.modeling_iiet.IIETModel.check_server
     def check_server(self, attention_instances: dict[int, Any]) -> None:
         """Raise a ValueError for what vLLM, which brings an attention for each slot, cannot run."""
         self.check_one_window()
@@ -599,7 +586,6 @@ class IIETModel(IIETPreTrainedModel):
             )
 
 
-# Copied from iiet.hf.modeling_iiet.IIETForCausalLM
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """The model and its head."""
 
@@ -669,7 +655,6 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         return copy.deepcopy(self, {id(self.config): config, **shared})
 
 
-# Copied from iiet.hf.modeling_iiet.IIETForSequenceClassification
 class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
     """The model and a linear layer that scores classes, at the last token."""
 

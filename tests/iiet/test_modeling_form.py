@@ -1,10 +1,8 @@
 """The code of an export has the form that tools for transformers' models expect."""
 
-import ast
 import copy
-import re
-from pathlib import Path
 
+import make_modeling
 import pytest
 import torch
 from model_cases import make_model, tokens
@@ -21,7 +19,6 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import iiet
 from iiet.exporting import export, transformers_model
 
 FAMILIES = ("vanilla", "looped", "iiet", "pcformer", "ode_rk2_gated")
@@ -261,34 +258,13 @@ def test_a_model_compiles_as_one_graph(method):
 # The files
 
 
-def definitions(name):
-    """Return the text of `iiet/hf/NAME.py`, and its class, function or method -> its lines."""
-    text = (Path(iiet.__file__).parent / "hf" / f"{name}.py").read_text(encoding="utf-8")
-    lines = text.splitlines()
-
-    def source(node):
-        return lines[node.lineno - 1 : node.end_lineno]
-
-    sources = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            sources[node.name] = source(node)
-        for child in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(child, ast.FunctionDef):
-                sources[f"{node.name}.{child.name}"] = source(child)
-    return text, sources
+@pytest.mark.parametrize("family", make_modeling.FAMILIES)
+def test_each_file_is_what_its_template_gives(family):
+    text = (make_modeling.MODELS / f"modeling_{family}.py").read_text(encoding="utf-8")
+    assert text == make_modeling.modeling_text(family), "type `make modeling`"
 
 
-@pytest.mark.parametrize("name", ["modeling_explicit", "modeling_looped", "modeling_pcformer"])
-def test_what_a_file_says_it_copied_is_a_copy(name):
-    text, sources = definitions(name)
-    _, originals = definitions("modeling_iiet")
-    origins = re.findall(r"^ *# Copied from iiet\.hf\.modeling_iiet\.([\w.]+)$", text, re.MULTILINE)
-    assert len(origins) >= 5
-    for origin in origins:
-        assert sources[origin] == originals[origin], origin
-    same = {key for key in sources if sources[key] == originals.get(key)}
-    classes = {key for key in same if "." not in key}
-    parts = {key for key in same if key.split(".")[0] not in classes}
-    unmarked = {key for key in parts if not key.endswith(("__init__", "_init_weights"))}
-    assert unmarked - set(origins) == set(), "copies without the comment"
+def test_an_import_keeps_the_names_that_are_used():
+    code = "import copy\nimport os\nfrom a import b as c, d\n\nos.remove(c)\n"
+    expected = "import os\nfrom a import b as c\n\nos.remove(c)\n"
+    assert make_modeling.without_unused_imports(code) == expected

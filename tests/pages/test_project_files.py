@@ -84,7 +84,9 @@ def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path):
 def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path):
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {member.name.removeprefix(f"{STEM}/") for member in archive if member.isfile()}
-    folders = (*PACKAGES, "sweeps", "benchmarks", "examples", "research", "tests", "docs")
+    folders = (
+        *PACKAGES, "sweeps", "benchmarks", "examples", "modeling", "research", "tests", "docs",
+    )  # fmt: skip
     assert names >= sources(*folders)
     assert {name.partition("/")[0] for name in names} == {
         *folders,
