@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
+from orchestrator.planning import machine
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.sweeping import shipped
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
 from orchestrator.workspace.processors import CPUINFO
+
+
+@pytest.fixture(autouse=True)
+def _free_memory_and_disk(monkeypatch) -> None:
+    """Give the machine free memory and disk, whatever other programs leave of them."""
+    set_free_bytes(monkeypatch, memory=64 << 30, disk=64 << 30)
+
+
+def set_free_bytes(monkeypatch: pytest.MonkeyPatch, *, memory: int, disk: int) -> None:
+    total = 64 << 30
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=memory, total=total)
+    )
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(total=total, used=total - disk, free=disk)
+    )
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", Path("/a-machine-without-containers"))
 
 
 @pytest.fixture
@@ -64,6 +85,20 @@ def test_without_a_workspace_shipped_sweeps_are_priced_and_none_is_made(tmp_path
     assert all(0 < sweep["hours"][0] <= sweep["hours"][1] for sweep in sweeps.values())
     assert demo["hours"][1] < 1 < paper["hours"][0]
     assert all(sweep["fits"] == (sweep["problem"] is None) for sweep in sweeps.values())
+
+
+@pytest.mark.usefixtures("_without_prices")
+def test_little_memory_and_a_full_disk_are_broken(tmp_path, capsys, monkeypatch):
+    space = tmp_path / "space"
+    set_free_bytes(monkeypatch, memory=1000 << 20, disk=2 << 30)
+    [memory] = _broken(space, capsys)
+    assert "of memory free" in memory["text"]
+    assert "end other programs" in memory["remedy"]
+    set_free_bytes(monkeypatch, memory=1 << 30, disk=2000 << 20)
+    workspace, temporary_files = _broken(space, capsys)
+    assert "free for the workspace" in workspace["text"]
+    assert "free for the temporary files" in temporary_files["text"]
+    assert "iiet-orch clean" in workspace["remedy"]
 
 
 @pytest.mark.usefixtures("_without_prices")
