@@ -93,6 +93,47 @@ def test_all_jobs_that_run_together_find_places_and_no_other_would(nodes):
 
 
 @pytest.mark.parametrize(
+    "nodes",
+    [
+        (Node(2),), (Node(3), Node(3)), (Node(7), Node(2), Node(5)),
+        (Node(8, 2),), (Node(3, 2), Node(6, 3)), (Node(2, 4), Node(9, 2)), (Node(5), Node(4, 1)),
+    ],
+)  # fmt: skip
+def test_of_all_choices_that_fit_none_is_better(nodes):
+    """More jobs at once are better, and then more CPUs for workers without GPUs.
+
+    A job with GPUs lies on one node where any node holds it.
+    """
+    most_cpus = max(node.cpus for node in nodes)
+    most_gpus = sum(node.gpus for node in nodes)
+    sizes = [(number, 0) for number in range(1, 5)]
+    sizes += [(1, number) for number in range(1, most_gpus + 1)] + [(1, 1 / 2)] * (most_gpus > 0)
+    for (num_workers, num_gpus), num_jobs in itertools.product(sizes, (1, 2, 3, 5)):
+        workers = math.ceil(num_gpus) or num_workers
+        choices = [
+            Placement(
+                jobs_at_once=jobs, workers=workers, cpus=cpus, gpus=num_gpus / workers,
+                on_one_node=on_one_node,
+            )
+            for jobs in range(1, num_jobs + 1)
+            for cpus in range(1, most_cpus + 1)
+            for on_one_node in ((True, False) if num_gpus else (False,))
+        ]  # fmt: skip
+        fitting = [choice for choice in choices if fits(nodes, choice)]
+        if not fitting:
+            continue
+        best = max(
+            fitting, key=lambda choice: (choice.on_one_node, choice.jobs_at_once, choice.cpus)
+        )
+        placement = job_placement(num_jobs, num_workers, num_gpus, Resources(nodes))
+        assert placement in fitting
+        assert (placement.jobs_at_once, placement.on_one_node) == (
+            best.jobs_at_once, best.on_one_node,
+        ), (num_workers, num_gpus, num_jobs)  # fmt: skip
+        assert num_gpus or placement.cpus == best.cpus, (num_workers, num_jobs)
+
+
+@pytest.mark.parametrize(
     ("nodes", "num_gpus", "at_once", "cpus", "on_one_node"),
     [
         (DOCUMENTED, 8, 4, 8, True),
