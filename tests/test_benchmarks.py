@@ -140,17 +140,20 @@ def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down():
     assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
 
 
-def test_a_goal_judges_the_median():
-    for goal, met in (
+@pytest.mark.parametrize(
+    ("goal", "met"),
+    [
         (Goal("at most", 0.6), True),
         (Goal("at most", 0.59), False),
         (Goal("at least", 0.6), True),
         (Goal("at least", 0.61), False),
         (None, None),
-    ):
-        row = Row(what="", figures={RATIO: Spread(0.6, 0.1, 0.9)}, goal=goal)
-        assert row.met is met
-        assert ("missed" in row.verdict) == (met is False)
+    ],
+)
+def test_a_goal_judges_the_median(goal, met):
+    row = Row(what="", figures={RATIO: Spread(0.6, 0.1, 0.9)}, goal=goal)
+    assert row.met is met
+    assert ("missed" in row.verdict) == (met is False)
 
 
 def test_programs_that_differ_are_not_timed(monkeypatch):

@@ -151,21 +151,26 @@ def test_bytes_equal_what_a_decoding_step_reads(method, tied):
     assert num_parameters(config) == sum(p.numel() for p in decoder.parameters())
 
 
-def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads():
-    # A field of 1,984 bytes; 10 tokens' keys and values of 32 bytes each, for each row. A looped
-    # model needs its three fields there between two runs.
-    for method, rows, cache_bytes in [
+@pytest.mark.parametrize(
+    ("method", "rows", "cache_bytes"),
+    [
         ("iiet", 1, 1984 + 320),
         ("iiet", 2, 1984 + 640),
         ("looped", 1, 3 * 1984 + 320),
-    ]:
-        sizes = {"context_length": 10, "batch_size": rows}
-        cached = inference_cost(small(method), **sizes, processor_cache_bytes=cache_bytes)
-        uncached = inference_cost(small(method), **sizes, processor_cache_bytes=cache_bytes - 1)
-        assert cached.weight_bytes_per_token == 4 * ((3 * 496 + 408) / rows + 8)
-        assert uncached == inference_cost(small(method), **sizes)
-        evaluations = uncached.evaluations_per_token
-        assert uncached.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
+    ],
+)
+def test_a_processors_cache_keeps_a_layer_beside_what_an_evaluation_reads(
+    method, rows, cache_bytes
+):
+    # A field of 1,984 bytes; 10 tokens' keys and values of 32 bytes each, for each row. A looped
+    # model needs its three fields there between two runs.
+    sizes = {"context_length": 10, "batch_size": rows}
+    cached = inference_cost(small(method), **sizes, processor_cache_bytes=cache_bytes)
+    uncached = inference_cost(small(method), **sizes, processor_cache_bytes=cache_bytes - 1)
+    assert cached.weight_bytes_per_token == 4 * ((3 * 496 + 408) / rows + 8)
+    assert uncached == inference_cost(small(method), **sizes)
+    evaluations = uncached.evaluations_per_token
+    assert uncached.weight_bytes_per_token == 4 * ((evaluations * 496 + 408) / rows + 8)
 
 
 def test_a_processors_cache_holds_no_more_keys_than_a_window_lets_an_evaluation_read():

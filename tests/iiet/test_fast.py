@@ -100,16 +100,16 @@ def test_products_of_few_rows(rows, shape):
 
 @pytest.mark.usefixtures("_processor")
 @pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("sizes", [(5, 2, 6), (180, 200, 190), (5, 200, 6)])
 @torch.no_grad()
-def test_several_products_stand_beside_each_other(rows):
+def test_several_products_stand_beside_each_other(sizes, rows):
     """The products of small weights are contiguous, those of large ones may be transposed."""
-    for sizes in ((5, 2, 6), (180, 200, 190), (5, 200, 6)):
-        weights = [torch.randn(size, 200, dtype=torch.float64) for size in sizes]
-        x = torch.randn(rows, 1, 200, dtype=torch.float64)
-        products = few_rows_products(x, weights, rows)
-        assert products.is_contiguous()
-        expected = torch.cat([F.linear(x, weight) for weight in weights], -1)
-        torch.testing.assert_close(products.view_as(expected), expected)
+    weights = [torch.randn(size, 200, dtype=torch.float64) for size in sizes]
+    x = torch.randn(rows, 1, 200, dtype=torch.float64)
+    products = few_rows_products(x, weights, rows)
+    assert products.is_contiguous()
+    expected = torch.cat([F.linear(x, weight) for weight in weights], -1)
+    torch.testing.assert_close(products.view_as(expected), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -385,15 +385,15 @@ def test_residuals_are_those_of_the_estimates():
     assert math.isnan(table.contractions[2])
 
 
-def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
-    for method, num_residuals in (("vanilla", 0), ("pcformer_rk4", 1)):
-        table = influence_table(make_model(method), tokens(2, 8))
-        assert table.value_rows == ((), (), ())
-        assert len(table.layer_values) == 3
-        assert [len(row) for row in table.residual_rows] == [num_residuals] * 3
-        assert all(map(math.isnan, table.contractions))
-        assert len(schedule_family(table)) == 1
-        assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+@pytest.mark.parametrize(("method", "num_residuals"), [("vanilla", 0), ("pcformer_rk4", 1)])
+def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals(method, num_residuals):
+    table = influence_table(make_model(method), tokens(2, 8))
+    assert table.value_rows == ((), (), ())
+    assert len(table.layer_values) == 3
+    assert [len(row) for row in table.residual_rows] == [num_residuals] * 3
+    assert all(map(math.isnan, table.contractions))
+    assert len(schedule_family(table)) == 1
+    assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
 @torch.no_grad()

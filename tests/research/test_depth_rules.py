@@ -66,9 +66,9 @@ def test_a_question_is_answered_by_its_conditions(changes, question, answer):
     assert judged(measured(known))[question].answer is answer
 
 
-def test_corrections_are_internalised_if_the_weights_are_as_good_without():
-    for at_0, is_internalised in ((0.5, False), (0.975, False), (0.985, True)):
-        assert judged(measured(GOOD, at_0))[INTERNALISED].answer is is_internalised
+@pytest.mark.parametrize(("at_0", "is_internalised"), [(0.5, False), (0.975, False), (0.985, True)])
+def test_corrections_are_internalised_if_the_weights_are_as_good_without(at_0, is_internalised):
+    assert judged(measured(GOOD, at_0))[INTERNALISED].answer is is_internalised
 
 
 def test_all_seeds_and_arms_must_be_there_and_variants_take_the_same_test():

@@ -52,14 +52,17 @@ def test_a_difference_holds_if_its_interval_is_above_zero_and_better_means_fewer
     assert ledger.difference_cells(unsure, "a", "vs_b")[1] == "not decided"
 
 
-def test_a_short_answer_has_the_verdict_and_the_number():
-    for answer, short in (
+@pytest.mark.parametrize(
+    ("answer", "short"),
+    [
         ("**holds**: 13.5 points (11.1 to 15.9, over seeds and items)", "holds: 13.5 points"),
         ("**not decided**: +5.7 % (+3.3 to +8.1), after 40 steps", "not decided: +5.7 %"),
         ("**says nothing**: the teacher does not beat r = 0", "says nothing"),
         (ledger.UNKNOWN, ledger.UNKNOWN),
-    ):
-        assert ledger.short_answer(answer) == short
+    ],
+)
+def test_a_short_answer_has_the_verdict_and_the_number(answer, short):
+    assert ledger.short_answer(answer) == short
 
 
 def test_a_cell_of_the_readme_has_at_most_five_words():

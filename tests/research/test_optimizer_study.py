@@ -98,8 +98,9 @@ def test_other_defaults_leave_the_rate_of_the_matrices(study):
     assert "| `muon_momentum` 0.9 | 0.9000 | 0.9000 | 0.9000 |" in page
 
 
-def test_a_claim_names_the_optimizers_that_it_holds_for():
-    for adamw, muon, words in (
+@pytest.mark.parametrize(
+    ("adamw", "muon", "words"),
+    [
         ("holds", "holds", "both"),
         ("does not hold", "does not hold", "neither"),
         ("holds", "does not hold", "AdamW only"),
@@ -107,8 +108,10 @@ def test_a_claim_names_the_optimizers_that_it_holds_for():
         ("holds", "not decided", "AdamW; Muon not decided"),
         ("not decided", "not decided", "not decided"),
         ("holds", "not tried", "not tried"),
-    ):
-        assert which_optimizers({ADAMW: adamw, MUON: muon}) == words
+    ],
+)
+def test_a_claim_names_the_optimizers_that_it_holds_for(adamw, muon, words):
+    assert which_optimizers({ADAMW: adamw, MUON: muon}) == words
 
 
 def test_the_page_is_made_from_the_stored_results():

@@ -75,15 +75,18 @@ def test_the_plans_write_nothing(run, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_sentence(run, capfd):
-    for study, changes, arguments, words in (
+@pytest.mark.parametrize(
+    ("study", "changes", "arguments", "words"),
+    [
         (depth_study, [], ["--arms", "iiet"], "no arm has a name like 'iiet'"),
         (iiad_study, ["sweep.methods=[vanilla]"], [], "a study needs an IIET with corrections"),
         (iiad_study, [], ["--seeds", "2", "2"], "a seed is given twice"),
         (iiad_study, ["training.num_step=3"], [], "did you mean training.num_steps?"),
-    ):
-        assert run(study, changes, "--dry-run", *arguments) == 2
-        assert words in " ".join(capfd.readouterr().err.split())
+    ],
+)
+def test_mistakes_are_one_sentence(study, changes, arguments, words, run, capfd):
+    assert run(study, changes, "--dry-run", *arguments) == 2
+    assert words in " ".join(capfd.readouterr().err.split())
 
 
 def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path):

@@ -139,13 +139,15 @@ def test_the_keys_are_those_of_the_page(run, space, capfd):
     assert "none" in captured.err
 
 
-def test_generate_names_the_model_and_the_schedule(run, space):
-    for model, schedule in (("full", [2, 1]), ("two", [1, 0])):  # A run, and a sweep's model.
-        value, progress = run("generate", model, "--prompt", "abc", "-n", "1")
-        assert value["model"] == str(space.runs / "full" / "step_00000001")
-        assert value["schedule"] == schedule
-        written = ",".join(map(str, schedule))
-        assert f"model: {value['model']}, schedule {written}\n" in progress
+@pytest.mark.parametrize(  # A run, and a sweep's model.
+    ("model", "schedule"), [("full", [2, 1]), ("two", [1, 0])]
+)
+def test_generate_names_the_model_and_the_schedule(model, schedule, run, space):
+    value, progress = run("generate", model, "--prompt", "abc", "-n", "1")
+    assert value["model"] == str(space.runs / "full" / "step_00000001")
+    assert value["schedule"] == schedule
+    written = ",".join(map(str, schedule))
+    assert f"model: {value['model']}, schedule {written}\n" in progress
 
 
 @pytest.mark.slow

@@ -84,14 +84,17 @@ def test_the_fingerprint_depends_on_content_not_on_the_path(folder, tmp_path):
     assert not {changed.fingerprint(name) for name in names} & {*first.values()}
 
 
-def test_unknown_names_are_errors_that_name_the_nearest(folder):
-    for names, message in (
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
         (["lastword", "lastwrod", "winograndee"],
          r"lastwrod: .*did you mean lastword.*winograndee: .*grande"),
         (["hellaswagg"], r"hellaswagg: .*did you mean hellaswag"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            load(*names, folder=folder)
+    ],
+)  # fmt: skip
+def test_unknown_names_are_errors_that_name_the_nearest(names, message, folder):
+    with pytest.raises(UserError, match=message):
+        load(*names, folder=folder)
 
 
 def _cut(path: Path) -> None:

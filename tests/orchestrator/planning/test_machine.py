@@ -131,8 +131,9 @@ class MachineWithTwoGpus:
         return SimpleNamespace(free=self.free_bytes[handle], total=100)
 
 
-def test_only_visible_gpus_count(monkeypatch):
-    for visible, visible_gpus in (
+@pytest.mark.parametrize(
+    ("visible", "visible_gpus"),
+    [
         (None, [FIRST, SECOND]),
         ("1,0", [SECOND, FIRST]),
         ("0,7,1", [FIRST]),
@@ -141,14 +142,16 @@ def test_only_visible_gpus_count(monkeypatch):
         (f"{SECOND}, {FIRST}", [SECOND, FIRST]),
         (PART, [PART]),
         ("MIG-unknown", []),
-    ):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        machine = MachineWithTwoGpus()
-        expected = [InstalledGpu(f"NVIDIA {gpu}", machine.free_bytes[gpu]) for gpu in visible_gpus]
-        assert installed_gpus(machine) == expected
-        assert machine.users == 0
+    ],
+)
+def test_only_visible_gpus_count(visible, visible_gpus, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = MachineWithTwoGpus()
+    expected = [InstalledGpu(f"NVIDIA {gpu}", machine.free_bytes[gpu]) for gpu in visible_gpus]
+    assert installed_gpus(machine) == expected
+    assert machine.users == 0
 
 
 def test_without_a_driver_or_the_extra_gpu_no_gpu_is_known(monkeypatch):

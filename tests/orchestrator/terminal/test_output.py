@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+import pytest
 from rich.console import Console
 from rich.text import Text
 
@@ -180,8 +181,9 @@ def test_what_libraries_write_into_the_log_stays_out_of_the_terminal(monkeypatch
     assert "Loading weights" not in printed(console)
 
 
-def test_texts_of_numbers():
-    for text, expected in (
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         (format_count(1, "trial"), "1 trial"),
         (format_count(1234, "trial"), "1,234 trials"),
         (format_count(2, "pass", "passes"), "2 passes"),
@@ -206,5 +208,7 @@ def test_texts_of_numbers():
         (format_with_error(2.34567, None, is_percent=False), "2.346"),
         (join_names(["a", "b"]), "a, b"),
         (join_names(["2,1", "0"]), "2,1; 0"),
-    ):
-        assert text == expected
+    ],
+)
+def test_texts_of_numbers(text, expected):
+    assert text == expected
