@@ -28,7 +28,7 @@ class Devices:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`fsdp`: the workers share the model."""
     shards: int | None = None
-    """With `fsdp`, workers that share one copy of the model, if not all."""
+    """With `fsdp`, workers that share one replica of the model, if not all."""
     are_trials: bool = False
     """Whether the trainings are trials of a sweep, so `sweep.trials_at_once` limits them."""
 

@@ -41,14 +41,14 @@ MOMENTS_BYTES = 8
 BUFFER_BYTES = 4
 """Bytes in a checkpoint of Muon's buffer of such a weight, in place of the moments."""
 PROCESS_BYTES = 512 * 2**20
-"""Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
+"""Roughly what PyTorch, Ray and kernels take in each worker in addition to tensors."""
 ALLOCATOR_FACTOR = 1.1
-"""The allocator holds more than the activations that exist at one time."""
+"""The allocator reserves more than the activations that exist at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a training takes that may start, or resume."""
+    """What a new or a resumed training takes."""
 
     config: ModelConfig
     recipe: TrainingSettings
@@ -62,7 +62,7 @@ class Estimate:
     steps_done: int = 0
     """Steps that it resumes after."""
     present_bytes: int = 0
-    """Bytes of its checkpoints, which new ones replace."""
+    """Bytes of its checkpoints on the disk, which new ones replace."""
     devices: Devices = ONE_CPU_WORKER
     """Where it runs."""
 
@@ -141,7 +141,7 @@ class Estimate:
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
-        # Members of a retrofit learn from its full schedule, also beside a source.
+        # Cheaper schedules of a retrofit learn from its full schedule, also with a source model.
         is_student = self.teacher is not None and not self.recipe.source_kl_weight
         flops_at = schedules.model_flops_by_step(self.config, self.recipe, is_student=is_student)
         if self.recipe.elastic:  # Each step draws its own cheaper schedules.
@@ -167,7 +167,7 @@ class Estimate:
 
     @property
     def num_cheaper(self) -> int:
-        """Schedules of an elastic training that a step trains beside the full one."""
+        """Cheaper schedules that a step of an elastic training trains."""
         family = schedules.elastic_family(self.config.corrections, self.recipe.elastic)
         return min(len(family), self.recipe.elastic.num_drawn) if self.recipe.elastic else 0
 

@@ -63,13 +63,13 @@ class Price(Record):
     num_teacher_tokens: int = 0
     """Tokens that their teachers read."""
     flops: float = 0.0
-    """FLOPs of both."""
+    """FLOPs of the trainings and their teachers."""
     hours: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time until the last training ends."""
     num_assumed: int = 0
     """Trainings whose speed is assumed; that of the others is one that was measured."""
     hours_beside: tuple[float, float] = (0.0, 0.0)
-    """Shortest and longest time that starts and measurements add."""
+    """Shortest and longest time of starts and measurements, in addition."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False

@@ -2,7 +2,7 @@
 
 A plan takes these speeds for trainings of the same sizes on the same devices, in place of assumed
 ones. The training's own speed counts most: a training that is resumed has the hours of its first
-steps. What the machine did beside a training is part of its speed, so this is no benchmark.
+steps. A busy machine makes a training slower, so these speeds are no benchmark.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Weights, gradients, AdamW's two moments and Muon's one buffer follow from the nu
 Activations are what the forward pass keeps, plus the larger of two peaks: the loss's backward pass,
 or a field's. Muon's update of one matrix at a time takes less than they did, so it does not count.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
-values. Gradients are counted during the whole step, and once: copies of a model have them where
-they send them. What an evaluation keeps depends on the form in which its field is computed.
+values. Gradients are counted during the whole step, and once: replicas have them where they send
+them. What an evaluation keeps depends on the form in which its field is computed.
 `tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps
 of the fast forms, and with what AOTAutograd's graphs of the others keep.
 Source: this project.

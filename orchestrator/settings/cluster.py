@@ -79,7 +79,7 @@ class ClusterSettings(Section):
         return address
 
     def shards_of(self, num_workers: int) -> int | None:
-        """Workers of a trial that share one copy of its model; None for all.
+        """Workers of a trial that share one replica of its model; None for all.
 
         A trial may have fewer workers than a training job, among which `num_shards` are too many.
         """

@@ -1,4 +1,4 @@
-"""What each field of a recipe changes: a mark beside the field, from which its key follows.
+"""What each field of a recipe changes: a mark in the field's annotation, from which keys follow.
 
     learning_rate: Annotated[StrictFloat, Effect.WEIGHTS] = Field(default=2e-3, gt=0.0)
 
@@ -21,9 +21,9 @@ class Effect(Enum):
     WEIGHTS = "weights"
     """The weights, from the first step on. The field is part of the key."""
     LATER_WEIGHTS = "later weights"
-    """The weights, but perhaps only those of later steps: the field is part of the key, and two
-    a longer training may continue a finished one although it differs. `training/continuing.py`
-    must know what the field does in each step."""
+    """The weights, but perhaps only those of later steps. The field is part of the key. A longer
+    training may continue a finished one with another value: `training/continuing.py` knows what
+    the field does in each step."""
     JOURNAL = "journal"
     """What is recorded of the training, or its rounding, or whether it gets to its end. The field
     is not part of the key."""

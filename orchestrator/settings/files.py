@@ -36,7 +36,7 @@ _ALWAYS_WRITTEN = (
     "distillation.training.num_steps", "distillation.training.learning_rate", "evaluation.suite",
     "sweep.kind", "sweep.num_schedules", "cluster.num_gpus",
 )  # fmt: skip
-"""What a beginner changes first; beside it what differs from the defaults is written."""
+"""What a beginner changes first. What differs from the defaults is written, too."""
 
 
 def shipped_sweeps() -> dict[str, Path]:

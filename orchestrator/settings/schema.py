@@ -118,8 +118,13 @@ class BrokenRule:
 
     def message(self, settings: Settings) -> str:
         """Return the names with the values that break the rule, and the advice."""
-        values = (f"{name}={quoted(attrgetter(name)(settings))}" for name in self.names)
-        return f"{', '.join(values)}: {self.advice}"
+        parts = []
+        for name in self.names:
+            value = attrgetter(name)(settings)
+            if isinstance(value, Section):
+                value = value.model_dump()
+            parts.append(f"{name}={quoted(value)}")
+        return f"{', '.join(parts)}: {self.advice}"
 
 
 def broken_rules(settings: Settings, *, of_sweep: bool = False) -> list[str]:
