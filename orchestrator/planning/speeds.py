@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import harmonic_mean
+from statistics import harmonic_mean, quantiles
 from typing import Any
 
 from iiet.model.config import ModelConfig
@@ -113,7 +113,8 @@ def _speed_in(folder: Path) -> Speed | None:
 def speed_range(
     training: Estimate, speeds: Sequence[Speed], processor: str, num_devices: int
 ) -> tuple[float, float] | None:
-    """Return the lowest and highest FLOP/s of a training by measured speeds; None if none fits.
+    """Return the lowest and highest FLOP/s of a training by the quartiles of measured speeds; None
+    if none fits.
 
     Args:
         processor: Name of its CPU or GPU.
@@ -130,4 +131,7 @@ def speed_range(
     flops_per_second = [speed.flops_per_second for speed in own or fitting]
     if not flops_per_second:
         return None
-    return min(flops_per_second) / SPREAD, max(flops_per_second) * SPREAD
+    slow = fast = flops_per_second[0]
+    if len(flops_per_second) > 1:  # A training beside which the machine was busy is an exception.
+        slow, _, fast = quantiles(flops_per_second, n=4, method="inclusive")
+    return slow / SPREAD, fast * SPREAD

@@ -60,10 +60,10 @@ def seconds_at(training: Estimate, gflops_per_second: float) -> float:
     return training.total_flops / (1e9 * gflops_per_second)
 
 
-def test_hours_are_those_of_the_slowest_and_the_fastest_equal_training(run_at, price):
+def test_hours_are_those_of_slow_and_of_fast_equal_trainings(run_at, price):
     # The first record of each process does not count.
-    run_at("slow", 0.001, 2.0, 2.0)
-    run_at("fast", 0.001, 8.0)
+    for name, speed in {"busy": 0.001, "slow": 2.0, "usual": 4.0, "fast": 8.0, "lucky": 90}.items():
+        run_at(name, 0.001, speed, speed)
     new = run_at("new")
     priced = price(new)
     expected = [seconds_at(new, speed) / 3600 for speed in (8.0 * SPREAD, 2.0 / SPREAD)]
