@@ -367,12 +367,12 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     )
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     duration = format_duration_range(*(3600 * hours for hours in price.hours))
-    beside = format_duration_range(*(3600 * hours for hours in price.hours_beside))
+    further_time = format_duration_range(*(3600 * hours for hours in price.hours_beside))
     or_less = " or less" if price.is_upper_bound else ""
     yield (
         "training time",
         f"{duration}{or_less} on {devices}, {_speed_text(price)}; starts and measurements add "
-        f"about {beside}",
+        f"about {further_time}",
     )
     memory = format_bytes(sum(price.memory.values()))
     yield "memory", f"{memory} for each worker: {format_byte_parts(price.memory)}"

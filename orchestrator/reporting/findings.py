@@ -133,7 +133,7 @@ def _share_text(front: Front, model: PlacedModel) -> str:
 
 
 def _at_cost(front: Front, model: PlacedModel) -> str:
-    """Return a cost beside the full model's: `at half of its cost (4 of 8 NFE)`."""
+    """Return a cost with the full model's: `at half of its cost (4 of 8 NFE)`."""
     assert front.full is not None
     metric = front.axes.cost_metric
     cost_share = model.cost / front.full.cost if front.full.cost else math.nan
@@ -578,7 +578,7 @@ def pick_from_front(front: Front, rule: PickRule) -> PlacedModel:
         ]
         return min(confident, key=lambda model: (model.cost, -model.signed_quality))
     problem = (
-        "this front has no knee: no model lies above the line from the cheapest to the best; take "
+        "this front has no knee: no model lies above the line from cheapest to best; take "
         "--keep SHARE or --budget COST"
     )
     picked = front.picks.get(rule.name)

@@ -88,8 +88,8 @@ class StoredSweep(Record):
         if controls := self.facts.get(CONTROLS_TITLE, {}):
             is_measured = any(result.role == SOURCE_CONTINUED for result in self.results)
             missing = (
-                "missing, so it is not known whether the teacher is better than its source by its "
-                "corrections or by its further training"
+                "missing, so what the teacher's corrections gain is not told apart from what its "
+                "further training gains"
             )
             text = controls[SOURCE_CONTINUED] if is_measured else missing
             notes.append(f"{SOURCE_CONTINUED}: {text}.")
@@ -208,9 +208,8 @@ def _unfinished_text(workspace: Workspace, name: str) -> str:
         num_left = len(unfinished_trials(plan))
         how_far = f"{len(plan.trials) - num_left} of {len(plan.trials)} trials have ended"
     return (
-        f"the sweep {name} has no report before all of its trials have ended: {how_far}; if it "
-        "runs, `iiet-orch list running` says how far, else type the command that began it again, "
-        "and it goes on"
+        f"the sweep {name} has no report yet: {how_far}; `iiet-orch list running` says what "
+        "runs, and the command that began the sweep continues it"
     )
 
 
@@ -284,7 +283,7 @@ def model_results(trials: Iterable[Trial]) -> list[ModelResult]:
 
 
 def with_overhead(results: Sequence[ModelResult]) -> list[ModelResult]:
-    """Return models with the numbers of `OVERHEADS`, by the models that stand beside them.
+    """Return models with the numbers of `OVERHEADS`, by the models that are given with them.
 
     Milliseconds need a vanilla model of the same shape that was timed; its evaluations are known
     without it.

@@ -141,8 +141,8 @@ def bounds_sentence(
         )
     if missing:
         sentences.append(
-            f"What models have lost of {', '.join(missing)} is not known: not all of them, the "
-            f"{reference} among them, have values of its items."
+            f"Losses of {', '.join(missing)} are not known: a model, or the {reference}, has no "
+            "values of the items."
         )
     return " ".join(sentences)
 

@@ -13,7 +13,7 @@ differs from seed to seed, which the seeds' part has already.
 **An interval is the longer one of two of Student's t**: over the seeds alone, with as many degrees
 of freedom as there are seeds, less one; and over both parts, with Satterthwaite's degrees of
 freedom (Biometrics Bulletin 2, 1946). The choice is by simulation (`research/coverage.md`), of the
-share of 95% intervals that hold the truth, over all sizes of the items' part beside the seeds':
+share of 95% intervals that hold the truth, over all ratios of the items' part to the seeds':
 
 | seeds | 2 | 3 | 5 | 10 |
 | --- | --- | --- | --- | --- |
@@ -187,7 +187,7 @@ def resolvable_difference(num_items: int, share_differing: float) -> float:
 def sum_of_means(groups: Sequence[Sequence[float] | Floats]) -> Estimate:
     """Return the sum of the means of several groups of seeds, which were trained independently.
 
-    The variance of a mean of n seeds is the sum of squares over n - 1, over n. A single seed beside
+    The variance of a mean of n seeds is the sum of squares over n - 1, over n. A single seed among
     groups of several is taken to vary as much as they do.
     """
     value = sum(float(np.mean(group)) for group in groups)
@@ -227,7 +227,7 @@ class Scores:
     by_seed: Sequence[Floats]
     """Number of a model -> (seeds,): its scores."""
     effects: Sequence[Floats]
-    """Number of a model -> (seeds, items): what each item adds to a score beside the average item.
+    """Number of a model -> (seeds, items): what each item adds to a score, more than the average.
     The sum of their squares is the score's variance over draws of the items."""
     items_freedom: float
     """Degrees of freedom of this variance: those of the smallest task."""

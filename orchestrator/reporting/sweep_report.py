@@ -34,6 +34,7 @@ from orchestrator.reporting.front import Front
 from orchestrator.reporting.output import Result
 from orchestrator.reporting.results import Curve, StoredSweep
 from orchestrator.reporting.sections import Section, View, render_json, render_page, render_terminal
+from orchestrator.reporting.statistics import DEMANDED_SHARE
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
@@ -52,8 +53,9 @@ LEGEND = (
     "Bars: one standard error. Line: the best quality at each cost budget, without baselines."
 )
 PAPER_LEGEND = (
-    f"Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
-    f"vanilla of the same shape) at {PAPER_SHARE_OF_FULL:.1%} of the accuracy, on this teacher."
+    f"Cross: the paper's headline for this teacher, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead "
+    f"at {PAPER_SHARE_OF_FULL:.1%} of the accuracy. Overhead is cost beyond vanilla of the same "
+    "shape."
 )
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
@@ -203,6 +205,7 @@ class ReportResult(Result):
             Section(
                 title="All models, cheapest first",
                 tables=[models_table(front, has_overhead=bool(self.claims))],
+                explanations=[f"{line[0].upper()}{line[1:]}." for line in table_legend(front)],
                 data=front_values(front, self.folder),
             )
         )
@@ -280,15 +283,21 @@ def names_explained(front: Front) -> str:
 
 
 def table_legend(front: Front) -> list[str]:
-    """Return what a terminal says of the table's columns; nothing without a front."""
+    """Return what the columns of the table of models are; nothing without a front."""
     if front.full is None or not front.members:
         return []
     full = front.full.label
-    knee = "; knee: farthest above the line from cheapest to best"
-    return [
-        f"of {full}: how much of its quality is kept; ●: on the front"
-        f"{knee if 'knee' in front.named_picks else ''}"
-    ]
+    legend = [f"of {full}: how much of its quality is kept"]
+    if front.basis is not None:
+        legend.append(f"vs {full}: difference of the quality, with its interval")
+        legend.append(
+            f"P({DEMANDED_SHARE:.0%}), P(front): confidence that a model keeps "
+            f"{DEMANDED_SHARE:.0%}, that it is on the front"
+        )
+    legend.append("●: on the front")
+    if "knee" in front.named_picks:
+        legend.append("knee: farthest above the line from cheapest to best")
+    return ["; ".join(legend)]
 
 
 def sweeps_text(sweeps: Sequence[StoredSweep]) -> str:

@@ -57,10 +57,10 @@ OVERHEAD_COLUMNS = {OVERHEAD_NFE: 14, OVERHEAD_MS: 13, OVERHEAD_NFE_SHARE: 5}
 BUSY_MARK = "*"
 """Stands behind a time per token that varied too much to decide anything."""
 TASK_TABLES_NOTE = (
-    f"Each score has its {INTERVAL_LEVEL:.0%} interval, and so has each difference over the same "
-    "items; differences of an accuracy are in points. Each interval is of one comparison by "
-    "itself: of twenty models that are equally good, one has an interval without zero. Which "
-    "models are tied, corrected for their number, is said above."
+    f"Scores, and differences over the same items, have their {INTERVAL_LEVEL:.0%} intervals. "
+    "Differences of an accuracy are in points. Each interval is of one comparison by itself: of "
+    "twenty equal models, one has an interval without zero. Models that are tied, corrected for "
+    "their number, are named above."
 )
 
 

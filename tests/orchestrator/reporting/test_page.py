@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_a_page_folds_details_and_a_phone_shows_what_matters(sample_results, sam
     front = sample_front(sample_results, sweep_of=sweep_of)
     page = page_of(with_confidence(front, sample_evaluations))
     folded = re.findall(r"<summary>(.*?)</summary>", page)
-    assert len(folded) == 3
+    assert len(folded) == 4
     assert page.index("<h1>") < page.index('<p class="first">') < page.index('class="chart"')
     assert page.count("<tr class=") == 4 * len(front.placed)
     assert "a &amp; b" in page
@@ -166,3 +167,15 @@ def test_a_browser_draws_front_and_curves(sample_results, tmp_path):
     assert widths.count("1.8") == 2, "two curves"
     assert dom.count("<select") == 2, "menus of the axes"
     assert {"first", "second", "teacher"} <= set(re.findall(r"<text[^>]*>([^<]*)<", dom))
+
+    # A reader chooses another quality.
+    choose = """<script>Promise.all(drawn).then(() => {
+        const quality = document.querySelectorAll(".menus select")[1];
+        quality.value = "Bits per byte";
+        quality.dispatchEvent(new Event("change"));
+    });</script>"""
+    path.write_text(f"{page_of(front)}{choose}", encoding="utf-8")
+    dom = page_text(path.as_uri(), tmp_path / "profile")
+    assert "Bits per byte" in re.findall(r"<text[^>]*>([^<]*)<", dom), "title of the axis"
+    in_bits = findings(front.on(FrontAxes(NFE, BITS_PER_BYTE)))
+    assert in_bits[0] in unescape(dom)
