@@ -225,6 +225,7 @@ def front_chart(
         colors.append(INK)
         shapes.append(CROSS)
     legend = {**BELOW, "columns": COLUMNS, "labelLimit": 260, "symbolSize": 100}
+    legend["symbolFillColor"] = "transparent"  # Else black, where a mark has a fill of its own.
     color = word("group", legend=legend, scale={"domain": groups, "range": colors})
     shape = word("group", legend=legend, scale={"domain": groups, "range": shapes})
 

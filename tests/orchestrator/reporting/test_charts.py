@@ -85,6 +85,7 @@ def test_the_front_shows_roles_steps_and_names(sample_results, tmp_path):
     # The legend's longest name is below the chart, not beside it.
     unmarked = drawn({**front_chart(front), "width": NAME_WIDTHS[1]})
     assert width_of(on_phone) == width_of(unmarked)
+    assert 'fill="black"' not in unmarked, "marks of the legend are hollow"
     assert {"0,0,0,0,0,0", "teacher"} <= set(phone) <= set(names)
     for names_of_width in (names, phone):
         for letters, letters_of_another in itertools.combinations(names_of_width.values(), 2):
