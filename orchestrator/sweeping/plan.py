@@ -281,10 +281,10 @@ class SweepPlan(Plan):
         if num_items:
             least = resolvable_difference(num_items, EXPECTED_SHARE_DIFFERING)
             yield (
-                f"this sweep can tell models apart from {100 * least:.1f} points of accuracy on "
-                f"({POWER:.0%} power, {INTERVAL_LEVEL:.0%} confidence) by {num_items:,} items, if "
-                f"the tasks have so many and two models differ on {EXPECTED_SHARE_DIFFERING:.0%} "
-                "of them; it says nothing of other seeds"
+                f"smallest difference that this sweep can show: {100 * least:.1f} points of "
+                f"accuracy ({POWER:.0%} power, {INTERVAL_LEVEL:.0%} confidence), with "
+                f"{num_items:,} items of one seed, if two models differ on "
+                f"{EXPECTED_SHARE_DIFFERING:.0%} of them"
             )
 
     def _accuracy_tasks(self) -> list[str]:

@@ -440,6 +440,6 @@ def test_models_whose_labels_end_with_their_seeds_are_seeds_of_one_model(space, 
 )
 def test_a_plan_says_which_differences_its_items_can_show(tmp_path, name, changes, points):
     plan = plan_sweep(read_settings(name, changes), workspace=open_workspace(tmp_path))
-    notes = [note for note in plan.notes if "tell models apart" in note]
+    notes = [note for note in plan.notes if "smallest difference" in note]
     assert bool(notes) == bool(points)
-    assert all(f"from {points} points" in note and "6%" in note for note in notes)
+    assert all(f"{points} points" in note and "6%" in note for note in notes)
