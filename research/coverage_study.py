@@ -21,8 +21,9 @@ from orchestrator.records.metrics import CONFIDENCE_ON_FRONT
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, Trial
 from orchestrator.reporting.claims import PAPER_SHARE_OF_FULL, find_claims
-from orchestrator.reporting.findings import PickRule, pick_from_front, tied_with_full
+from orchestrator.reporting.findings import tied_with_full
 from orchestrator.reporting.front import Front, find_front, with_confidence
+from orchestrator.reporting.pick_rules import PickRule, pick_from_front
 from orchestrator.reporting.results import model_results
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.reporting.statistics import Floats, Interval, ItemValues, Scores

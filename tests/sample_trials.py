@@ -17,6 +17,7 @@ from orchestrator.records.evaluation import (
     EvaluationResult,
     Suite,
 )
+from orchestrator.records.metrics import CONFIDENCE_KEEPS_99
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, FrontAxes, find_front
 from orchestrator.reporting.results import model_results
@@ -85,3 +86,12 @@ def sample_front(
     if sweep_of:
         models = [replace(model, sweep=sweep_of[model.key]) for model in models]
     return find_front(models, axes)
+
+
+def keeping(front: Front, keeps: dict[str, float]) -> Front:
+    """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
+    placed = [
+        model.with_numbers({CONFIDENCE_KEEPS_99: keeps.get(model.key, 0.5)})
+        for model in front.placed
+    ]
+    return replace(front, placed=tuple(placed))

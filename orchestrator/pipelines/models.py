@@ -40,7 +40,7 @@ from orchestrator.records.metrics import DECODE_MS
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.training import TrainingJob, model_family
 from orchestrator.records.trial import Trial
-from orchestrator.reporting import findings, results
+from orchestrator.reporting import findings, pick_rules, results
 from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.output import Result
@@ -634,7 +634,7 @@ def plan_pick(
         sweep_front,
     )
 
-    rule = findings.pick_rule(
+    rule = pick_rules.pick_rule(
         keep=keep,
         confidence=confidence,
         budget=budget,
@@ -652,7 +652,7 @@ def plan_pick(
         notes = [*notes, problem]
     for note in notes:
         (progress or Progress()).note(note)
-    picked = findings.pick_from_front(front, rule)
+    picked = pick_rules.pick_from_front(front, rule)
     losses = front.losses.get(picked.key, ())
     compared = retention_reference(front)
     reference = compared.role if compared else "source"
