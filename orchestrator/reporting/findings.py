@@ -345,7 +345,7 @@ def _no_gain(front: Front, teacher: PlacedModel, unbeaten: Sequence[PlacedModel]
     sentences = [
         f"No gain of {_name(teacher)} over {names} is shown: take {choice.label} "
         f"({_costs_text(front, choice)}).",
-        f"So a share of {_possessive(teacher)} quality says nothing of what a student keeps.",
+        f"A share of {_possessive(teacher)} quality says nothing of what a student keeps.",
     ]
     passing = [
         model.trial
