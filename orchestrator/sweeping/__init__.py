@@ -1,1 +1,1 @@
-"""A sweep: which trials it has, what they cost, how they run, which stop early."""
+"""Sweeps: their trials, what these cost, how they run, and which stop early."""

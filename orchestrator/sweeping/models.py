@@ -1,8 +1,8 @@
-"""The models that a sweep trains from scratch, those that a user names, and whether they can be.
+"""The models of a sweep: those that it trains from random weights, and baselines of the user.
 
 A threshold sweep and a search train a teacher, vanilla and the model without corrections. An
-iterations sweep trains methods and iteration counts, with learning rates and seeds. Text may take
-hours to prepare and a teacher days to train, so a missing task or an impossible model is found
+iterations sweep trains methods and numbers of corrections, with learning rates and seeds. Text may
+take hours to prepare and a teacher days to train, so missing tasks and impossible models are found
 here, before anything is read or trained.
 """
 
@@ -56,8 +56,8 @@ T = TypeVar("T")
 
 
 def has_counts(method: str) -> bool:
-    """Return whether a sweep trains models of a method with several counts of corrections; one that
-    has levels is trained at its full level."""
+    """Return whether a sweep varies a method's corrections; a method with levels is trained at its
+    full level."""
     return facts_of(method).has_corrections and facts_of(method).full_level is None
 
 
@@ -69,7 +69,7 @@ class ModelVariant:
     corrections: int | str | tuple[int, ...] | None = None
     """Corrections as in the settings; None for a method without any."""
     num_layers: int | None = None
-    """Number of layers if it is not the settings' own."""
+    """Number of layers, if it differs from the settings."""
     learning_rate: float | None = None
     """One of several rates of the model; None if it has only one."""
     seed: int | None = None
@@ -82,7 +82,7 @@ class ModelVariant:
 
     @property
     def names_in_settings(self) -> tuple[str, ...]:
-        """Names by which the settings may mean this model, the most specific one first."""
+        """Names by which settings may refer to this model, the most specific one first."""
         return self.name, trained_label(self.method, self.corrections), self.method
 
     @property
@@ -99,21 +99,21 @@ class ModelVariant:
 def _values_of(
     setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], default: T
 ) -> tuple[T, ...]:
-    """Return what a setting by model holds under the first of a model's names that is a key."""
+    """Return the values of a setting by model, under the first of a model's names that is a key."""
     value = next((setting[name] for name in names if name in setting), default)
     return value if isinstance(value, tuple) else (value,)
 
 
 def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
-    """Return the learning rates of a model: its own, its method's, else those of all."""
+    """Return a model's learning rates: its own, else its method's, else those for all models."""
     return _values_of(
         settings.sweep.learning_rates, model.names_in_settings, settings.training.learning_rate
     )
 
 
 def num_layers_of_settings(settings: Settings) -> int | None:
-    """Return the number of layers of the settings' model; None of an unknown preset, which is
-    refused where the model is built."""
+    """Return the number of layers of the settings' model; None for an unknown preset, which is
+    refused when the model is built."""
     shape = settings.model
     return shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
 
@@ -125,8 +125,8 @@ def _at_each_num_layers(settings: Settings, model: ModelVariant) -> Iterator[Mod
 
 
 def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
-    """Yield the models of an iterations sweep: each method with each iteration count, at each of
-    its numbers of layers and learning rates, under each seed."""
+    """Yield the models of an iterations sweep: all combinations of method, corrections, number of
+    layers, learning rate and seed."""
     for method in settings.sweep.methods:
         counts = settings.sweep.iterations if has_counts(method) else (None,)
         for count in counts:
@@ -140,8 +140,11 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
 
 
 def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
-    """Return the teachers that a sweep trains by label: the settings' model, and beside it those of
-    `sweep.teachers`; several have their own names, and are trained under each seed."""
+    """Return label -> teacher that a sweep trains: the settings' model and those of
+    `sweep.teachers`.
+
+    Several teachers have their own names, and are trained under each seed.
+    """
     first = ModelVariant(method=settings.model.method, corrections=settings.model.corrections)
     if not settings.sweep.teachers:
         return {TEACHER: first}
@@ -152,8 +155,8 @@ def teachers_by_label(settings: Settings) -> dict[str, ModelVariant]:
 def baseline_models(settings: Settings) -> list[ModelVariant]:
     """Return the baselines of the settings' teacher, each at its numbers of layers.
 
-    Baselines of several teachers are trained under each seed, as the teachers are. Beside a teacher
-    with a source, or of a plain one, there are only those that the settings name.
+    With several teachers, baselines are trained under each seed, as the teachers are. A teacher
+    with a source model, and a plain teacher, have only the baselines that the settings name.
     """
     baselines: list[ModelVariant] = []
     makes_corrections = facts_of(settings.model.method).has_corrections
@@ -206,7 +209,8 @@ class SweptModels:
 
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
-    """Return the settings of a variant, at its learning rate, or else its model's first one."""
+    """Return the settings of a variant, at its learning rate, else at the first one of its
+    model."""
     changes: dict[str, Any] = {"method": variant.method}
     full_level = facts_of(variant.method).full_level
     if variant.corrections is not None:
@@ -222,7 +226,7 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     )
     rate = variant.learning_rate or learning_rates(settings, variant)[0]
     recipe: dict[str, Any] = {"learning_rate": rate}
-    if variant.corrections in (None, 0, "0"):  # There is no cheaper schedule.
+    if variant.corrections in (None, 0, "0"):  # Without corrections no schedule is cheaper.
         recipe["elastic"] = None
     if variant.seed is not None:
         recipe["seed"] = variant.seed
@@ -236,7 +240,7 @@ def teacher_and_baselines(
     """Return the settings of the teachers and the baselines that a sweep trains, by label.
 
     Args:
-        teacher_settings: Those of a teacher that has a source; its baselines have none.
+        teacher_settings: Settings of a teacher with a source model; its baselines have none.
     """
     baseline_settings = settings
     if teacher_settings is not None:
@@ -258,8 +262,8 @@ def named_baselines(
 ) -> dict[str, Path]:
     """Return label -> checkpoint of the runs in `sweep.baseline_runs`.
 
-    A label says method and corrections, as those of models that a sweep trains, and where that is
-    taken also the name of the run.
+    A label has method and corrections, like those of trained models, and the name of the run if
+    that label is taken.
 
     Args:
         teacher: The given teacher; None if the sweep trains its models.
@@ -285,7 +289,7 @@ def named_baselines(
                 f"sweep.baseline_runs: {name} is the teacher of the sweep, which is on its front "
                 "anyway; leave it out"
             )
-        if checkpoint in baselines.values():  # It was named twice.
+        if checkpoint in baselines.values():  # The user named it twice.
             continue
         counts = tuple(config.corrections)
         is_uniform = len(set(counts)) == 1
@@ -301,22 +305,22 @@ def named_baselines(
 def check_named_baselines(
     baselines: Mapping[str, Path], tokens: Path, models: Iterable[ModelConfig]
 ) -> None:
-    """Check that the baselines that the user names can be measured as the models of a sweep.
+    """Check that the user's baselines can be measured like the models of a sweep.
 
     Args:
         tokens: Prepared tokens of the sweep.
-        models: Its models, or some of them.
+        models: Models of the sweep, or some of them.
 
     Raises:
-        UserError: If one was trained on other tokens, was imported with another tokenizer, or reads
-            shorter texts.
+        UserError: If one was trained on other tokens, was imported with another tokenizer, or has
+            a shorter context.
     """
     length = max((model.context_length for model in models), default=0)
     for checkpoint in baselines.values():
         if not reads_tokens(checkpoint, tokens):
             raise UserError(
                 f"sweep.baseline_runs: {checkpoint} was trained on other tokens than this sweep's "
-                f"({tokens.name}), or has another tokenizer, so their qualities would not compare; "
+                f"({tokens.name}), or has another tokenizer, so it cannot be compared; "
                 "name a run of the same tokens, or leave it out"
             )
         baseline_length = load_config(checkpoint).context_length
@@ -333,7 +337,7 @@ def check_named_baselines(
 def schedule_cost(unit: str, full: ModelConfig) -> Cost:
     """Return the function that computes the cost per token of a model's schedules.
 
-    Its unit is `evaluations`, `flops`, `kv` (bytes) or `parameters`.
+    The unit is `evaluations`, `flops`, `kv` (bytes) or `parameters`.
     """
     if unit == "evaluations":
         return num_evaluations
@@ -347,10 +351,10 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
 
 
 def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
-    """Check that a sweep's settings go together, and with a progress display also its tasks.
+    """Check that a sweep's settings fit each other; with a progress display also check its tasks.
 
     Raises:
-        UserError: Says which settings do not go together and what to change.
+        UserError: Names the settings that do not fit each other, and what to change.
     """
     if broken := broken_rules(settings, of_sweep=True):
         raise UserError(list_of_problems("settings", broken))
@@ -367,8 +371,8 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
 def check_devices(
     settings: Settings, resources: Resources | None = None, *, pretrains: bool
 ) -> None:
-    """Check that a joined cluster, or this machine, has the CPUs and GPUs of one trial, and those
-    of a teacher that is trained first.
+    """Check that a joined cluster, or this machine, has the CPUs and GPUs of one trial, and of a
+    teacher that is trained first.
 
     Raises:
         UserError: If there are too few.
@@ -444,22 +448,22 @@ def check_models(settings: Settings, swept: SweptModels, source: Source | None =
     """Check that the models of a sweep can be built, without any data.
 
     Args:
-        source: The model whose weights the teacher starts from, if there is one already.
+        source: The teacher's source model, if it exists already.
 
     Raises:
-        UserError: Names everything that is wrong with the models, all at once.
+        UserError: Lists everything that is wrong with the models.
     """
     if settings.evaluation.apply_chat_template:
         raise UserError(
-            "evaluation.apply_chat_template: models that are trained from scratch have no chat "
-            "template; leave it out, or distill an imported model that has one"
+            "evaluation.apply_chat_template: models that are trained from random weights have no "
+            "chat template; leave it out, or distill an imported model that has one"
         )
     sweep = settings.sweep
     data = settings.data
     is_scratch = sweep.kind == "iterations"
     models = swept.variants if is_scratch else swept.baselines
 
-    # Every model is built once. Baselines are built as their teacher, so that one is enough.
+    # Every model is built once; with a baseline, its teacher is checked, too.
     problems = []
     configs = []
     for variant in swept.variants if is_scratch else swept.teachers.values():
@@ -475,9 +479,9 @@ def check_models(settings: Settings, swept: SweptModels, source: Source | None =
         except UserError as error:
             problems.append(str(error))
 
-    # Every name in a setting is that of a model.
+    # Names in settings must be those of models.
     known_names = {name for model in models for name in model.names_in_settings}
-    # Other rates may be those of the teacher, or of an iterations sweep from the same file.
+    # Rates may also be those of the teacher, or of an iterations sweep of the same file.
     rates = {name for name in sweep.learning_rates if is_scratch or has_layers(name)}
     unknown_rates = sorted(rates - known_names - {*METHODS})
     unknown = [f"sweep.learning_rates: {name}" for name in unknown_rates]

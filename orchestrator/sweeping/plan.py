@@ -1,7 +1,7 @@
-"""The plan of a sweep as a value: what the sweep does, what of it is left, and what that takes.
+"""The plan of a sweep as a value: what the sweep does, what is left of it, and the price of that.
 
-`stages.py` makes it and changes it, and `sweep.py` runs it. What follows from the plan is computed
-when it is asked for: states of trials, prices, what does not fit, and how it is shown.
+`stages.py` makes and changes the plan, and `sweep.py` runs it. States of trials, prices and
+problems are computed at their first use.
 """
 
 from __future__ import annotations
@@ -64,27 +64,27 @@ class SweepPlan(Plan):
     settings: Settings
     workspace: Workspace
     teacher: Path | None
-    """A given teacher; without it, the sweep trains its models from scratch."""
+    """A given teacher; without it, the sweep trains its models from random weights."""
     named_baselines: Mapping[str, Path]
     """Label -> checkpoint of the runs in `sweep.baseline_runs`."""
     swept: SweptModels
     """What the sweep trains before its students, or instead of any."""
     models: Mapping[str, Settings] | None
-    """Label -> settings of the models of an iterations sweep, if they are not the settings' own."""
+    """Label -> settings of the models of an iterations sweep, if they were given."""
     name: str | None
     """The sweep's name; made from its content when unset."""
 
-    # Its stages, as far as they are planned.
+    # Stages, as far as they are planned.
     source: Source | None = None
-    """What the teacher starts from, if the settings name one that exists."""
+    """The teacher's source model, if the settings name one that exists."""
     pretraining: tuple[TrainingPlan, ...] = ()
-    """What is trained before the trials, one after another: the source; the teachers and their
-    baselines, if the sweep trains them itself; of a teacher with a source the controls, and last
-    `source_continued`. What follows from others that are not trained is only priced."""
+    """What is trained before the trials, in this order: the source model; the teachers and their
+    baselines, if the sweep trains them; the controls of a teacher with a source model, the last one
+    being `source_continued`. A training whose start is not trained yet can only be priced."""
     retrofit: Retrofit | None = None
-    """The controls of a teacher that has a source."""
+    """The controls of a teacher with a source model."""
     control_gap: str = ""
-    """Why a given teacher with a source has no controls."""
+    """Why a given teacher with a source model has no controls."""
     influence: dict[str, InfluencePlan] = Field(default={})
     """Label of a teacher -> measurement; empty while the teachers are not trained."""
     planned_trials: SweepTrials | None = None
@@ -94,19 +94,19 @@ class SweepPlan(Plan):
 
     # What is not known yet.
     bound: list[Estimate] = Field(default=[])
-    """Trainings that take at least as much as those of the trials that are not known."""
+    """Trainings that together cost at least as much as those of the unknown trials."""
     gaps: list[str] = Field(default=[])
     """What is not prepared, trained, measured or known yet."""
 
     @property
     def trials(self) -> SweepTrials:
-        """The trials, as far as they are known; without a trained teacher, what is pretrained."""
+        """The known trials; without a trained teacher, the models that are pretrained."""
         assert self.planned_trials, "plan_sweep plans some"
         return self.planned_trials
 
     @property
     def is_complete(self) -> bool:
-        """Whether the trials are all that the sweep has, but for those that a search suggests."""
+        """Whether all trials are known, except those that a search will suggest."""
         if not self.trials.tokens_folder:
             return False
         if self.settings.sweep.kind == "iterations":
@@ -118,16 +118,16 @@ class SweepPlan(Plan):
         return are_trained and are_measured
 
     def changed(self, **changes: Any) -> Self:
-        """Return the plan with other values, and without what was computed of the old ones."""
+        """Return the plan with other values, and without cached properties of the old ones."""
         plan = self.model_copy(update=changes)
-        # Python stores what a cached property returned beside the fields.
+        # Cached properties are stored in the same dictionary as the fields.
         for name in vars(plan).keys() - type(self).model_fields.keys():
             del vars(plan)[name]
         return plan
 
     @cached_property
     def pretrained(self) -> dict[str, Path]:
-        """Label -> checkpoint of each training before the trials that is finished."""
+        """Label -> checkpoint of each finished training before the trials."""
         checkpoints: dict[str, Path] = {}
         for stage in self.pretraining:
             checkpoints |= stage.finished
@@ -135,9 +135,9 @@ class SweepPlan(Plan):
 
     @cached_property
     def states(self) -> list[TrialState]:
-        """How far each trial is, and each model that is pretrained first."""
+        """The state of each trial, and of each model that is pretrained first."""
         states = trial_states(self.trials, self.settings.sweep)
-        if self.trials.teacher:  # Else these models are the plan's trials.
+        if self.trials.teacher:  # Otherwise these models are the plan's trials.
             jobs = {
                 label: job
                 for stage in self.pretraining
@@ -156,7 +156,7 @@ class SweepPlan(Plan):
 
     @cached_property
     def trials_left(self) -> list[Estimate]:
-        """Trainings of the trials that are not finished, and the bound of those not known."""
+        """Unfinished trainings of the trials, and the bound of unknown ones."""
         pretrained = {job.run_folder for stage in self.pretraining for job in stage.jobs.values()}
         of_trials = [
             state.training
@@ -167,17 +167,17 @@ class SweepPlan(Plan):
 
     @cached_property
     def placed(self) -> Settings:
-        """The settings, with the GPUs of the trials."""
+        """The settings, with the number of GPUs of each trial."""
         return assign_trial_gpus(self.settings, self.trials_left)
 
     @cached_property
     def trainings_left(self) -> list[Estimate]:
-        """All trainings that are left, each on its devices."""
+        """All remaining trainings, each on its devices."""
         return [*self.pretraining_left, *on_trial_devices(self.trials_left, self.placed)]
 
     @cached_property
     def price(self) -> Price:
-        """Tokens, FLOPs, hours, memory and disk of what is left."""
+        """Tokens, FLOPs, hours, memory and disk of the remaining work."""
         new_token_bytes = 0
         if not self.trials.tokens_folder:
             new_token_bytes = expected_tokens(self.settings.data, None).new_bytes
@@ -197,16 +197,17 @@ class SweepPlan(Plan):
 
     @property
     def _hours_of_influence(self) -> tuple[float, float]:
-        """Shortest and longest time in which the teachers' influence is measured."""
+        """Shortest and longest hours of measuring the teachers' influence."""
         on_gpu = self.settings.trials_use_gpus
         ranges = [measurement.hours(on_gpu=on_gpu) for measurement in self.influence.values()]
         return sum(shortest for shortest, _ in ranges), sum(longest for _, longest in ranges)
 
     @cached_property
     def control_prices(self) -> dict[str, Price]:
-        """Name of each control of a teacher with a source -> price of its trainings that are left.
+        """Name of each control of a teacher with a source model -> price of its remaining
+        trainings.
 
-        A source that the sweep trains is priced as what it is for the teacher, and not here.
+        A source model that the sweep trains is part of the teacher's price, and not in here.
         """
         if self.retrofit is None:
             return {}
@@ -270,12 +271,13 @@ class SweepPlan(Plan):
         return tuple(notes)
 
     def _resolution_notes(self) -> Iterator[str]:
-        """Say which differences of accuracy the sweep can show, if the number of items is known."""
+        """Yield which differences of accuracy the sweep can show, if the number of items is
+        known."""
         evaluation = self.settings.evaluation
         num_items = 0
         for task in self._accuracy_tasks():
             most = evaluation.num_items if is_heldout_task(task) else evaluation.limit
-            if most is None:  # The whole task, which is not loaded.
+            if most is None:  # All items of a task that is not loaded yet.
                 return
             num_items += min(most, evaluation.limit or most)
         if num_items:
@@ -288,7 +290,7 @@ class SweepPlan(Plan):
             )
 
     def _accuracy_tasks(self) -> list[str]:
-        """Return the tasks that give an accuracy, also of data that are not prepared yet."""
+        """Return the tasks that give an accuracy, also for unprepared data."""
         data = self.settings.data
         sources = {"depth": data.depth.tasks, "mixture": tuple(data.shares)}
         of_data = sources.get(data.source, (data.source,))
@@ -301,19 +303,20 @@ class SweepPlan(Plan):
         return list(dict.fromkeys(tasks))
 
     def _training_notes(self) -> Iterator[str]:
-        """Yield what a reader may ask of the models that are left to pretrain: their rates, when
-        corrections begin, and how often the text is read."""
+        """Yield sentences on the remaining pretrainings: learning rates, when corrections begin,
+        and how often the text is read."""
         jobs = {
             state.trial.label: state.trial.job
             for state in self.states
             if state.training and state.trial.job and state.trial.job.objective == "pretrain"
         }
         yield from self._rate_notes(jobs)
-        yield from first_stage_notes(jobs)
+        yield from two_stage_notes(jobs)
         yield from self._text_notes(jobs)
 
     def _rate_notes(self, jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
-        """Say why a baseline learns at another rate than its teacher, if nobody chose that."""
+        """Yield why a baseline has another learning rate than its teacher, if the user did not
+        choose it."""
         usual_rates = SweepSettings().learning_rates
         vanilla_rate = usual_rates[BASELINE_METHOD]
         vanilla_rates = {
@@ -322,12 +325,12 @@ class SweepPlan(Plan):
         has_usual_rates = self.settings.sweep.learning_rates == usual_rates
         if has_usual_rates and vanilla_rates == {vanilla_rate} and self.retrofit is None:
             yield (
-                f"vanilla learns at {vanilla_rate:g}, the default of sweep.learning_rates for it: "
-                "each method has the rate that suits it, so that none looks worse by its rate"
+                f"vanilla has learning rate {vanilla_rate:g}, its default in sweep.learning_rates: "
+                "each method has the rate that suits it"
             )
 
     def _text_notes(self, jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
-        """Say how often each length of training reads a prepared text."""
+        """Yield how often trainings of each length read the prepared text."""
         tokens_folders = [Path(job.tokens_folder) for job in jobs.values() if job.tokens_folder]
         if not tokens_folders:
             return
@@ -371,12 +374,12 @@ class SweepPlan(Plan):
             name: the sweep's name, if it is known yet
             trials: one entry per known trial: `name`, `role`, `method`, `schedule` (as text; empty
                 without corrections), `state`, `steps_done`, exact costs
-            notes: what is reused, and what is not known yet
-            price: what is left to train: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
+            notes: sentences on what is reused and what is unknown
+            price: of the remaining trainings: `num_trainings`, `num_tokens`, `num_teacher_tokens`,
                 `flops`, `hours` (shortest and longest), `num_devices`, `uses_gpus`, `rate`,
                 `memory` and `disk` (bytes by name), `free_disk`, `is_upper_bound`
-            source_controls: (optional) of a teacher with a source, name of a control to what of its
-                trainings is left, as `price`
+            source_controls: (optional) with a source model, name of a control to the price of its
+                remaining trainings
             problems: machine or cluster to why the trainings do not fit there, or `null`
         """
         controls = {
@@ -397,8 +400,8 @@ class SweepPlan(Plan):
         yield two_column_table(None, [*price_rows(self.price, self.problems)])
 
 
-def first_stage_notes(jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
-    """Say which models are trained without corrections first.
+def two_stage_notes(jobs: Mapping[str, TrainingJob]) -> Iterator[str]:
+    """Yield which models are trained in two stages, the first without corrections.
 
     Args:
         jobs: Label -> training.

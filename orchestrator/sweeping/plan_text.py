@@ -1,4 +1,4 @@
-"""What the plan of a sweep says: a table, sentences, and the parameters of its run in MLflow."""
+"""Texts of a sweep's plan: a table, sentences, and the parameters of its MLflow run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from orchestrator.terminal.render import format_bytes, format_count
 def plan_table(plan: SweepTrials, states: Sequence[TrialState]) -> Table:
     """Return a table of a plan's trials and their states; narrow terminals show fewer columns.
 
-    Learning rates and numbers of layers are shown if they differ.
+    Columns of learning rates and numbers of layers appear if the values differ.
     """
-    trials = [state.trial for state in states]  # A plan may lack those that the run pretrains.
+    trials = [state.trial for state in states]  # Also models that are pretrained first.
     full_flops = inference_cost(full_trial(plan).model).decode_flops_per_token
     costs = [inference_cost(trial.model) for trial in trials]
     rates = [f"{trial.job.recipe.learning_rate:g}" if trial.job else "" for trial in trials]
@@ -52,8 +52,8 @@ def plan_table(plan: SweepTrials, states: Sequence[TrialState]) -> Table:
 def plan_sentences(
     plan: SweepTrials, sweep: SweepSettings, states: Sequence[TrialState]
 ) -> list[str]:
-    """Say what was merged, and what is reused."""
-    # What the plan is about.
+    """Return sentences on what was merged, and what is reused."""
+    # Contents of the plan.
     if plan.kind == "iterations":
         requested = "model"
         distinct = ""
@@ -70,7 +70,7 @@ def plan_sentences(
     if num_suggested := num_models(plan.trials) - plan.num_distinct:
         contents += f"; {num_suggested:,} more that the search suggested"
 
-    # How far it is.
+    # Progress of the plan.
     numbers = Counter(state.status for state in states)
     verb = "is" if len(states) == 1 else "are"
     trials = format_count(len(states), "trial")
@@ -91,9 +91,9 @@ def plan_sentences(
 
 
 def sweep_parameters(plan: SweepTrials, settings: Settings) -> dict[str, str]:
-    """Return the parameters that apply to this kind of sweep, and those that its trainings share.
+    """Return the parameters of this kind of sweep, and those that its trainings share.
 
-    A setting that is off, or an empty list, is left out.
+    Settings that are off, and empty lists, are left out.
     """
     sweep = settings.sweep
     params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}

@@ -1,12 +1,13 @@
-"""A teacher that starts from another model's weights, and the controls that it is compared with.
+"""The controls of a retrofit: a teacher that starts from a source model.
 
-Such a teacher may be better than its source because of its corrections, or because it was trained
-further. `source_continued` tells the two apart: the source, trained on as it is, with as many
-training FLOPs as the teacher. All else is the teacher's: tokens, their order, the layers that are
-trained, the divergence from the source. Its learning rate is the better of two, each tried for as
-many tokens as the teacher reads; the better trial is the value at equal tokens.
+Such a teacher may be better than its source model because of its corrections, or because it was
+trained further. The control `source_continued` separates the two: the source model, fine-tuned
+without corrections with as many training FLOPs as the teacher. Everything else is as for the
+teacher: tokens and their order, the trained layers, the divergence from the source model. Two
+learning rates are tried, each for as many tokens as the teacher reads; the control has the better
+one. The better try is also the result at equal tokens.
 
-Nothing is trained here, and nothing is written.
+Nothing is trained or written here.
 """
 
 from __future__ import annotations
@@ -44,35 +45,35 @@ from orchestrator.workspace.layout import JOB_NAME, Workspace, portable_path, st
 SCRATCH = "scratch"
 SCRATCH_WITH_SOURCE = "scratch_with_source"
 EQUAL_TOKENS = f"{SOURCE_CONTINUED}, equal tokens"
-"""Name of the source that was trained on for as many tokens as the teacher."""
+"""Name of the source model, fine-tuned on as many tokens as the teacher."""
 OTHER_RATE_FACTOR = 2.0
-"""The second learning rate is this many times the teacher's, where the source's own training says
-none: on text and on depth tasks, the best peak rate of a plain model was once to twice that of an
-IIET of its sizes."""
+"""The second learning rate is this multiple of the teacher's, if the source model's own rate is
+unknown: on text and on depth tasks, the best peak rate of a plain model was 1 to 2 times that of an
+IIET of the same sizes."""
 
 
 def source_settings(settings: Settings) -> Settings:
-    """Return the settings of the source that a sweep trains: a plain model of the teacher's sizes,
-    with the recipe `source_training`."""
+    """Return the settings of a source model that a sweep trains: a plain model of the teacher's
+    sizes, with the recipe `source_training`."""
     plain = settings.model.model_copy(update={"method": BASELINE_METHOD, "method_options": {}})
     changes = {"model": plain, "training": settings.source_training, "source_training": None}
     return settings.model_copy(update=changes)
 
 
 def training_flops(job: TrainingJob) -> float:
-    """Return the FLOPs of a whole training, with those of a frozen model beside it."""
+    """Return the FLOPs of a whole training, including those of a frozen teacher."""
     return replace(Estimate.of(job), steps_done=0).total_flops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrofit:
-    """A teacher with a source, and the trainings of its controls."""
+    """A teacher with a source model, and the trainings of its controls."""
 
     teacher: TrainingJob
-    """The teacher's training; without tokens while its source is not trained."""
+    """The teacher's training; without tokens until its source model is trained."""
     source: Source
     source_job: TrainingJob | None
-    """The source's own training from random weights, if it is known."""
+    """The source model's own training from random weights, if it is known."""
     settings: Settings
     """Section `sweep` chooses the controls, and `cluster` says where they are trained."""
     workspace: Workspace
@@ -84,8 +85,8 @@ class Retrofit:
 
     @property
     def trained_layers(self) -> TrainedLayers:
-        """The layers of the source that `source_continued` trains: those that the teacher does, or,
-        where this trains what is added alone, those that get corrections."""
+        """The layers that `source_continued` trains: those of the teacher's training. If that
+        trains only what it adds, they are the layers that get corrections."""
         trained = self.teacher.recipe.trained_layers
         if trained not in ("corrected", "added"):
             return trained
@@ -93,8 +94,8 @@ class Retrofit:
 
     @cached_property
     def candidates(self) -> dict[str, TrainingJob]:
-        """Label -> training of the source for as many tokens as the teacher, at each of two rates,
-        the teacher's first."""
+        """Label -> fine-tuning of the source model on as many tokens as the teacher, at each of two
+        rates, the teacher's first."""
         if SOURCE_CONTINUED not in self.controls:
             return {}
         rate = self.teacher.recipe.learning_rate
@@ -109,12 +110,12 @@ class Retrofit:
 
     @cached_property
     def diverged(self) -> frozenset[str]:
-        """Labels of the candidates that diverged, which would do so again."""
+        """Labels of the candidates that diverged; a retry would diverge again."""
         return frozenset(label for label, job in self.candidates.items() if has_diverged(job))
 
     @cached_property
     def losses(self) -> dict[str, float]:
-        """Label -> validation loss of the candidates, once all are trained; infinite of those that
+        """Label -> validation loss of the candidates, once all are trained; infinite if one
         diverged."""
         losses = dict.fromkeys(self.diverged, math.inf)
         for label, job in self.candidates.items():
@@ -127,11 +128,10 @@ class Retrofit:
 
     @property
     def better_candidate(self) -> str | None:
-        """Label of the candidate with the lower loss; None while that is not known, or if all
-        diverged.
+        """Label of the candidate with the lower loss; None while it is unknown, or if all diverged.
 
-        Where no loss was measured, it is the first one that is trained, if it can be with the
-        teacher's rate.
+        Without measured losses it is the first trained candidate, preferably that of the teacher's
+        rate.
         """
 
         def loss_or_infinity(label: str) -> float:
@@ -143,13 +143,12 @@ class Retrofit:
 
     @cached_property
     def continued(self) -> TrainingJob | None:
-        """The training of the source at the teacher's FLOPs; None if there is to be none, or the
-        source diverged at each rate.
+        """The fine-tuning of the source model with the teacher's FLOPs.
 
-        While the better rate is not known, it has the teacher's, and no tokens: it can be priced,
-        but not run.
+        None if the settings do not ask for it, or it diverged at each rate. While the better rate
+        is unknown, the job has the teacher's rate and no tokens, so it can be priced but not run.
         """
-        if self.diverged == self.candidates.keys():  # Without candidates, both are empty.
+        if self.diverged == self.candidates.keys():  # Also if there are no candidates.
             return None
         label = self.better_candidate or next(iter(self.candidates))
         candidate = self.candidates[label]
@@ -162,7 +161,7 @@ class Retrofit:
         """Label -> training of the teacher's model from random weights.
 
         Raises:
-            UserError: If the FLOPs of the source are asked for and not known.
+            UserError: If the FLOPs of the source model are needed but unknown.
         """
         flops = {}
         if SCRATCH in self.controls:
@@ -191,7 +190,7 @@ class Retrofit:
 
     def _from_random_weights(self, flops: float) -> TrainingJob:
         teacher_recipe = self.teacher.recipe
-        # A rate for a few steps from trained weights may be far too low for random ones.
+        # A rate that suits trained weights may be far too low for random ones.
         rate = self.source.learning_rate or teacher_recipe.learning_rate
         recipe = teacher_recipe.without_source().model_copy(update={"learning_rate": rate})
         as_long = self._with_recipe(recipe, initial_folder=None)
@@ -238,7 +237,7 @@ class Retrofit:
         """Return label -> checkpoint of the controls that can be measured.
 
         Args:
-            finished: Label -> checkpoint of all models that are trained before the trials.
+            finished: Label -> checkpoint of the finished models before the trials.
         """
         controls: dict[str, Path] = {}
         if SOURCE in self.controls and self.source.is_checkpoint:
@@ -253,7 +252,7 @@ class Retrofit:
 
     @property
     def sentences(self) -> dict[str, str]:
-        """Name of a control, or of what there is to know of it -> what it is."""
+        """Name of a control -> its description."""
         return dict(self._described())
 
     def _described(self) -> Iterator[tuple[str, str]]:
@@ -276,7 +275,7 @@ class Retrofit:
     def _text_of_continued(self, job: TrainingJob) -> str:
         rates = [candidate.recipe.learning_rate for candidate in self.candidates.values()]
         tried = format_count(self.teacher.recipe.num_steps, "step")
-        text = f"the source trained on without corrections, {_steps_and_flops(job)}, as the teacher"
+        text = f"the source fine-tuned without corrections, {_steps_and_flops(job)}, as the teacher"
         if self.losses:
             losses = " and ".join(
                 f"{'diverged' if label in self.diverged else f'{loss:.4f}'} at {rate:g}"
@@ -291,13 +290,13 @@ class Retrofit:
             layers = ", ".join(map(str, self.trained_layers))
             text += f"; it trains layers {layers}"
             if self.teacher.recipe.trained_layers == "added":
-                text += ", which get corrections, while the teacher trains what is added alone"
+                text += ", which get corrections; the teacher trains only what it adds"
         return text
 
 
 def steps_at(job: TrainingJob, flops: float) -> int:
-    """Return the fewest steps of a training with which it takes at least these FLOPs."""
-    # Stages are shares of the steps, so FLOPs are proportional to them.
+    """Return the fewest steps with which a training takes at least these FLOPs."""
+    # Stages are shares of the steps, so FLOPs are proportional to the steps.
     per_step = training_flops(job) / job.recipe.num_steps
     return max(1, math.ceil(flops / per_step - 1e-9))
 
@@ -310,8 +309,8 @@ def _steps_and_flops(job: TrainingJob) -> str:
 def retrofit_of(
     checkpoint: Path, settings: Settings, workspace: Workspace
 ) -> tuple[Retrofit | None, str]:
-    """Return the retrofit that made a given teacher, and why there is none although the teacher
-    has a source; both may be missing.
+    """Return the retrofit that made a given teacher, or None and why a teacher with a source model
+    has none; the reason is empty for any other teacher.
 
     Args:
         checkpoint: The teacher.
@@ -322,7 +321,7 @@ def retrofit_of(
     if stored is None or stored.job.objective != "pretrain" or stored.job.initial_folder is None:
         return None, ""
     job = stored.job
-    if not job.model.corrections.num_corrections:  # It is compared with its students alone.
+    if not job.model.corrections.num_corrections:  # A plain model has only its students.
         return None, ""
     if step_of(checkpoint) != job.recipe.num_steps:
         return None, f"{checkpoint} is not the end of its training, so it has no controls"
@@ -333,7 +332,7 @@ def retrofit_of(
         return None, f"the teacher has no controls, because its source cannot be used: {error}"
     if not is_unchanged:
         return None, f"{source.folder} has changed since the teacher was trained from it"
-    if (run / SETTINGS_NAME).is_file():  # The controls are trained on the teacher's data.
+    if (run / SETTINGS_NAME).is_file():  # Controls use the teacher's data.
         teacher_settings = read_settings(run / SETTINGS_NAME)
         changes = {"data": teacher_settings.data, "model": teacher_settings.model}
         settings = settings.model_copy(update=changes)
@@ -355,21 +354,20 @@ def retrofit_of(
 def with_retention(
     settings: Settings, retrofit: Retrofit | None, *, teacher_is_plain: bool = False
 ) -> Settings:
-    """Return the settings of a sweep with how much its models may lose: what they say, else the
-    default.
+    """Return the settings of a sweep, with the default of `evaluation.retention` filled in.
 
-    Models are compared with the source of their teacher, or with a plain teacher itself, whose
-    students may lose what the settings say and nothing by default.
+    Retention compares models with their teacher's source model, or with a plain teacher, for whose
+    students there is no default bound.
 
     Raises:
-        UserError: If they bound a loss that cannot be measured.
+        UserError: If the settings bound a loss that cannot be measured.
     """
     retention = settings.evaluation.retention
     problem = None
     if retrofit is None and teacher_is_plain:
         retention = retention or {}
     elif retrofit is None:
-        problem = "the teacher has corrections and no source, so there is no plain model to lose to"
+        problem = "the teacher has corrections but no source, so there is no model to compare with"
     elif SOURCE not in retrofit.controls:
         problem = "models are compared with the source, and sweep.source_controls does not name it"
     if retention is None:
@@ -385,8 +383,8 @@ def with_retention(
 
 
 def _reads_text(retrofit: Retrofit) -> bool:
-    """Return whether the teacher's data have text, or words of a text's tokenizer; without tokens,
-    by the settings."""
+    """Return whether the teacher's data have text, or words of a text's tokenizer. Without tokens
+    the settings decide."""
     if retrofit.settings.data.has_words:
         return True
     tokens = retrofit.teacher.tokens_folder
@@ -396,6 +394,6 @@ def _reads_text(retrofit: Retrofit) -> bool:
 
 
 def training_of_source(source: Source) -> TrainingJob | None:
-    """Return the training that made a source from random weights; None if it is not known."""
+    """Return the training that made a source model from random weights; None if it is unknown."""
     job = TrainingJob.of_folder(source.folder.parent)
     return job if job is not None and job.initial_folder is None else None

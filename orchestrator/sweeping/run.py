@@ -1,7 +1,7 @@
-"""Run the unfinished trials of a sweep with Ray Tune, then measure all times per token.
+"""Run the unfinished trials of a sweep with Ray Tune, then measure the times per token.
 
 Results of finished trials are read once, at the start, so the same command resumes after any
-interruption. One process at a time runs a sweep: its caller holds the lock of the sweep's folder.
+interruption. The caller holds the lock of the sweep's folder, so one process runs a sweep.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def run_trials(
     Returns how each trial ended, and the results with their costs.
 
     Args:
-        placed: The settings with the GPUs of the trials, if they are not the same.
+        placed: The settings with the number of GPUs of each trial, if that differs.
         search: Suggests further trials when these have ended.
 
     Raises:
-        UserError: If a training cannot run, such as if its workers cannot share a batch; or there
-            are too few CPUs or GPUs for one trial.
+        UserError: If a training cannot run, for example if its workers cannot share a batch; or if
+            there are too few CPUs or GPUs for one trial.
         Interrupted: After Ctrl-C; finished trials stay finished.
-        RunFailed: If no trial at all could be finished, or one failed while it was stopping.
+        RunFailed: If no trial could be finished, or one failed while it was stopping.
     """
     progress = progress or Progress()
     placed = placed or settings
@@ -63,13 +63,13 @@ def run_trials(
         if state.trial.job:
             check_job(state.trial.job, num_workers=sweep.num_workers_per_trial)
 
-    # From here on `list` and `report` find the sweep, and know that it was started.
+    # From here on `list` and `report` find the sweep.
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     record_event(folder, STARTED_EVENT)
     plan.write(folder / PLAN_FILE)
     with SweepView(run, settings, workspace, tracking, progress) as view:
         progress.start("sweep", run.num_all)
-        view.update()  # What earlier calls have ended.
+        view.update()  # Shows what earlier calls have finished.
         try:
             if not run.is_over:
                 say = partial(progress.advance, run.num_ended)
@@ -87,7 +87,7 @@ def run_trials(
                         watch=view.update,
                     )
             if search:
-                search.enter(run.results_by_key)  # Those of earlier calls among them.
+                search.enter(run.results_by_key)  # Also results of earlier calls.
         except Interrupted:
             failed = [s for s in run.with_status("failed") if s.was_stopping]
             if not failed:
@@ -110,6 +110,6 @@ def run_trials(
             raise RunFailed(
                 f"no trial of the sweep {plan.name} could be finished: {'; '.join(reasons)}"
             )
-        # Last, because trials would disturb the clock.
+        # Last, because running trials would distort the times.
         run.results = tuple(with_costs(results, plan, folder, settings, progress))
     return run

@@ -1,8 +1,8 @@
 """Search free schedules, any number of corrections in any layer, with Optuna.
 
 The study is stored in the sweep's folder, where `optuna-dashboard` can open it. The students of the
-family enter it as finished trials. A suggestion that is known already is closed at once, so that it
-is not trained again, and the sampler is asked again.
+threshold family enter it as finished trials. A suggestion that is already known is closed at once,
+and the sampler is asked again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from orchestrator.workspace.files import damage_named, damaged
 
 STUDY_FILE = "optuna.journal"
 MAX_DUPLICATES = 20
-"""After this many known points in a row, an unknown one is tried instead of the sampler's."""
+"""After this many known suggestions in a row, a random unknown schedule is tried instead."""
 
 
 class ScheduleSearch:
@@ -68,15 +68,15 @@ class ScheduleSearch:
             if most > self._least
         }
         self._trials = {
-            # A plain model of all layers has no text.
+            # The schedule of a plain model with all layers has no text.
             IterationSchedule.parse(trial.schedule_text or full, num_layers=len(full)): trial
             for trial in plan.trials
             if trial.role == "trial"
         }
-        """Schedule -> trial of all that are known: the family, then what is suggested."""
+        """Schedule -> trial, for all known ones: the family, then suggestions."""
         self._num_family = len(self._trials)
         self._suggested: dict[str, int] = {}
-        """Key of a trial that was suggested here and runs -> its number in the study."""
+        """Key of a running trial that this process suggested -> its number in the study."""
         self._study: optuna.Study | None = None
         if self._path.exists():
             with self._damage_named():
@@ -88,7 +88,7 @@ class ScheduleSearch:
     def num_schedules(self) -> int:
         """Number of schedules to choose from."""
         number = self._full.num_within(self._max_left_out)
-        # All layers of a plain teacher are the teacher.
+        # A plain teacher with all layers is the teacher itself.
         return number if self._full.num_corrections else number - 1
 
     @property
@@ -100,18 +100,18 @@ class ScheduleSearch:
 
     @property
     def num_left(self) -> int:
-        """Number of schedules that are still to be suggested."""
+        """Number of schedules that remain to be suggested."""
         return max(0, self.num_wanted - (len(self._trials) - self._num_family))
 
     @property
     def text(self) -> str:
-        """What the search will try, as a sentence of a plan."""
+        """What the search will try, as a sentence for a plan."""
         if not self.num_wanted:
-            return "the search has nothing to try beside the family"
+            return "the search has nothing to try besides the family"
         return (
             f"the search tries at most {self.num_wanted:,} more of {self.num_schedules:,} "
-            f"schedules; which ones follows from the results, {self.num_left:,} are not "
-            "known yet and priced as if each made all of the teacher's corrections"
+            f"schedules. {self.num_left:,} are not known yet, as they depend on results; "
+            "they are priced with all of the teacher's corrections"
         )
 
     @property
@@ -124,7 +124,7 @@ class ScheduleSearch:
         return [*self._trials.values()][self._num_family :]
 
     def open(self, results: Mapping[str, Trial]) -> None:
-        """Open the study, close what a killed process left in it, and enter what is finished.
+        """Open the study, close trials that a killed process left open, and enter finished ones.
 
         Args:
             results: Key -> measured trial.
@@ -146,7 +146,7 @@ class ScheduleSearch:
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._damage_named():
-            if self._path.exists():  # Optuna would append to a line that a crash cut off.
+            if self._path.exists():  # Complete its last line, to which Optuna would append.
                 os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
             is_maximized = self._settings.objective == "accuracy"
             study = optuna.create_study(
@@ -156,8 +156,8 @@ class ScheduleSearch:
                 load_if_exists=True,
             )
             self._take_over(study)
-            # Optuna's default sampler, with a seed, so that the same search suggests the same. A
-            # search that goes on takes another seed; the same one would suggest the same again.
+            # Optuna's default sampler with a seed, so that equal searches suggest equal schedules.
+            # A resumed search takes another seed, or it would repeat its suggestions.
             seed = (self._settings.seed + len(study.trials)) % (MAX_SEED + 1)
             study.sampler = optuna.samplers.TPESampler(seed=seed)
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
@@ -166,7 +166,7 @@ class ScheduleSearch:
             self.enter(results)
 
     def suggest(self) -> Trial | None:
-        """Return the trial of a schedule that is not known yet; None if enough were suggested."""
+        """Return the trial of an unknown schedule; None if enough were suggested."""
         study = self._study
         assert study is not None, "call open first"
         num_attempts = 0
@@ -186,7 +186,7 @@ class ScheduleSearch:
         return None
 
     def _unknown_schedule(self, seed: int) -> IterationSchedule:
-        """Draw a schedule that is not known; there is one while `num_left` is above 0."""
+        """Draw a random unknown schedule, which exists while `num_left` is above 0."""
         draw = random.Random(seed)
         is_plain = not self._full.num_corrections
         while True:
@@ -199,7 +199,7 @@ class ScheduleSearch:
                 return schedule
 
     def tell(self, trial: Trial, result: Trial | None) -> None:
-        """Store the values of a trial that has ended, if it was suggested here."""
+        """Store the values of an ended trial, if this process suggested it."""
         number = self._suggested.pop(trial.key, None)
         if self._study is None or number is None:
             return
@@ -207,7 +207,7 @@ class ScheduleSearch:
         self._study.tell(number, values, TrialState.COMPLETE if values else TrialState.FAIL)
 
     def enter(self, results: Mapping[str, Trial]) -> None:
-        """Enter the measured trials that are not in the study with their values."""
+        """Enter measured trials whose values are not in the study."""
         if self._study is None:
             return
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -225,25 +225,25 @@ class ScheduleSearch:
                 )
 
     def _values(self, result: Trial) -> list[float] | None:
-        """Return quality and cost; None if the quality is not known, as it is not finite."""
+        """Return quality and cost; None if the quality is not finite."""
         quality = result.value(quality_name(self._settings.objective))
         cost = float(result.model.corrections.num_evaluations)
         return None if quality is None else [quality, cost]
 
     def _take_over(self, study: optuna.Study) -> None:
-        """Take over the schedules in the study that are not known yet."""
+        """Take over unknown schedules from the study."""
         for stored in study.get_trials(deepcopy=False):
             schedule = self._schedule(stored)
             if self._is_whole(stored) and schedule and schedule not in self._trials:
                 self._trials[schedule] = self._make_trial(schedule)
 
     def _is_whole(self, stored: FrozenTrial) -> bool:
-        # A process that is killed while it asks leaves a part of a schedule.
+        # A process that is killed during a suggestion leaves an incomplete schedule.
         return stored.params.keys() == self._space.keys()
 
     def _schedule(self, stored: FrozenTrial | optuna.Trial) -> IterationSchedule | None:
-        """Return the schedule of a point; None if it leaves out too many layers, or if it is a
-        plain teacher."""
+        """Return the schedule of an Optuna trial; None if it leaves out too many layers, or if it
+        is that of a plain teacher."""
         layers = range(len(self._full))
         counts = tuple(stored.params.get(_layer_name(layer), 0) for layer in layers)
         if counts.count(LEFT_OUT) == len(counts):
@@ -252,8 +252,8 @@ class ScheduleSearch:
         return schedule if self._is_searched(schedule) else None
 
     def _is_searched(self, schedule: IterationSchedule) -> bool:
-        """Return whether the search may suggest a schedule; a user's own may leave out more layers,
-        or none of a plain teacher."""
+        """Return whether the search may suggest a schedule. Schedules of the user may leave out
+        more layers, or none of a plain teacher."""
         is_teacher = not self._full.num_corrections and schedule == self._full
         return not is_teacher and len(schedule.left_out_layers) <= self._max_left_out
 

@@ -1,13 +1,13 @@
 """Plan a sweep, stage by stage: from settings, or from a teacher's checkpoint.
 
-A sweep has three stages. Its models are trained: a teacher and baselines, unless a teacher was
-given, before them the teacher's source, and after them the controls of a teacher with a source.
-Influence of the teachers is measured. The trials are run: students of the teachers, or the models
-of an iterations sweep, which has this stage alone.
+A sweep has three stages. First its models are trained: the source model, teachers and baselines,
+and the controls of a teacher with a source model; a given teacher needs no training. Then the
+influence of the teachers is measured. Last the trials run: students of the teachers, or the models
+of an iterations sweep, which has only this stage.
 
-A stage is planned once, as soon as all that it follows from exists: by `plan_sweep`, which only
-reads, or else by `run_sweep` after the stage before. Trials that are not known yet have a simple
-bound, and trainings that follow from others are only priced.
+A stage is planned once, as soon as its inputs exist: by `plan_sweep`, which only reads, or by
+`run_sweep` after the previous stage. Unknown trials have a simple bound, and trainings whose start
+is not trained yet are only priced.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, find_workspace
 
 NEWEST = "newest"
-"""As a teacher: the workspace's newest IIET with corrections."""
+"""Name of a teacher that means the workspace's newest IIET with corrections."""
 
 
 @offline(DRY_RUN)
@@ -77,21 +77,21 @@ def plan_sweep(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> SweepPlan:
-    """Return what a sweep does, as far as it is known.
+    """Return the plan of a sweep, as far as it is known.
 
-    `threshold` prunes a teacher by influence, and distills and evaluates each schedule; `search`
-    continues with schedules that a sampler suggests; `iterations` pretrains methods and iteration
-    counts from scratch. Finished trials are not run again.
+    `threshold` prunes a teacher by influence, and distills and evaluates a student under each
+    schedule; `search` continues with schedules that a sampler suggests; `iterations` pretrains
+    methods with several numbers of corrections. Finished trials are not run again.
 
     Args:
         settings: The whole tree.
         teacher: The full model: a checkpoint or run, by path or name, or `newest`. When unset, it
             is pretrained from the settings, with its baselines.
-        models: Models that an iterations sweep trains instead of those that the settings name:
-            label -> settings. Labels that differ in `, seed N` at their end are seeds of one model.
+        models: Label -> settings of the models of an iterations sweep, instead of those that the
+            settings name. Labels that differ only in `, seed N` at the end are seeds of one model.
 
     Raises:
-        UserError: If something does not go together; nothing is trained then.
+        UserError: If settings and arguments do not fit each other; nothing is trained then.
     """
     kind = settings.sweep.kind
     if kind == "iterations" and teacher is not None:
@@ -148,7 +148,7 @@ def plan_sweep(
             check_models(settings, swept, source)
         plan = plan_from_tokens(plan, find_prepared(settings.data, space.tokens))
     if name is not None and plan.is_complete:
-        # The keys of trials follow from the tasks of lm-eval, too, which may not be loaded yet.
+        # Keys of trials also depend on lm-eval's tasks, which may not be loaded yet.
         suite = plan.trials.trials[0].suite
         if suite.fingerprints or not needs_lm_eval(settings.evaluation):
             check_sweep_folder(plan.trials, space)
@@ -159,7 +159,7 @@ def plan_sweep(
 
 @offline(DRY_RUN)
 def plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
-    """Plan what follows from the data: the models from scratch, and more if they are trained."""
+    """Plan what depends on the data: the models to train, and more if they are trained."""
     settings = plan.settings
     gaps = [] if tokens else [UNPREPARED]
     if settings.sweep.kind == "iterations":
@@ -174,16 +174,16 @@ def plan_from_tokens(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
     if teachers.keys() == teacher_configs.keys():
         return _plan_from_influence(plan, teachers, baselines)
 
-    # Nothing more is known before the teachers are trained.
+    # The rest is unknown until the teachers are trained.
     bounded = _with_bound(plan, teacher_configs, " is not trained")
     return bounded.changed(planned_trials=unmeasured_trials(jobs))
 
 
 @offline(DRY_RUN)
 def plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
-    """Plan the first stage: the source, the teachers and their baselines, and the controls.
+    """Plan the first stage: source model, teachers, baselines and controls.
 
-    Without tokens the trainings are known but for their keys, so they can be priced.
+    Without tokens the trainings have no keys, but can be priced.
     """
     settings = plan.settings
     stages: list[TrainingPlan] = []
@@ -213,7 +213,7 @@ def plan_pretraining(plan: SweepPlan, tokens: Path | None) -> SweepPlan:
         teacher_stage = plan_models(
             teacher_and_baselines(settings, plan.swept, teacher_settings),
             plan.workspace,
-            tokens if is_source_there else None,  # The keys follow from the source's weights, too.
+            tokens if is_source_there else None,  # Keys depend on the source model's weights.
             model_source=source,
         )
         stages.append(teacher_stage)
@@ -249,8 +249,8 @@ def _is_plain(plan: SweepPlan) -> bool:
 
 
 def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
-    """Plan the trainings of a retrofit's controls, and after them that of `source_continued`, whose
-    rate they decide."""
+    """Plan the trainings of a retrofit's controls, and then that of `source_continued`, whose
+    learning rate follows from them."""
     candidates = {
         label: job for label, job in retrofit.candidates.items() if label not in retrofit.diverged
     }
@@ -272,11 +272,11 @@ def _plan_controls(retrofit: Retrofit) -> list[TrainingPlan]:
 def _plan_from_influence(
     plan: SweepPlan, teachers: Mapping[str, Path], baselines: Mapping[str, Path]
 ) -> SweepPlan:
-    """Plan what follows from trained teachers: their influence, and more if it is measured.
+    """Plan what depends on trained teachers: their influence, and more if it is measured.
 
     Args:
         teachers: Label -> checkpoint.
-        baselines: Label -> checkpoint of the baselines that are trained.
+        baselines: Label -> checkpoint of the trained baselines.
     """
     # Stage 2.
     plan = plan.changed(influence=plan_measurements(plan, teachers))
@@ -288,7 +288,7 @@ def _plan_from_influence(
     if tables.keys() == teachers.keys():
         return plan_students(plan, teachers, baselines, tables)
 
-    # The schedules of students follow from all tables.
+    # The students' schedules depend on all tables.
     plan = plan_students(plan, teachers, baselines, {})
     configs = {label: load_config(checkpoint) for label, checkpoint in teachers.items()}
     return _with_bound(plan, configs, "'s influence is not measured")
@@ -316,7 +316,7 @@ def plan_trials(
     tables: Mapping[str, InfluenceTable],
     hashes: Mapping[str, str],
 ) -> SweepPlan:
-    """Plan the third stage when nothing of the others is left.
+    """Plan the third stage, after the others have ended.
 
     Arguments are those of `plan_students`.
     """
@@ -338,7 +338,7 @@ def plan_students(
 
     Args:
         teachers, baselines: As in `_plan_from_influence`.
-        tables: Label of a teacher -> influence; without them the students are not known.
+        tables: Label of a teacher -> influence; without it the students are unknown.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     settings = plan.settings
@@ -372,12 +372,12 @@ def plan_students(
 def plan_models_from_scratch(
     plan: SweepPlan, tokens: Path | None, hashes: Mapping[str, str] | None = None
 ) -> SweepPlan:
-    """Plan the only stage of an iterations sweep: models that are trained from scratch.
+    """Plan the only stage of an iterations sweep: models that are trained from random weights.
 
     Args:
         hashes: Of lm-eval's tasks, if they are loaded.
     """
-    # The sweep's own name follows from the tokens.
+    # The sweep's own name depends on the tokens.
     name = plan.name or (None if tokens else "the sweep")
     trials = trials_from_scratch(
         plan.settings,
@@ -397,10 +397,10 @@ def plan_models_from_scratch(
 def models_by_role(
     plan: SweepPlan, finished: Mapping[str, Path]
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return the teachers, and the baselines and controls beside them, as far as they are trained.
+    """Return the trained teachers, and the trained baselines and controls.
 
     Args:
-        finished: Label -> checkpoint of what was trained before the trials.
+        finished: Label -> checkpoint of the finished models before the trials.
     """
     teachers = {TEACHER: plan.teacher} if plan.teacher else {}
     baselines: dict[str, Path] = {}
@@ -416,11 +416,11 @@ def models_by_role(
 
 
 def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], reason: str) -> SweepPlan:
-    """Return a plan with a bound of the students that are not known.
+    """Return a plan with a bound for unknown students.
 
     Args:
         teachers: Label -> model.
-        reason: End of a sentence that begins with the teacher: why its students are not known.
+        reason: Why the students are unknown: the end of a sentence that begins with the teacher.
     """
     settings = plan.settings
     sweep = settings.sweep
@@ -428,7 +428,7 @@ def _with_bound(plan: SweepPlan, teachers: Mapping[str, ModelConfig], reason: st
     bound = []
     sentences = []
     for label, variant in plan.swept.teachers.items():
-        # The bound of a teacher's first seed is that of the students of all its seeds.
+        # The bound of the first seed covers the students of all seeds.
         if variant.seed is None or variant.seed == sweep.seeds[0]:
             config = teachers[label]
             number = most_students(sweep, settings.search, config)

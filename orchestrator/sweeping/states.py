@@ -1,9 +1,9 @@
-"""How far each trial of a sweep is: in a plan, and while the sweep runs.
+"""The state of each trial of a sweep, in a plan and while the sweep runs.
 
-A plan reads the states from the folders of the trials. A sweep that runs begins with these states,
-and holds them in one object, `RunningSweep`. Ray Tune runs in a thread of its own, which takes
-trials and says how they ended; only that thread changes a state. The main thread waits for signals,
-and shows what has changed (`view.py`). Neither writes a file for the other.
+A plan reads the states from the folders of the trials. A running sweep begins with these states and
+holds them in one object, `RunningSweep`. Ray Tune runs in its own thread, which takes trials and
+reports how they ended; only that thread changes states. The main thread waits for signals and shows
+changes (`view.py`). The threads do not communicate by files.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ TrialStatus = Literal[
     "failed",
     "interrupted",
 ]
-"""The first two are waiting. For a `taken` trial Tune looks for a slot. An `interrupted` one has
-ended unfinished after a request to stop, and has saved its state."""
+"""Trials `to train` and `to measure` wait. For a `taken` one, Tune looks for a slot. An
+`interrupted` one has saved its state after a request to stop."""
 WAITING: tuple[TrialStatus, ...] = ("to train", "to measure")
 TAKEN: tuple[TrialStatus, ...] = ("taken", "running")
 
 
 @dataclass
 class TrialState:
-    """How far one trial is."""
+    """The state of one trial."""
 
     trial: Trial
     status: TrialStatus
     result: Trial | None = None
-    """The trial with what was measured, once it is finished."""
+    """The trial with its results, once it is finished."""
     early_stop: EarlyStop | None = None
-    """Why ASHA ended the trial, or asked it to end."""
+    """Why ASHA stopped the trial, or asked it to stop."""
     error: str = ""
     """Why the trial failed."""
     was_stopping: bool = False
@@ -61,24 +61,24 @@ class TrialState:
 
     @cached_property
     def training(self) -> Estimate | None:
-        """What is left of the trial's training; None if nothing is."""
+        """The rest of the trial's training; None if nothing is left."""
         if self.status != "to train" or self.trial.job is None:
             return None
         return Estimate.of(self.trial.job)
 
     @property
     def steps_done(self) -> int:
-        """Training steps after which the trial resumes."""
+        """Training step from which the trial resumes."""
         return self.training.steps_done if self.training else 0
 
     def wait_again(self) -> None:
-        """Put the trial back, as if nobody had taken it; what is trained is found in its folder."""
+        """Put the trial back; it will resume from its folder."""
         self.status = "to train" if self.trial.job else "to measure"
         self.early_stop = None
 
 
 def trial_states(plan: SweepTrials, sweep: SweepSettings) -> list[TrialState]:
-    """Read how far each trial of a plan is, from its folder."""
+    """Read the state of each trial of a plan from its folder."""
     stops = early_stops(plan, sweep)
     states = []
     for trial in plan.trials:
@@ -104,7 +104,7 @@ def competing_trials(plan: SweepTrials, sweep: SweepSettings) -> list[list[Trial
     models: dict[str, list[Trial]] = {}
     for trial in plan.trials:
         if trial.job:
-            # Trials compete if their jobs differ in the learning rate only.
+            # Trials compete if their jobs differ only in the learning rate.
             recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
             changes = {"recipe": recipe, "run_folder": ""}
             model = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
@@ -113,8 +113,10 @@ def competing_trials(plan: SweepTrials, sweep: SweepSettings) -> list[list[Trial
 
 
 def early_stops(plan: SweepTrials, sweep: SweepSettings) -> dict[str, EarlyStop]:
-    """Return key -> reason of the trials without a result that an earlier call has stopped early:
-    by the rule of this sweep, for a competitor that is in the plan."""
+    """Return key -> reason of unfinished trials that an earlier call stopped early.
+
+    They count only under the same ASHA rule, and if the better trial is in the plan.
+    """
     rule = AshaRule.of(sweep)
     stops: dict[str, EarlyStop] = {}
     for trials in competing_trials(plan, sweep):
@@ -131,9 +133,9 @@ def early_stops(plan: SweepTrials, sweep: SweepSettings) -> dict[str, EarlyStop]
 
 
 class RunningSweep:
-    """The trials of a sweep that runs or has ended, and how far each is.
+    """The trials of a running or ended sweep, and their states.
 
-    Tune's thread calls the methods that change a state. All others only read.
+    Only Tune's thread calls methods that change a state.
     """
 
     def __init__(
@@ -145,8 +147,8 @@ class RunningSweep:
         """Begin with the states of a plan's trials.
 
         Args:
-            plan: All trials that are known.
-            states: What `trial_states` returns of them.
+            plan: All known trials.
+            states: Their states, from `trial_states`.
             search: Suggests further trials when these have ended.
         """
         self.plan = plan
@@ -155,14 +157,14 @@ class RunningSweep:
         self.states = {state.trial.key: state for state in ordered}
         """By key, in the order in which trials start."""
         self.reused = frozenset(state.trial.key for state in self.with_status("finished"))
-        """Keys of the trials that were found finished."""
+        """Keys of the trials that were finished before."""
         self.num_all = len(plan.trials) + (search.num_left if search else 0)
-        """Number of trials, with those that the search will suggest."""
+        """Number of trials, including those that the search will suggest."""
         self.notes: list[str] = []
-        """What happened to the sweep as a whole."""
+        """Notes on the sweep as a whole."""
         self.results: tuple[Trial, ...] = ()
-        """Finished trials with their costs in the plan's order, the teacher and the baselines among
-        them; known when the sweep is over."""
+        """Finished trials with their costs, in the plan's order, including teacher and baselines;
+        empty until the sweep is over."""
 
     # Called in Tune's thread.
 
@@ -178,7 +180,7 @@ class RunningSweep:
                 continue
             state.status = "taken"
             return trial
-        # A search learns from the whole family before it suggests anything.
+        # A search first learns from the whole family.
         if self.search is None or self.num_of(*WAITING):
             return None
         if not self.search.is_open:
@@ -195,14 +197,14 @@ class RunningSweep:
         self.states[key].status = "running"
 
     def on_early_stop(self, key: str, stop: EarlyStop) -> None:
-        """Note that ASHA ends a trial, and store why: later calls leave the trial as it is."""
+        """Note that ASHA stops a trial, and store why, so that later calls do not resume it."""
         state = self.states[key]
         state.early_stop = stop
-        # While the trial holds its folder's lock: no other process has begun to train it on.
+        # The trial still holds its folder's lock, so no other process has resumed it.
         stop.write(Path(state.trial.folder) / STOPPED_NAME)
 
     def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        """Note how a trial ended; one that somebody else has asked to stop waits again."""
+        """Note how a trial ended; a trial that something else interrupted waits again."""
         state = self.states[key]
         state.was_stopping = stop_requested()
         if result:
@@ -218,7 +220,7 @@ class RunningSweep:
             state.wait_again()
 
     def start_again(self, reason: str) -> None:
-        """Put the trials back that were taken and have not ended, and note why."""
+        """Put taken trials that have not ended back, and note why."""
         for state in self.with_status(*TAKEN):
             state.wait_again()
         self.notes.append(reason)
@@ -230,7 +232,7 @@ class RunningSweep:
             self.search.tell(state.trial, state.result)
 
     def _waits_for_weights(self, trial: Trial) -> bool:
-        """Return whether a trial measures weights that an unfinished trial trains."""
+        """Return whether a trial needs weights that an unfinished trial trains."""
         if trial.job or not trial.checkpoint:
             return False
         unfinished = self.with_status(*WAITING, *TAKEN)
@@ -241,7 +243,7 @@ class RunningSweep:
 
     def with_status(self, *statuses: TrialStatus) -> Iterator[TrialState]:
         """Yield the trials of some statuses, in the order in which they start."""
-        # A copy: a search may add a trial meanwhile.
+        # From a list, because a search may add a trial meanwhile.
         return (state for state in list(self.states.values()) if state.status in statuses)
 
     def num_of(self, *statuses: TrialStatus) -> int:
@@ -255,13 +257,13 @@ class RunningSweep:
 
     @property
     def num_ready(self) -> int:
-        """Number of trials that can start now, those that a search will suggest among them."""
+        """Number of trials that can start now, including suggestions of a search."""
         ready = sum(not self._waits_for_weights(s.trial) for s in self.with_status(*WAITING))
         return ready + (self.search.num_left if self.search else 0)
 
     @property
     def num_ended(self) -> int:
-        """Number of trials that need not be run any more, or have failed."""
+        """Number of trials that are finished, stopped early or failed."""
         return self.num_of("finished", "stopped early", "failed")
 
     @property
@@ -288,24 +290,24 @@ class RunningSweep:
 
     @property
     def all_trials(self) -> SweepTrials:
-        """The plan, with the trials that the search has suggested."""
+        """The plan, including the trials that the search has suggested."""
         known = {trial.key for trial in self.plan.trials}
         suggested = [state.trial for key, state in self.states.items() if key not in known]
         return self.plan.model_copy(update={"trials": (*self.plan.trials, *suggested)})
 
     def begin_saving(self) -> bool:
-        """Say what the trials that train save, and return whether there are any.
+        """Announce that training trials save their state, and return whether there are any.
 
-        A measurement has nothing to save: its answers are stored as they come.
+        A measurement has nothing to save, because its answers are stored one by one.
         """
         running_jobs = [state.trial.job for state in self.with_status("running")]
-        # Whether the checkpoint is intact is no question for the moment of a stop.
+        # Checkpoints are not verified here, which would delay the stop.
         training_jobs = [job for job in running_jobs if job and not Training(job.folder).outcome]
         note_saving(training_jobs, self.notes.append)
         return bool(training_jobs)
 
     def saved(self) -> str:
-        """Say how many trials are finished, and what the others have saved."""
+        """Return as text how many trials are finished, and what the others have saved."""
         begun: dict[str, TrainingJob] = {}
         for state in self.with_status(*TAKEN, "interrupted", "failed"):
             job = state.trial.job
@@ -316,7 +318,7 @@ class RunningSweep:
         return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text
 
     def summary(self) -> str:
-        """Say in one line how the sweep ended."""
+        """Return in one line how the sweep ended."""
         counts = {
             "of them found finished": len(self.reused),
             "stopped early": self.num_of("stopped early"),
@@ -332,6 +334,6 @@ def _urgency(trial: Trial) -> tuple[bool, float]:
     The teacher comes first, because fronts need it. Then come the costly trials, so that none of
     them runs alone at the end.
     """
-    # A training is about as much work as three evaluations.
+    # A training takes about as long as three evaluations.
     work = inference_cost(trial.model).evaluations_per_token * (3.0 if trial.job else 1.0)
     return trial.role != "teacher", -work

@@ -1,8 +1,8 @@
-"""The schedules of a teacher's students: those that influence chooses, and those that a user names.
+"""The schedules of a teacher's students: chosen by influence, or named by the user.
 
-A schedule may leave layers out (`x`). `uniform`, `reversed` and `random*5` stand for controls of
-the schedules that influence chooses, each at the same number of field evaluations (NFE): a front
-then shows what influence is worth against a choice without it.
+A schedule may leave layers out (`x`). `uniform`, `reversed` and `random*5` are controls: schedules
+with the same number of field evaluations (NFE) as those that influence chooses, but chosen without
+it. So a front shows what influence is worth.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from orchestrator.training.distilling import student_schedule
 from orchestrator.workspace.errors import UserError
 
 CONTROLS = ("uniform", "reversed")
-"""Names of controls that are not drawn."""
+"""Names of controls without randomness."""
 _RANDOM = re.compile(r"random(?:\*([1-9][0-9]?))?")
-"""How users write controls that are drawn: `random`, `random*5`."""
+"""How users write random controls: `random`, `random*5`."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class StudentSchedule:
     """The schedule, relative to the teacher, with the thresholds that give it."""
     choice: str = ""
     """`uniform`, `reversed` or `random 1` for a control, `own` for a schedule of the user; empty if
-    influence has chosen it."""
+    influence chose it."""
 
     @classmethod
     def of(cls, schedule: IterationSchedule, choice: str = "") -> StudentSchedule:
-        """Return a schedule that no threshold has chosen."""
+        """Return a schedule that was chosen without a threshold."""
         return cls(FamilyMember(schedule, math.nan, math.nan), choice)
 
     @property
@@ -58,7 +58,7 @@ class StudentSchedule:
 
     @property
     def label(self) -> str:
-        """How tables call the student: by its schedule, or of many layers by their number."""
+        """Label of the student in tables: its schedule, or with many layers their number."""
         if not self.choice:
             return self.schedule.label()
         if self.choice == "own":
@@ -67,10 +67,10 @@ class StudentSchedule:
 
 
 def most_left_out(sweep: SweepSettings, teacher: ModelConfig) -> int:
-    """Return how many layers of a teacher its students leave out at most.
+    """Return the most layers of a teacher that its students may leave out.
 
     Raises:
-        UserError: If the setting leaves no layer.
+        UserError: If no layer would stay.
     """
     num_layers = teacher.num_layers
     number = sweep.leave_out_layers
@@ -90,20 +90,20 @@ def most_left_out(sweep: SweepSettings, teacher: ModelConfig) -> int:
 
 
 def cheapest_schedule(full: ModelConfig, max_left_out: int) -> IterationSchedule:
-    """Return a schedule of the fewest evaluations: no corrections, and as many layers left out as
-    may be."""
+    """Return a schedule with the fewest evaluations: no corrections, and as many layers left out as
+    allowed."""
     num_kept = full.num_layers - max_left_out
     return IterationSchedule((0,) * num_kept + (LEFT_OUT,) * max_left_out)
 
 
 def named_schedules(sweep: SweepSettings) -> list[str]:
-    """Return the schedules that a user writes out, without the names of controls."""
+    """Return the schedules that the user writes out, without names of controls."""
     texts = map(str, sweep.schedules)
     return [text for text in texts if text not in CONTROLS and not _RANDOM.fullmatch(text)]
 
 
 def num_named(sweep: SweepSettings, num_chosen: int) -> int:
-    """Return how many schedules `sweep.schedules` stands for, beside chosen ones, at most."""
+    """Return the most schedules that `sweep.schedules` adds to the chosen ones."""
     number = 0
     for text in map(str, sweep.schedules):
         drawn = _RANDOM.fullmatch(text)
@@ -125,20 +125,20 @@ def choose_schedules(
 
     Args:
         influence: The teacher's table.
-        sweep: Thresholds, budgets or a number of schedules; the selection; and the user's own.
-        cost: Unit of the budgets, and the scale over which schedules are spread.
+        sweep: Thresholds, budgets or a number of schedules; the selection; the user's schedules.
+        cost: Cost that budgets limit, and over which schedules are spread.
         max_left_out: Most layers that a student leaves out.
 
     Raises:
-        UserError: If no correction matters more than another, so that none can be chosen, or a
-            schedule of the user does not fit the teacher.
+        UserError: If all influences are equal, so that none can be chosen, or a schedule of the
+            user does not fit the teacher.
     """
     members = choose_members(influence, sweep, cost=cost, max_left_out=max_left_out)
     chosen = [StudentSchedule(member) for member in members]
     full = influence.schedule
     for text in sweep.schedules:
         chosen += _named_schedules(str(text), full, members, max_left_out)
-    # The first way in which a schedule was chosen names it.
+    # A schedule that was chosen in several ways is named by the first.
     by_schedule: dict[IterationSchedule, StudentSchedule] = {}
     for student in chosen:
         by_schedule.setdefault(student.schedule, student)
@@ -151,7 +151,7 @@ def budget_costs(sweep: SweepSettings, full_cost: float) -> list[float]:
     """Return the budgets of a sweep in their unit.
 
     Args:
-        full_cost: What the teacher costs, of which some budgets are shares.
+        full_cost: The teacher's cost, for budgets that are shares of it.
     """
     return [
         full_cost * float(budget.removesuffix("%")) / 100 if isinstance(budget, str) else budget
@@ -169,10 +169,10 @@ def choose_members(
     """Return the schedules that influence chooses, costliest first, each once.
 
     Returns:
-        Members with the thresholds that give them; those of a knapsack have none (NaN).
+        Schedules with the thresholds that give them; schedules of a knapsack have none (NaN).
 
     Raises:
-        UserError: If nothing matters more than anything else, so that none can be chosen.
+        UserError: If all influences are equal, so that none can be chosen.
     """
     if sweep.schedule_choice == "num_schedules" and sweep.num_schedules == 0:
         return ()
@@ -181,13 +181,13 @@ def choose_members(
     if len(set(values)) == 1 and (len(values) > 1 or values[0] == 0.0):
         evaluations = format_count(len(values), "evaluation" if max_left_out else "correction")
         raise UserError(
-            f"influence.metric={influence.metric}: the influence of all that the teacher's "
-            f"students could leave out ({evaluations}) is {values[0]:g}, so nothing of it matters "
-            "yet; train the teacher further, or with a higher training.gate_rate_factor"
+            f"influence.metric={influence.metric}: everything that the teacher's students could "
+            f"leave out ({evaluations}) has the same influence, {values[0]:g}; train the teacher "
+            "further, or with a higher training.gate_rate_factor"
         )
     family = schedule_family(influence, max_left_out=max_left_out)
     if not influence.schedule.num_corrections:
-        # A student of all layers of a plain model is that model, which stands beside the front.
+        # A student with all layers of a plain model is that model, which is a baseline.
         family = ScheduleFamily(member for member in family if member.schedule.left_out_layers)
     if sweep.schedule_choice == "thresholds":
         schedules = {
@@ -207,7 +207,7 @@ def choose_members(
     chosen = tuple(member for member in family if member.schedule in schedules)
     if sweep.selection != "knapsack":
         return chosen
-    # The best schedule under each budget, or else at the cost of each chosen member.
+    # The best schedule within each budget, else at the cost of each chosen schedule.
     if sweep.schedule_choice == "budgets":
         budgets = sorted(budget_costs(sweep, cost(influence.schedule)), reverse=True)
     else:
@@ -256,10 +256,11 @@ def _named_schedules(
 
 
 def uniform_schedule(full: IterationSchedule, num_evaluations: int) -> IterationSchedule:
-    """Return the most even schedule of a number of field evaluations within a full one.
+    """Return the most even schedule with a number of field evaluations, within a full schedule.
 
-    All layers get one evaluation after another; where the rest is not enough for all, evenly spaced
-    layers get it. With fewer evaluations than layers, evenly spaced layers stay.
+    All layers get a first evaluation, then a second one, and so on. If the last round is not enough
+    for all, evenly spaced layers get it. With fewer evaluations than layers, evenly spaced layers
+    stay.
     """
     evaluations = [0] * full.num_layers
     num_left = num_evaluations
@@ -273,7 +274,7 @@ def uniform_schedule(full: IterationSchedule, num_evaluations: int) -> Iteration
 
 
 def _evenly_spaced(layers: Sequence[int], number: int) -> list[int]:
-    """Choose layers from the first to the last one; of one, the first."""
+    """Choose evenly spaced layers, including the first and the last; if only one, the first."""
     steps = max(1, number - 1)
     return [
         layers[(2 * index * (len(layers) - 1) + steps) // (2 * steps)] for index in range(number)
@@ -283,10 +284,10 @@ def _evenly_spaced(layers: Sequence[int], number: int) -> list[int]:
 def random_schedule(
     full: IterationSchedule, num_evaluations: int, max_left_out: int, *, seed: int
 ) -> IterationSchedule:
-    """Draw a schedule of a number of field evaluations within a full one.
+    """Draw a schedule with a number of field evaluations, within a full schedule.
 
-    Layers that must stay are drawn first; then each further evaluation goes to a layer that is
-    drawn among those that may make more.
+    The layers that stay are drawn first. Each further evaluation then goes to a random layer that
+    may make more.
     """
     draw = random.Random(f"{seed} {num_evaluations} {full}")
     evaluations = [0] * full.num_layers
@@ -304,10 +305,10 @@ def _schedule_of(evaluations: Sequence[int]) -> IterationSchedule:
 
 
 def _reversed_schedule(schedule: IterationSchedule, full: IterationSchedule) -> IterationSchedule:
-    """Return a schedule with the layers in reversed order.
+    """Return a schedule with its layers in reversed order.
 
     Raises:
-        UserError: If the teacher's own schedule does not allow it.
+        UserError: If that asks for more corrections than the teacher makes.
     """
     turned = IterationSchedule(schedule.corrections[::-1])
     if not turned.is_within(full):

@@ -1,9 +1,9 @@
-"""One teacher's students: their schedules, trainings and trials, and the baselines beside them.
+"""One teacher's students: their schedules, trainings and trials; and the baselines.
 
-A trial's key is the hash of all that determines its result, and its folder is named by the hash of
-all that determines its weights. So any sweep or restart finds finished trials, and other tasks are
-measured with the same weights. Of elastic weights, the trial of the full schedule trains them, and
-those of the others wait for its checkpoint.
+A trial's key is the hash of everything that determines its result; its folder is named by the hash
+of everything that determines its weights. So any sweep finds finished trials again, and other tasks
+are measured with the same weights. Elastic weights are trained by the trial of the full schedule;
+the trials of cheaper schedules wait for its checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def student_estimate(
     config: ModelConfig,
     recipe: TrainingSettings,
 ) -> Estimate:
-    """Return what a student takes whose teacher need not be trained."""
+    """Return the estimate of a student's training, without its teacher's."""
     is_distilled = distillation.control == "distill"
     loss = distillation_loss(distillation) if is_distilled else DistillationConfig()
     return Estimate(
@@ -71,8 +71,8 @@ def student_estimate(
 
 
 def most_students(sweep: SweepSettings, search: SearchSettings, teacher: ModelConfig) -> int:
-    """Return how many schedules the students of a teacher have at most, before they are known."""
-    # A family of nested schedules drops one evaluation at a time.
+    """Return the most schedules that a teacher's students can have, before they are known."""
+    # In a family of nested schedules each leaves out one evaluation more.
     num_droppable = sum(teacher.corrections) + most_left_out(sweep, teacher)
     num_chosen = min(sweep.num_requested, 1 + num_droppable)
     num_schedules = num_chosen + num_named(sweep, num_chosen)
@@ -85,19 +85,19 @@ def most_students(sweep: SweepSettings, search: SearchSettings, teacher: ModelCo
 def bound_of_students(
     sweep: SweepSettings, distillation: DistillationSettings, teacher: ModelConfig, number: int
 ) -> list[Estimate]:
-    """Return trainings that take at least as much as those of a teacher's students.
+    """Return trainings that cost at least as much as those of a teacher's unknown students.
 
-    Their schedules are not known, so each student makes all of the teacher's corrections.
+    Each is assumed to make all of the teacher's corrections.
 
     Args:
-        number: Schedules that are not known; elastic weights are trained once for all of them.
+        number: Number of unknown schedules; elastic weights are trained once for all of them.
     """
     recipe = distillation.training
     if distillation.control == "pruned":
         return []
     num_trainings = number
     if sweep.elastic:
-        # Each step trains the full schedule and those that are drawn: as so many students.
+        # Each step trains the full schedule and the drawn ones, like as many students.
         num_trainings = 1 + (recipe.elastic or ElasticSettings()).num_drawn
         num_steps = sweep.elastic_steps or recipe.num_steps
         recipe = recipe.model_copy(update={"num_steps": num_steps})
@@ -108,7 +108,7 @@ def bound_of_students(
         training = student_estimate(distillation, teacher, teacher, student_recipe)
         bound += [training] * num_trainings
         if not teacher.corrections.num_corrections:
-            # The teacher is trained further, with the FLOPs of the costliest student.
+            # The control: the teacher, fine-tuned with the FLOPs of the costliest student.
             bound.append(training)
     return bound
 
@@ -127,16 +127,16 @@ def bound_text(
         counts = format_count(num_seeds, "elastic training")
     else:
         counts = format_count(number * num_seeds, "student")
-    price = "they are priced as if each made all of the teacher's corrections"
+    price = "they are priced with all of the teacher's corrections"
     if not teacher.corrections.num_corrections:
-        price = "they are priced as if each had all of the teacher's layers"
+        price = "they are priced with all of the teacher's layers"
     if is_pruned:
         price = "none of them is trained"
     return f"its students' schedules are not known yet: at most {counts}; {price}"
 
 
 def without_elastic(distillation: DistillationSettings) -> DistillationSettings:
-    """Return the settings of students, each trained under one schedule."""
+    """Return the settings of students that are trained one by one, without elastic training."""
     recipe = distillation.training.model_copy(update={"elastic": None})
     return distillation.model_copy(update={"training": recipe})
 
@@ -166,7 +166,7 @@ def _elastic_distillation(
 def make_trial(
     role: Role, label: str, weights: str, suite: Suite, seed: int | None = None, **fields: Any
 ) -> Trial:
-    """Return a trial whose key follows from its weights and from what is measured.
+    """Return a trial, whose key is made of its weights and of what is measured.
 
     Args:
         label: With the seed, if the sweep has several; without it, it is the trial's group.
@@ -192,14 +192,14 @@ def checkpoint_trial(
     """Return the trial that measures a checkpoint without training it.
 
     Args:
-        config: The model that is measured.
-        schedule: That of a pruned student, relative to the checkpoint, if it leaves layers out.
+        config: The measured model.
+        schedule: A pruned student's schedule, relative to the checkpoint, if it leaves layers out.
     """
-    # A pruned student under all corrections is another trial than its teacher.
+    # A pruned student with all corrections is another trial than its teacher.
     use = "pruned" if role == "trial" else "as it is"
     weights = content_key(use, weights_key(checkpoint), config.to_dict())
     if schedule is not None and schedule.left_out_layers:
-        # Which layers these are, a configuration of the kept ones does not say.
+        # The configuration does not say which layers were kept.
         weights = content_key(weights, str(schedule))
         fields["teacher_schedule"] = str(schedule)
     return make_trial(
@@ -216,7 +216,7 @@ def checkpoint_trial(
 
 @dataclass(frozen=True)
 class Students:
-    """The trials of one teacher's students, and of the baselines beside them."""
+    """The trials of one teacher's students, and of the baselines."""
 
     sweep: SweepSettings
     distillation: DistillationSettings
@@ -227,18 +227,18 @@ class Students:
     suite: Suite
     """What is measured."""
     influence: InfluenceTable | None = None
-    """The teacher's; without it, the schedules of its students are not known."""
+    """The teacher's influence; without it, the students' schedules are unknown."""
     baselines: Mapping[str, Path] = field(default_factory=dict)
-    """Label -> checkpoint of models that stand beside the front."""
+    """Label -> checkpoint of the baselines."""
     name: str = ""
     """Name of the teacher, if the sweep has several."""
     seed: int | None = None
-    """Seed of this teacher and of all its students, if the sweep has others of other seeds."""
+    """Seed of this teacher and its students, if the sweep has teachers of several seeds."""
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
         """The seeds that each student is trained with."""
-        # One of several teachers has a seed itself, and its students have the same.
+        # Students of a teacher with a seed have the same seed.
         seeds_of_sweep = () if self.name else self.sweep.seeds
         return seeds_of_sweep or (self.seed,)
 
@@ -281,13 +281,13 @@ class Students:
         return trials
 
     def _teachers_continued(self, students: Sequence[Trial]) -> list[Trial]:
-        """Return the control of a plain teacher, for each seed: the teacher trained further, on the
-        same tokens, with the training FLOPs of the costliest student.
+        """Return the control of a plain teacher for each seed: the teacher, trained further on the
+        same tokens with the training FLOPs of the costliest student.
 
-        A student is trained after its teacher was, so it may be better than the teacher by that.
+        A student may be better than its teacher only because it was trained longer.
         """
         jobs = [trial.job for trial in students if trial.job is not None]
-        if not jobs:  # They are not known yet, or none is trained.
+        if not jobs:  # The students are unknown, or none is trained.
             return []
         distillation = without_elastic(self.distillation)
         continued = distillation.model_copy(update={"control": "cross_entropy"})
@@ -302,7 +302,7 @@ class Students:
         ]
 
     def student(self, student: StudentSchedule, seed: int | None = None) -> Trial:
-        """Return the trial that trains and measures a student, or a control, under a schedule."""
+        """Return the trial that trains and measures a student or a control under a schedule."""
         schedule = student.schedule
         control = self.distillation.control
         label = student.label
@@ -352,12 +352,12 @@ class Students:
         role: Role = "trial",
         **fields: Any,
     ) -> Trial:
-        """Return the trial that runs a job under a seed, and measures its weights."""
+        """Return the trial that runs a job with a seed and measures the weights."""
         if seed is not None:
             recipe = job.recipe.model_copy(update={"seed": seed})
             job = job.model_copy(update={"recipe": recipe})
         weights = job_key(job)
-        # The folder is that of a finished training, or follows from its key.
+        # The folder is that of a finished training, or named by the key.
         usual_folder = self.workspace.trials / weights
         folder = str(folder_of_weights(self.workspace, weights, usual_folder))
         return make_trial(
@@ -374,7 +374,7 @@ class Students:
         )
 
     def _elastic_trials(self) -> list[Trial]:
-        """Return the trials of elastic weights, for each seed the full schedule's first.
+        """Return the trials of elastic weights; for each seed, the full schedule comes first.
 
         The full schedule is always measured, too.
 
@@ -402,7 +402,7 @@ class Students:
             trials.append(trained)
             last_checkpoint = trained.job.folder / checkpoint_name(job.recipe.num_steps)
             for schedule in cheaper:
-                # The key is that of the training: the weights are not known before it.
+                # The training's key, because the weights do not exist yet.
                 config = replace(full, schedule=schedule)
                 weights = content_key("elastic", job_key(trained.job), config.to_dict())
                 trials.append(

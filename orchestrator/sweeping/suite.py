@@ -40,7 +40,7 @@ def load_tasks(
     """Make the held-out items that are missing, load lm-eval's tasks, and return their hashes.
 
     Raises:
-        UserError: If the text is too poor, a task is missing, or its answers are too long.
+        UserError: If the text gives too few items, a task is missing, or its answers are too long.
     """
     make_suite(settings, tokens, context_length=config.context_length, make_progress=progress)
     length = settings.tokens_at_once(config.context_length)
@@ -59,8 +59,8 @@ def plan_suite(
     """Return how trials are evaluated.
 
     Args:
-        hashes: What `load_tasks` returns; when unset, those that the newest sweep found count.
-        teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
+        hashes: Result of `load_tasks`; when unset, the hashes of the newest sweep.
+        teacher: Checkpoint of the full model; an imported one has its own tokenizer.
     """
     suite = make_suite(settings, tokens, context_length=config.context_length)
     changes: dict[str, Any] = {
@@ -69,7 +69,7 @@ def plan_suite(
         "fingerprints": dict(hashes) if hashes else None,
     }
     if settings.suite == HELDOUT and not settings.include_path:
-        changes["tasks"] = ()  # Held-out tasks alone need no names: they are all of their folder.
+        changes["tasks"] = ()  # No names: all held-out tasks of the folder.
     unaveraged = unaveraged_tasks(settings)
     if unaveraged:
         changes["unaveraged"] = unaveraged
@@ -84,9 +84,9 @@ def plan_suite(
 
 
 def _with_known_fingerprints(suite: Suite, workspace: Workspace) -> Suite:
-    """Return a suite with the hashes that the newest sweep with the same tasks has found."""
+    """Return a suite with the task hashes of the newest sweep with the same tasks."""
     for folder in sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True):
-        with suppress(UserError):  # A damaged plan knows none.
+        with suppress(UserError):  # A plan may be damaged.
             if plan := SweepTrials.read(folder / PLAN_FILE):
                 stored_suite = plan.trials[0].suite
                 changes = {"fingerprints": stored_suite.fingerprints}

@@ -1,8 +1,7 @@
 """Run a sweep: from its plan to the front and its report.
 
-The stages are those of `stages.py`; what could not be planned before is planned as soon as the
-stage before it has ended. The same call resumes an interrupted sweep; for a finished one, it only
-writes the report.
+The stages are those of `stages.py`; each is planned as soon as the previous one has ended. The same
+call resumes an interrupted sweep; for a finished sweep it only writes the report.
 """
 
 from __future__ import annotations
@@ -66,17 +65,17 @@ class SweepResult(ReportResult):
     """A sweep that has ended, and its report."""
 
     name: str
-    """Name of the sweep; `report` and `pick` find it by this."""
+    """Name of the sweep, for `report` and `pick`."""
     failures: dict[str, str]
     """Label to reason of the trials that failed; the same call tries them again."""
     stopped: dict[str, str]
     """Label to reason of the trials that a rule stopped early."""
     next_steps: tuple[str, ...] = Field(default=(), exclude=True)
-    """Lines on what a person may do next."""
+    """Lines on what the user may do next."""
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """Finished trials, the teacher and the baselines among them, in the plan's order."""
+        """Finished trials in the plan's order, including teacher and baselines."""
         return self.sweeps[0].results
 
     def shown(self) -> Iterable[RenderableType]:
@@ -237,24 +236,24 @@ def _record_start(plan: SweepPlan, folder: Path) -> None:
 def train_models(
     plan: SweepPlan, tokens: Path, context: Context
 ) -> tuple[SweepPlan, dict[str, str]]:
-    """Train what the trials follow from: the source, the teachers, their baselines, the controls.
+    """Train the models before the trials: source model, teachers, baselines and controls.
 
     Returns:
-        The plan in which they are trained, and label to reason of the controls that failed.
+        The plan with the trained models, and label -> reason of the controls that failed.
 
     Raises:
-        RunFailed: If a training failed that is not a control's.
+        RunFailed: If a training failed, except a control's.
     """
     failed_controls: dict[str, str] = {}
     number = 0
-    # A control that diverges may end a later stage; after one that failed, none follows.
+    # Controls may diverge; after a failed one, no further control is trained.
     while number < len(plan.pretraining) and not failed_controls:
         stage = plan.pretraining[number]
         failure: RunFailed | None = None
         try:
             run_trainings(stage, context, kind=PRETRAIN_OF_SWEEP)
         except RunFailed as error:
-            # A control at a higher rate may diverge; its teacher has students even so.
+            # The sweep continues without a control that diverges at the higher rate.
             if plan.retrofit is None or not plan.retrofit.are_controls(stage.jobs):
                 raise
             failure = error
@@ -270,16 +269,16 @@ def train_models(
 def _failed_controls(
     plan: SweepPlan, labels: Set[str], failure: RunFailed, progress: Progress
 ) -> dict[str, str]:
-    """Say what became of controls of which one failed or diverged.
+    """Note which controls failed or diverged.
 
     Returns:
-        Label to reason of those that failed. One that has diverged is out and not among them.
+        Label -> reason of the controls that failed, without those that diverged.
     """
     assert plan.retrofit is not None
     diverged = plan.retrofit.diverged & labels
     for label in sorted(diverged):
         progress.note(
-            f"{label}: diverged, so it is not taken; the rate follows from "
+            f"{label}: diverged, so it is not used; its rate follows from "
             "training.learning_rate and is not tried again"
         )
     failed = labels - plan.pretrained.keys() - diverged
@@ -334,9 +333,9 @@ def sweep(
 
 
 def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
-    """Return the results of a sweep that has ended and has nothing left; None if it has not.
+    """Return the stored results of a completed sweep; None if it is not complete.
 
-    The tasks of lm-eval may have changed, which is known when they are loaded.
+    Whether lm-eval's tasks have changed is known only after loading them.
     """
     is_left = any(state.status in ("to measure", "to train") for state in plan.states)
     if is_left or plan.bound or (plan.search and plan.search.num_left):
@@ -347,11 +346,11 @@ def _stored_results(plan: SweepPlan) -> results.StoredSweep | None:
     if not last_record or last_record[0].get("name") != "finished":
         return None
     finished = {state.trial.key for state in plan.states if state.status == "finished"}
-    with suppress(UserError):  # Else they are written again.
+    with suppress(UserError):  # Damaged results are written again.
         stored = results.load_sweep_results(plan.workspace, plan.trials.name)
         has_same_results = {result.key for result in stored.results} == finished
         if stored.key == plan.trials.key and has_same_results:
-            # The bounds are no part of what was measured.
+            # Bounds of retention may have changed since the measurement.
             return stored.model_copy(update={"retention": _retention_of(plan)})
     return None
 
@@ -362,7 +361,7 @@ def _results_of(
     teachers: Mapping[str, Path],
     tables: Mapping[str, InfluenceTable],
 ) -> results.StoredSweep:
-    """Return what a report needs of a sweep that was run.
+    """Return the results of a sweep for its report.
 
     Args:
         teachers: Label -> checkpoint.
@@ -410,12 +409,12 @@ def _results_of(
 
 
 def _retention_of(plan: SweepPlan) -> dict[str, float]:
-    """Return how much the models of a sweep may lose against the source, by task."""
+    """Return task -> the most that models of a sweep may lose against the source model."""
     return plan.settings.evaluation.retention or {}
 
 
 def _end_of(trial: Trial, run: RunningSweep) -> str:
-    """Say how a trial of a sweep ended."""
+    """Return as text how a trial of a sweep ended."""
     state = run.states[trial.key]
     if state.status == "failed":
         return f"failed: {state.error}"

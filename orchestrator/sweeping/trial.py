@@ -3,9 +3,9 @@
 A Ray Tune trial calls this, and a debugger can, without Ray. It is idempotent: a finished trial
 returns its result, a trained one is only measured, an interrupted one resumes from its checkpoint.
 
-A trial that competes with the same model at other learning rates may be stopped early, by ASHA
-(`cluster/tune.py`). It hears this where it reports a validation loss, keeps its checkpoint and has
-no result, so a sweep without ASHA, or with another rule, trains it to its end.
+ASHA (`cluster/tune.py`) may stop a trial early if the same model is better at another learning
+rate. The trial learns this when it reports a validation loss. It keeps its checkpoint and has no
+result, so a sweep without ASHA, or with another rule, resumes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 
 
 class TrialProcess(Protocol):
-    """The process in which a trial runs: its devices, and where its validation losses are reported.
+    """The process of a trial: its devices, and the receiver of its validation losses.
 
     `ThisProcess` reports to nobody; under Ray Tune, `TuneProcess` reports to the sweep.
     """
@@ -51,20 +51,20 @@ class TrialProcess(Protocol):
 
     @property
     def executor(self) -> Executor:
-        """Where the trial is measured: on one of its devices."""
+        """Executor of the trial's measurements, on one of its devices."""
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Report a validation loss; returns when it is decided whether the trial goes on."""
+        """Report a validation loss; returns after the decision whether the trial continues."""
 
     def is_beaten(self) -> bool:
-        """Return whether the last report has ended the trial early."""
+        """Return whether the trial was stopped early after its last report."""
 
     def train_on_workers(self, job: TrainingJob) -> TrainingOutcome:
         """Train a job on several workers, which call `report` and `is_beaten`."""
 
 
 class ThisProcess:
-    """Runs a trial without Ray, on the CPU; nothing competes with the trial."""
+    """Runs a trial without Ray, on the CPU, and without competitors."""
 
     num_workers = 1
     device = "cpu"
@@ -83,17 +83,17 @@ class ThisProcess:
 
 
 def run_trial(trial: Trial, process: TrialProcess | None = None) -> Trial | None:
-    """Run a trial to its result, or return the result of the process that ran it.
+    """Run a trial, or return the result of another process that ran it.
 
-    The folder is locked until the result is written: a trial of another sweep that is the same
-    waits for this one, so none is made twice.
+    The folder is locked until the result is written, so that another sweep with the same trial
+    waits for the result.
 
     Args:
         trial: What is trained and measured.
         process: Where it runs; in this process, on the CPU, when unset.
 
     Returns:
-        The trial with what was measured; None after a request to stop, or if it was stopped early.
+        The trial with its results; None after a request to stop or an early stop.
     """
     process = process or ThisProcess()
     folder = Path(trial.folder)
@@ -102,10 +102,10 @@ def run_trial(trial: Trial, process: TrialProcess | None = None) -> Trial | None
             return None
         if finished := trial.result():
             return finished
-        # Why an earlier call stopped it. This one follows another rule, or none.
+        # An earlier call stopped it by another rule.
         (folder / STOPPED_NAME).unlink(missing_ok=True)
 
-        # Train it, if it is more than a checkpoint.
+        # Train it, unless it only measures a checkpoint.
         outcome = None
         if trial.job:
             with stop_when(process.is_beaten):
@@ -135,7 +135,7 @@ def run_trial(trial: Trial, process: TrialProcess | None = None) -> Trial | None
 
 
 def measure_trial(trial: Trial, device: str, progress: Progress) -> Trial:
-    """Return a trial with its quality, measured on a device; its checkpoint is known.
+    """Measure a trial's checkpoint on a device, and return the trial with its quality.
 
     Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
@@ -154,9 +154,9 @@ def measure_trial(trial: Trial, device: str, progress: Progress) -> Trial:
 
 
 def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str, float | None]:
-    """Return what a training took; of a given checkpoint, what its own run took.
+    """Return steps, tokens, FLOPs and seconds of a training; for a checkpoint, of its own run.
 
-    That run's record may be missing, damaged or of another step; only steps are known then.
+    If that run's record is missing, damaged or of another step, only the steps are known.
     """
     if outcome is None:
         checkpoint = Path(str(trial.checkpoint))

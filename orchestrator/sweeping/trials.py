@@ -1,7 +1,7 @@
-"""The trials of a sweep: which there are, by reading only.
+"""The list of a sweep's trials, by reading only.
 
-An iterations sweep pretrains models from scratch. A threshold sweep and a search distill students
-of one teacher under schedules that its influence gives. How far each trial is, says `states.py`.
+An iterations sweep pretrains models. A threshold sweep and a search distill a teacher into students
+under schedules that its influence gives. `states.py` reads the state of each trial.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def trials_from_scratch(
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> SweepTrials:
-    """Plan a sweep of models trained from scratch on the same tokens.
+    """Plan a sweep of models that are trained from random weights on the same tokens.
 
     Args:
-        models: Label -> settings, of which sections `model`, `training` and `cluster` count; those
-            of the sweep's settings when unset. Labels that differ in `, seed N` at their end name
-            the seeds of one model.
-        named_baselines: Label -> checkpoint of the runs that the user wants beside them.
+        models: Label -> settings, of which sections `model`, `training` and `cluster` are read;
+            the models of the sweep's settings when unset. Labels that differ only in `, seed N` at
+            the end are seeds of one model.
+        named_baselines: Label -> checkpoint of the user's baselines.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     if models is None:
@@ -84,11 +84,11 @@ def trials_of_jobs(
     named_trials: Sequence[Trial] = (),
     name: str | None = None,
 ) -> SweepTrials:
-    """Plan a sweep that pretrains models; those of one job are one trial.
+    """Plan a sweep that pretrains models; equal jobs are one trial.
 
     Args:
         jobs: Label -> training of the model.
-        named_trials: Trials of the baselines that the user names.
+        named_trials: Trials of the user's baselines.
     """
     trials = {}
     models = set()
@@ -103,14 +103,16 @@ def trials_of_jobs(
 
 
 def unmeasured_trials(jobs: Mapping[str, TrainingJob]) -> SweepTrials:
-    """Return the models that a sweep trains before its students, as trials of which nothing is
-    measured: what is known of a sweep whose teacher is not trained."""
+    """Return the models that a sweep trains before its students, as trials without measurements.
+
+    They are all that is known before the teacher is trained.
+    """
     suite = Suite(tokens_folder=next(iter(jobs.values())).tokens_folder)
     return trials_of_jobs(jobs, suite, name="the teacher and its baselines")
 
 
 def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:
-    """Return the trial that trains a model from scratch; one without corrections is a baseline."""
+    """Return the trial that pretrains a model; a model without corrections is a baseline."""
     role: Role = "trial" if has_counts(job.model.method) else baseline_role(label)
     return make_trial(
         role, label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
@@ -120,7 +122,7 @@ def pretraining_trial(label: str, job: TrainingJob, suite: Suite) -> Trial:
 def baseline_trials(
     baselines: Mapping[str, Path], suite: Suite, workspace: Workspace
 ) -> list[Trial]:
-    """Return the trials that measure the baselines that the user names."""
+    """Return the trials that measure the user's baselines."""
     return [
         checkpoint_trial("baseline", label, checkpoint, load_config(checkpoint), suite, workspace)
         for label, checkpoint in baselines.items()
@@ -139,16 +141,16 @@ def trials_of_teachers(
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> SweepTrials:
-    """Plan a threshold sweep or a search: the trials that are known before any has run.
+    """Plan the trials of a threshold sweep or a search that are known before any has run.
 
-    The seeds of a teacher have the same schedules, those of their mean influence.
+    All seeds of a teacher have the same schedules, from their mean influence.
 
     Args:
         teachers: Label -> checkpoint.
-        influence: Label -> table; without them the plan has no students.
-        baselines: Label -> checkpoint of those that the sweep has trained. A baseline of several
-            teachers is listed once for each seed.
-        named_baselines: Label -> checkpoint of the runs that the user wants beside them.
+        influence: Label -> table; without it the plan has no students.
+        baselines: Label -> checkpoint of baselines that the sweep has trained. With several
+            teachers, a baseline is listed once for each seed.
+        named_baselines: Label -> checkpoint of the user's baselines.
         hashes: Of lm-eval's tasks, if they are loaded.
     """
     variants = swept.teachers
@@ -165,7 +167,7 @@ def trials_of_teachers(
         if suite.prompts:
             check_template(ModelTokenizer(checkpoint), suite.prompts)
 
-        # Baselines stand beside the only teacher, or beside the seeds of the first of several.
+        # With several teachers, baselines belong to the seeds of the first one.
         teacher_baselines: Mapping[str, Path] = baselines or {}
         if settings.sweep.teachers and variant.name == first_name:
             teacher_baselines = {
@@ -176,7 +178,7 @@ def trials_of_teachers(
         elif settings.sweep.teachers:
             teacher_baselines = {}
 
-        # Of all seeds of this teacher.
+        # Tables of all seeds of this teacher.
         tables = [
             table
             for other_label, table in influence.items()
@@ -206,15 +208,15 @@ def trials_of_teachers(
 def trials_of_students(
     *students: Students, named_trials: Sequence[Trial] = (), name: str | None = None
 ) -> SweepTrials:
-    """Plan the trials of one teacher's students or of several; those of one key are one trial.
+    """Plan the trials of the students of one or several teachers; each key is one trial.
 
     Args:
-        named_trials: Trials of the baselines that the user names.
+        named_trials: Trials of the user's baselines.
         name: Made from the plan's key when unset.
     """
     sweep = students[0].sweep
     trials = {trial.key: trial for of_teacher in students for trial in of_teacher.trials()}
-    for trial in named_trials:  # A teacher stays one, and a trained baseline keeps its name.
+    for trial in named_trials:  # A teacher or trained baseline of the same key keeps its role.
         trials.setdefault(trial.key, trial)
     num_teachers = len({of_teacher.name for of_teacher in students})
     return _named_trials(
@@ -227,9 +229,9 @@ def trials_of_students(
 
 
 def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
-    """Return the mean of the influence of one model's seeds.
+    """Return the mean influence of one model's seeds.
 
-    Errors are means, too: those of the mean are not known, and no larger.
+    Standard errors are averaged, too, which is an upper bound.
     """
     if len(tables) == 1:
         return tables[0]
@@ -255,9 +257,9 @@ def mean_influence(tables: Sequence[InfluenceTable]) -> InfluenceTable:
 def trials_of_search(
     family: SweepTrials, settings: SearchSettings, name: str | None = None
 ) -> SweepTrials:
-    """Return the plan that a search starts with: the trials of a family of schedules.
+    """Return the plan that a search starts with: the trials of the threshold family.
 
-    Its name is made from its key when unset. A longer search has the same key and continues.
+    Its name is made from its key when unset. A longer search has the same key, and continues.
     """
     key_settings = settings.model_dump(mode="json", exclude={"num_trials"})
     key = content_key("search", family.key, key_settings)
@@ -268,7 +270,7 @@ def trials_of_search(
 def make_search(
     settings: Settings, workspace: Workspace, plan: SweepTrials, teacher: Path
 ) -> ScheduleSearch:
-    """Return what suggests further trials for the plan of a search."""
+    """Return the search that suggests further trials for a plan."""
     from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
 
     students = Students(
@@ -305,7 +307,7 @@ def _named_trials(
     num_requested: int,
     teacher: Path | None = None,
 ) -> SweepTrials:
-    # Two measures of influence may lead to the same schedules by other thresholds.
+    # Two metrics of influence may give the same schedules at other thresholds.
     identities = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
     key = content_key("sweep", kind, identities)
     return SweepTrials(
@@ -321,9 +323,9 @@ def _named_trials(
 
 
 def num_models(trials: Sequence[Trial]) -> int:
-    """Return the number of schedules or models that a sweep is about; seeds count once.
+    """Return the number of distinct schedules or models of a sweep; seeds count once.
 
-    Baselines count where all models are trained from scratch.
+    In an iterations sweep, baselines count, too.
     """
     counted = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
     return len({t.schedule_text if t.parent else t.group or t.key for t in counted})

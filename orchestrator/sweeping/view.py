@@ -1,8 +1,8 @@
-"""What a person sees of a sweep while it runs: a progress line, and MLflow's runs with the front.
+"""Show a running sweep: a progress line, and MLflow runs with the front.
 
 The main thread calls `SweepView.update` a few times a second. The view compares the states of the
-trials with those that it has shown last, so whoever changes a state needs not know who shows it.
-What is published is shown by MLflow's background thread.
+trials with those that it showed last, so code that changes a state does not know the view. MLflow's
+background thread does the publishing.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ TRAINING_SHARE = 0.9
 MAX_NAMED = 3
 """Most running trials that the progress bar names."""
 JOURNALS_AT_ONCE = 4
-"""Most journals that one update looks into: network file systems serve a few questions a second."""
+"""Most journals that one update reads: network file systems answer few requests a second."""
 SECONDS_BETWEEN_FRONTS = 30.0
-"""A picture takes up to a second of the process that waits for the trials."""
+"""Pause between fronts, because drawing one takes up to a second."""
 
 SHOWN_AS: Mapping[TrialStatus, RunStatus] = {
     "running": "RUNNING",
@@ -62,7 +62,7 @@ its last attempt."""
 
 
 class SweepView:
-    """Shows a sweep that runs; as a context manager, it also ends the sweep's run in MLflow."""
+    """Shows a running sweep; as a context manager, it also ends the sweep's run in MLflow."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class SweepView:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show the sweep as running from now on; what its run in MLflow showed before stays."""
+        """Show the sweep as running; what its MLflow run showed before stays."""
         self._sweep = sweep
         self._workspace = workspace
         self._folder = workspace.sweeps / sweep.plan.name
@@ -91,7 +91,7 @@ class SweepView:
         self._has_new_results = False
         self._next_front = clock()
         self._ended_before = {s.trial.key for s in sweep.with_status("finished", "stopped early")}
-        """Keys of the trials that an earlier call has ended; they are shown without a note."""
+        """Keys of trials that ended in an earlier call; they are shown without a note."""
 
         stored = tracking.stored("sweep", sweep.plan.key)
         self._mlflow_run = mlflow_run_of_sweep(
@@ -109,7 +109,7 @@ class SweepView:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """End the sweep's run; after a failure, wait only a moment for the store."""
+        """End the sweep's MLflow run; after a failure, wait only briefly for the store."""
         stops = self._sweep.stopped
         if stops and error is None:
             saved = sum(stop.share_saved for stop in stops.values())
@@ -120,7 +120,7 @@ class SweepView:
         self._tracking.wait(briefly=error is not None)
 
     def update(self) -> None:
-        """Show what has changed; call it a few times a second."""
+        """Show changes; call it a few times a second."""
         changed_runs = []
         for state in list(self._sweep.states.values()):
             trial = state.trial
@@ -149,7 +149,7 @@ class SweepView:
             self._show_front()
 
     def end_trials(self) -> None:
-        """Show the last changes, and end the runs of the trials that still ran."""
+        """Show the last changes, and end the MLflow runs of trials that were still running."""
         self.update()
         states = self._sweep.states.values()
         cut_off = [state for state in states if self._shown.get(state.trial.key) == "RUNNING"]
@@ -177,13 +177,13 @@ class SweepView:
         """Remove the run that showed a model while it was trained for this sweep."""
         folder = _journal_folder(trial)
         if folder and not trial.job:
-            with suppress(UserError):  # A damaged file names no run.
+            with suppress(UserError):  # The file may be damaged.
                 stored_job = read_json(folder / JOB_NAME) or {}
                 self._tracking.withdraw(PRETRAIN_OF_SWEEP, str(stored_job.get("key")))
 
     def _show_progress(self) -> None:
-        """Advance the bar by the trials that have ended, and by the steps of those that run."""
-        # Counted first: a trial that ends meanwhile would count as both.
+        """Advance the bar by ended trials, and by the steps of running ones."""
+        # Counted first, so that a trial that ends meanwhile does not count twice.
         num_ended = self._sweep.num_ended
         jobs = {
             state.trial.label: state.trial.job
@@ -194,7 +194,7 @@ class SweepView:
             self._journals.setdefault(job.run_folder, JournalReader(job.folder))
             for job in jobs.values()
         ]
-        # In turn: each update begins after the trials of the one before.
+        # In turn: each update continues after the trials of the last one.
         first = self._num_updates * JOURNALS_AT_ONCE
         for number in range(first, first + min(JOURNALS_AT_ONCE, len(readers))):
             readers[number % len(readers)].read()
@@ -214,7 +214,7 @@ class SweepView:
         self._progress.advance(num_done, "; ".join([num_trials, *activities[:MAX_NAMED]]))
 
     def _show_front(self) -> None:
-        """Show the front so far, once the full model is measured."""
+        """Show the front of the finished trials, once the teacher is measured."""
         self._has_new_results = False
         measured = [self._with_cost(result) for result in self._sweep.results_by_key.values()]
         reason = reason_against_accuracy(self._workspace, measured)
@@ -225,7 +225,7 @@ class SweepView:
         notes = [f"{len(measured)} of {self._sweep.num_all} models are measured so far."]
         notes += [f"{label} failed: {why}" for label, why in self._sweep.failures.items()]
         notes += [reason] if reason else []
-        # The report replaces its picture, which is drawn in the sweep's folder.
+        # This picture in the sweep's folder is later replaced by the report's.
         name = self._sweep.plan.name
         self._change(**front_so_far(front, name=name, notes=notes, folder=self._folder))
         self._next_front = self._clock() + SECONDS_BETWEEN_FRONTS
@@ -236,10 +236,10 @@ class SweepView:
 
 
 def _journal_folder(trial: Trial) -> Path | None:
-    """Return the folder with the journal of a trial's training; None if it has none of its own."""
+    """Return the folder with the journal of a trial's own training; None if it has none."""
     if trial.job:
         return Path(trial.folder)
-    # A teacher or a baseline was trained before; a pruned student has its teacher's weights.
+    # Teachers and baselines were trained before; a pruned student is not trained.
     if trial.checkpoint and trial.role != "trial":
         return Path(trial.checkpoint).parent
     return None

@@ -232,7 +232,7 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
         return "\n".join(plan_sweep(settings, workspace=tmp_path / "workspace").notes)
 
     lines = notes()
-    assert "vanilla learns at 0.004, the default of sweep.learning_rates" in lines
+    assert "vanilla has learning rate 0.004, its default in sweep.learning_rates" in lines
     assert "no corrections before step 6 of 10 (training.iterate_from_fraction): teacher" in lines
     assert "times" not in lines, "nobody knows how many tokens the text has"
     lines = notes("sweep.learning_rates={vanilla: 0.003}", "training.iterate_from_fraction=0")
