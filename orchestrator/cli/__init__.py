@@ -1,4 +1,4 @@
-"""The command line: a command reads its settings, calls one pipeline and returns what it found.
+"""The command line: a command reads its settings, calls one pipeline and returns its result.
 
 Each command imports what it needs when it runs, so that `--help` is instant.
 """

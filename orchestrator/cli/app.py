@@ -127,7 +127,7 @@ def exit_code_of(error: BaseException) -> int:
     sentence = str(error)
     if isinstance(error, Interrupted | KeyboardInterrupt):
         code = INTERRUPTED
-        sentence = sentence or "interrupted"  # What has state to resume from says so itself.
+        sentence = sentence or "interrupted"  # Work that can be resumed has its own message.
     elif isinstance(error, UserError | RunFailed):
         is_mistake = isinstance(error, UserError) and not isinstance(error, DamagedFile)
         code = 2 if is_mistake else 1

@@ -47,13 +47,14 @@ def inspect(
     schedule: Annotated[
         list[str] | None,
         schedules_option(
-            "Another iteration schedule, or depth of a looped model of another project."
+            "Another iteration schedule, or the depth of a looped model of another project."
         ),
     ] = None,
     metric: Annotated[str | None, setting("influence.metric")] = None,
 ) -> "Output":
-    """Say what a model is: type, sizes, FLOPs, cache, how much each layer matters, and what
-    `pretrain --from` would take here. The model does not run.
+    """Show what a model is: type, sizes, FLOPs, cache, and the influence of its layers.
+
+    Also shows what `pretrain --from` would take on this machine. The model does not run.
 
     Example: iiet-orch inspect my-model
     """
@@ -118,8 +119,8 @@ def evaluate(
 ) -> "Output":
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
-    Beside each model after the first stands its difference to the first, over the same items, with
-    its 95% interval.
+    Each model after the first is compared with the first over the same items; the difference has a
+    95% confidence interval.
 
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
     """
@@ -145,22 +146,22 @@ def benchmark(
     schedule: Annotated[
         list[str] | None,
         schedules_option(
-            "Iteration schedule, or a looped model's depth; may be repeated. One IIET without it: "
-            "from full to none."
+            "Iteration schedule, or a looped model's depth; may be repeated (default for one IIET: "
+            "schedules from full to none)."
         ),
     ] = None,
     batch_sizes: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Numbers of rows that are decoded together (default: 1,8).",
+            help="Batch sizes: sequences that are decoded together (default: 1,8).",
         ),
     ] = None,
     contexts: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Tokens of the prompt (default: 32 and half the context).",
+            help="Prompt lengths in tokens (default: 32 and half the context).",
         ),
     ] = None,
     new_tokens: Annotated[
@@ -168,7 +169,7 @@ def benchmark(
         typer.Option(
             min=2,
             max=MAX_COUNT,
-            help="Tokens decoded after it (default: 32, or what fits the context).",
+            help="Tokens to decode after the prompt (default: 32, or what fits the context).",
         ),
     ] = None,
     repetitions: Annotated[
@@ -237,7 +238,7 @@ def report(
         bool,
         typer.Option(
             "--time-again",
-            help="First measure the time per token of the sweep's models once more, as after a "
+            help="First measure the time per token of the sweep's models again, such as after a "
             "measurement on a busy machine.",
         ),
     ] = False,

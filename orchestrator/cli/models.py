@@ -105,8 +105,8 @@ def generate(
 ) -> "Output | None":
     """Continue a text and print it while it is generated.
 
-    The prompt is not changed; --chat puts it into the chat template of an imported model. With
-    --draft, the model's cheaper schedule drafts tokens and the model verifies several at once.
+    --chat puts the prompt into the chat template of an imported model. With --draft, a cheaper
+    schedule drafts tokens and the model verifies several at once.
 
     Example: iiet-orch generate my-run --prompt "The list is" -n 40
     """
@@ -212,7 +212,7 @@ def export(
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
+        bool, typer.Option(help="Evaluate the model for its card, unless that was done.")
     ] = True,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
@@ -226,7 +226,7 @@ def export(
         bool | None,
         typer.Option(
             "--private/--public",
-            help="Who sees a new repository (default: as its owner's settings say).",
+            help="Who can see a new repository (default: as in its owner's settings).",
         ),
     ] = None,
     token: Annotated[
@@ -282,28 +282,28 @@ def pick(
     ] = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="Cheapest that keeps this share of the quality, such as 0.99."),
+        typer.Option(help="Cheapest model that keeps this share of the quality, such as 0.99."),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(help="With --keep: how sure that must be, such as 0.9.")
+        float, typer.Option(help="With --keep: the required confidence, such as 0.9.")
     ] = 0.0,
     budget: Annotated[
         float | None,
-        typer.Option(help="Best that costs at most this much, in the unit of --cost."),
+        typer.Option(help="Best model of at most this cost, in the unit of --cost."),
     ] = None,
     knee: Annotated[
-        bool, typer.Option("--knee", help="Farthest above the line between the ends.")
+        bool, typer.Option("--knee", help="Model farthest above the line between the ends.")
     ] = False,
-    best: Annotated[bool, typer.Option("--best", help="Highest quality.")] = False,
-    cheapest: Annotated[bool, typer.Option("--cheapest", help="Lowest cost.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Model of highest quality.")] = False,
+    cheapest: Annotated[bool, typer.Option("--cheapest", help="Model of lowest cost.")] = False,
     cost: CostOption = None,
     quality: QualityOption = None,
     allow_loss: Annotated[
         bool,
         typer.Option(
             "--allow-loss",
-            help="Also a model that has lost more against the teacher's source than the sweep's "
-            "evaluation.retention allows.",
+            help="Also allow a model that has lost more against the teacher's source model than "
+            "the sweep's evaluation.retention permits.",
         ),
     ] = False,
     to: FolderToWriteOption = None,

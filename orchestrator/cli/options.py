@@ -1,5 +1,4 @@
-"""What several commands' options have in common: their names, how their texts are read, and the
-settings that they change."""
+"""Options that several commands share: names, parsing, and the settings that they change."""
 
 from __future__ import annotations
 
@@ -68,9 +67,9 @@ ModelsArgument = Annotated[
 ALL_SETTINGS = tuple(Settings.model_fields)
 """All sections of the settings."""
 ANYWHERE = ("cluster.address", "cluster.env")
-"""What commands read that run in a Ray cluster."""
+"""Settings that every command in a Ray cluster reads."""
 TO_MEASURE = (*ANYWHERE, "cluster.num_gpus", "cluster.device")
-"""Settings of the cluster that commands read which measure."""
+"""Cluster settings of commands that measure."""
 TO_TRAIN = (
     *ANYWHERE,
     "cluster.num_gpus",
@@ -84,7 +83,7 @@ TO_TRAIN = (
     "cluster.collective_timeout_seconds",
     "cluster.node_wait_minutes",
 )
-"""Settings of the cluster that commands read which train."""
+"""Cluster settings of commands that train."""
 TrainingDeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option("--device", help="Where to train (default: as cluster.num_gpus says)."),
@@ -101,7 +100,7 @@ TrustOption = Annotated[
 BaselinesOption = Annotated[
     list[str] | None,
     typer.Option("--baseline", metavar="RUN", autocompletion=complete_models,
-                 help="A trained model to show beside the front, by name or path; repeatable."),
+                 help="A trained model to show with the front, by name or path; may be repeated."),
 ]  # fmt: skip
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
@@ -109,7 +108,7 @@ LocalOption = Annotated[
 
 
 def schedules_option(text: str) -> OptionInfo:
-    """Return `--schedule`, which has one name in all commands; each says what it means there."""
+    """Return the option `--schedule`, whose help text each command gives."""
     option: OptionInfo = typer.Option("--schedule", "-r", metavar="SCHEDULE", help=text)
     return option
 

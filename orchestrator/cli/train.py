@@ -121,8 +121,8 @@ def pretrain(
         typer.Option(
             metavar="SWEEP:NAME",
             autocompletion=complete_trial_sweeps,
-            help="Instead: the schedule of a trial of a finished sweep, by the name in its table, "
-            "or of the front's knee, best or cheapest.",
+            help="Schedule of a trial of a finished sweep, instead of --schedule: NAME is its name "
+            "in the table, or knee, best or cheapest of the front.",
         ),
     ] = None,
     source: Annotated[
@@ -131,8 +131,8 @@ def pretrain(
             "--from",
             metavar="MODEL",
             autocompletion=complete_models,
-            help="Model whose weights the training starts from: a run, a checkpoint, a model "
-            "folder or hub:NAME. Sizes, context and tokenizer are the model's.",
+            help="Source model whose weights the training starts from: a run, a checkpoint, a "
+            "model folder or hub:NAME. It determines sizes, context and tokenizer.",
         ),
     ] = None,
     continued: Annotated[
@@ -141,7 +141,7 @@ def pretrain(
             "--continue",
             metavar="RUN",
             autocompletion=complete_models,
-            help="Finished run, by path or name, to continue to more --steps (wsd or constant).",
+            help="Finished run, by path or name, to continue with more --steps (wsd or constant).",
         ),
     ] = None,
     name: NameOption = None,
@@ -218,16 +218,16 @@ def distill(
     schedule: Annotated[
         list[str] | None,
         schedules_option(
-            "The student's corrections per layer: 1, or 2,1,1,0,0,0; x for a layer that is left "
-            "out, as in 0*14,x*2,0*14; repeated for several students."
+            "The student's corrections per layer: 1, or 2,1,1,0,0,0; x leaves a layer out, as in "
+            "0*14,x*2,0*14; may be repeated for several students."
         ),
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(
             callback=check_name_option,
-            help="Name of the student's run, of several its beginning (default: from the content, "
-            "as in a sweep, which then finds it).",
+            help="Name of the student's run; several students get it as prefix (default: from the "
+            "content, as in a sweep, which then finds it).",
         ),
     ] = None,
     local: LocalOption = False,
@@ -241,7 +241,7 @@ def distill(
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Output":
-    """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
+    """Distill a teacher into students: itself under cheaper iteration schedules (IIAD).
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
     """
@@ -293,8 +293,8 @@ def sweep_threshold(
     schedule: Annotated[
         list[str] | None,
         schedules_option(
-            "A schedule of one's own beside those that influence chooses: 2,1,0, 0*14,x*2,0*14 (x: "
-            "a layer that is left out), uniform, reversed or random*5; repeatable."
+            "A schedule in addition to those that influence chooses: 2,1,0, or 0*14,x*2,0*14 (x: "
+            "left-out layer), or uniform, reversed or random*5; may be repeated."
         ),
     ] = None,
     leave_out_layers: Annotated[str | None, setting("sweep.leave_out_layers")] = None,
@@ -369,7 +369,7 @@ def sweep_iterations(
     address: Annotated[str | None, setting("cluster.address")] = None,
     device: TrainingDeviceOption = None,
 ) -> "Output":
-    """Pretrain methods and iteration counts on the same tokens and show them on one front.
+    """Pretrain methods with several numbers of corrections on the same tokens; show one front.
 
     Example: iiet-orch sweep-iterations --methods vanilla,iiet -r 0 -r 1 -r 3..0 --seeds 0,1
     """

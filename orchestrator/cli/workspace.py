@@ -32,18 +32,18 @@ def ui(
         bool,
         typer.Option(
             "--sync",
-            help="Instead publish all trainings, sweeps, measurements and models in MLflow again.",
+            help="Publish everything in MLflow again, instead of starting it.",
         ),
     ] = False,
     replace: Annotated[
         bool,
         typer.Option(
             "--replace",
-            help="With --sync: delete the workspace's own store, and make it anew.",
+            help="With --sync: delete the workspace's own store first.",
         ),
     ] = False,
 ) -> "Output | None":
-    """Print the page of the newest sweep, start MLflow on 127.0.0.1, and print links to its pages.
+    """Start MLflow on 127.0.0.1, and print links to its pages and to the newest sweep's page.
 
     Example: iiet-orch ui --port 5001
     """
@@ -99,9 +99,9 @@ def clean(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> "Output | None":
-    """Delete what is no longer needed: shows it with sizes and reasons, then asks.
+    """Delete files that are no longer needed: lists them with sizes and reasons, then asks.
 
-    Finished weights, evaluations, and what a running process holds are never touched.
+    Finished weights, evaluations, and files of running processes are never deleted.
 
     Example: iiet-orch clean checkpoints --dry-run
     """
@@ -127,9 +127,9 @@ def clean(
 def doctor(call: Call) -> "Output":
     """Check this machine and the workspace; name a remedy for what is broken.
 
-    Then say which shipped sweeps fit this machine, and the hours that they take from their start,
-    as estimated by `sweep NAME --dry-run`. Exits with 1 if something is broken, not if a sweep does
-    not fit. Nothing is written, downloaded or started.
+    Also shows which shipped sweeps fit this machine, and their hours as estimated by
+    `sweep NAME --dry-run`. Exits with 1 if something is broken, but not if a sweep does not fit.
+    Nothing is written, downloaded or started.
 
     Example: iiet-orch doctor
     """

@@ -1,1 +1,1 @@
-"""Measure models: lm-eval and held-out tasks, decoding time, memory; load models of any kind."""
+"""Measure models: lm-eval and held-out tasks, latency, memory; load models of any kind."""

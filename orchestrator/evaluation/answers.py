@@ -1,7 +1,7 @@
-"""Generated answers: texts that continue contexts, until a stop text or a stop token.
+"""Generate answers: texts that continue contexts, until a stop text or a stop token.
 
-Contexts are padded on the left and decoded together with the key/value cache. A batch changes no
-answer: padding is masked, and each sampled context has a seed of its own.
+Contexts are padded on the left and decoded together with the key/value cache. The batch does not
+change answers: padding is masked, and each sampled context has its own seed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Decode = Callable[..., Iterator[Tensor]]
 USUAL_NEW_TOKENS = 64
 
 _TAIL_MARGIN = 8
-"""Tokens read before a possible stop text: the first ones may be parts of characters."""
+"""Extra tokens to decode before a possible stop text, as the first ones may be parts of
+characters."""
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
-"""Options of a task's answers that change nothing at these values."""
+"""Options of a task's answers that have no effect at these values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,13 @@ class Sampling:
     """How tokens are chosen, and when they end."""
 
     max_new_tokens: int | None = None
-    """Largest number of tokens to add; when unset, 64, or fewer if no more fit the context."""
+    """Most tokens to add; when unset 64, or fewer if only these fit the context."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, and are no part of it."""
+    """Texts that end the answer, without being part of it."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_k: int | None = None
-    """Sample among this many likeliest tokens."""
+    """Sample among so many of the likeliest tokens."""
     top_p: float | None = None
     """Sample among the likeliest tokens that together hold this probability."""
     kv_strategy: KvStrategy = "exact"
@@ -55,12 +56,12 @@ class Sampling:
         """Return options of `iiet.Decoder.stream`.
 
         Args:
-            free_tokens: Tokens of the context that the longest prompt leaves for the answer.
+            free_tokens: Tokens of the context that remain for the answer to the longest prompt.
         """
         options = asdict(self)
         del options["stop"]
         if self.max_new_tokens is None:
-            # At least one: a prompt that leaves no room is an error, as with a given number.
+            # At least one, so that a prompt without room for an answer is an error.
             options["max_new_tokens"] = max(1, min(USUAL_NEW_TOKENS, free_tokens))
         return options
 
@@ -73,13 +74,13 @@ def generate_answers(
     seeds: Sequence[int],
     decode: Decode = Decoder.stream,
 ) -> list[str]:
-    """Return what continues each context, without the text that ended it, decoded as one batch.
+    """Return the continuation of each context, without the stop text, decoded as one batch.
 
     Args:
         decoder: The model in evaluation mode, under its own schedule.
         tokenizer: Its tokenizer; its end tokens end an answer, too.
-        contexts: Tokens, at least one. A context that leaves no room for the answer loses its
-            beginning.
+        contexts: Tokens of each context, at least one. The beginning of a context is cut off if
+            there is no room for the answer.
         seeds: Random seed of each context, if tokens are sampled.
         decode: Yields the tokens of a batch, step by step, as `iiet.Decoder.stream` does.
 
@@ -102,7 +103,7 @@ def generate_answers(
         **{**options, "seed": seeds, "eos_token_id": tokenizer.end_ids},
     )
     stops = [text for text in sampling.stop if text]
-    # A token stands for at least one byte.
+    # A token is at least one byte.
     tail_length = max((len(text.encode()) for text in stops), default=0) + _TAIL_MARGIN
     answers: list[list[int]] = [[] for _ in rows]
     unfinished = set(range(len(rows)))
@@ -115,7 +116,7 @@ def generate_answers(
                     continue
                 answers[row].append(tokens[row])
                 if stops:
-                    # A stop text may be a special token, and may begin inside of a token.
+                    # A stop text may be a special token, and may begin within a token.
                     tail = tokenizer.decode(answers[row][-tail_length:], skip_special_tokens=False)
                     if any(stop in tail for stop in stops):
                         unfinished.remove(row)
@@ -130,7 +131,7 @@ def generate_answers(
 
 
 def usual_max_new_tokens(context_length: int) -> int:
-    """Return the length of answers where a task sets none: lm-eval's, or half the context."""
+    """Return the default length of answers in tokens: lm-eval's, or half the context."""
     return max(1, min(256, context_length // 2))
 
 
@@ -172,7 +173,8 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> Sampling
 
 
 def check_answer_settings(tasks: Mapping[str, Task], context_length: int) -> None:
-    """Raise `UserError` for a task whose answers a decoder cannot generate, before any runs."""
+    """Raise `UserError` for a task whose answers a decoder cannot generate, before any task
+    runs."""
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             try:
@@ -186,14 +188,14 @@ def check_answer_settings(tasks: Mapping[str, Task], context_length: int) -> Non
 
 
 def smaller_batch(size: int, problem: str, note: Callable[[str], None] | None = None) -> int:
-    """Return the size of a batch after one that ran out of memory, and say so.
+    """Return a smaller batch size after a batch ran out of memory, and note it.
 
     Args:
-        size: Of the batch that did not fit.
-        problem: What PyTorch said.
+        size: Size of the batch that did not fit.
+        problem: PyTorch's message.
 
     Raises:
-        DeviceError: If it cannot be smaller.
+        DeviceError: If the batch cannot be smaller.
     """
     if size <= 1:
         raise DeviceError(

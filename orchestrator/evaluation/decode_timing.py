@@ -1,8 +1,8 @@
-"""Time per decoded token, and the memory, side by side with predictions.
+"""Measure latency per token and memory of models, and compare them with predictions.
 
 Models take turns within a repetition, so a slow phase of the machine affects all of them. Each is
-warmed up first. The generation is the cached, greedy one that users run; the prefill (time to the
-first token) is timed apart from the steps after it. On a GPU the warm-up captures the CUDA graphs
+warmed up first. Decoding is greedy, with the cache, as users run it; the prefill (time to the first
+token) is timed separately from the decoding steps. On a GPU the warm-up captures the CUDA graphs
 that the timed steps replay, and nothing waits for the device between the first token and the last.
 """
 
@@ -35,20 +35,20 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
 PREDICTION = "FLOPs"
-"""The share of FLOPs, which includes what no schedule changes: head, mix, attention."""
+"""Prediction by the share of FLOPs, including parts that do not depend on the schedule."""
 SIMPLEST = "evaluations"
-"""The share of evaluations alone, the simplest prediction."""
+"""Prediction by the share of evaluations, the simplest one."""
 DECODING = "decoding"
 FIRST_TOKEN = "first token"
-HOW_MEASURED = "bytes that PyTorch's allocator handed out at once, weights included"
+HOW_MEASURED = "most bytes allocated by PyTorch at one time, weights included"
 STEPS_FOR_MEMORY = 3
-"""Tokens that are decoded to see the most memory that is needed."""
+"""Tokens that are decoded to measure the peak memory."""
 WARM_UP_TOKENS = 4
 """Tokens that each model decodes before it is timed on a CPU."""
 SWEEP_PROMPT_TOKENS = 16
 SWEEP_NEW_TOKENS = 32
 SWEEP_REPETITIONS = 5
-"""How a sweep times its models; `benchmark` has options for these."""
+"""Repetitions in a sweep; `benchmark` has an option for them."""
 Timed = Decoder | LoopedDecoder
 """What is timed: a decoder, or a looped model that transformers runs."""
 
@@ -58,9 +58,9 @@ class Timing:
     """Decoding times of one model in milliseconds, one for each repetition."""
 
     first_tokens: tuple[float, ...]
-    """Time of the prefill, up to the first new token, all rows together."""
+    """Time of the prefill, up to the first new token, for the whole batch."""
     steps: tuple[float, ...]
-    """Time per decoding step after it: one new token in every row."""
+    """Time per decoding step after it: one new token in every sequence."""
 
     @property
     def median(self) -> float:
@@ -89,10 +89,10 @@ def decode_milliseconds(
         decoders: Name to model; each uses its own schedule.
         prompt_tokens: Tokens of each prompt, read in one pass.
         new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
-        batch_size: Rows decoded together.
-        capture: Makes a function that repeats the kernels of a step; CUDA graphs do on a GPU when
-            unset.
-        on_done: Called with the number of measurements done.
+        batch_size: Sequences decoded together.
+        capture: Makes a function that replays the kernels of a step; when unset, CUDA graphs on a
+            GPU.
+        on_done: Called with the number of finished measurements.
     """
     graphs = {name: _graphs_of(decoder, capture) for name, decoder in decoders.items()}
 
@@ -103,12 +103,12 @@ def decode_milliseconds(
         return time_stream(start, tokens, decoder.device)
 
     for name in decoders:
-        # A GPU's warm-up needs all lengths of the cache, each of which may have its own graph.
+        # On a GPU the warm-up covers all cache lengths, each of which may have its own CUDA graph.
         timed(name, new_tokens if graphs[name] else min(WARM_UP_TOKENS, new_tokens))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
     names = list(decoders)
     for repetition in range(repetitions):
-        # Each repetition begins with another model, so none always runs after the slowest.
+        # Each repetition begins with another model, so that no model always follows the slowest.
         shift = repetition % len(names)
         for number, name in enumerate(names[shift:] + names[:shift], start=1):
             times[name].append(timed(name, new_tokens))
@@ -126,7 +126,7 @@ def decode_milliseconds(
 def load_side_by_side(
     models: Mapping[str, OpenedModel], device: str, *, trust_remote_code: bool = False
 ) -> dict[str, Timed]:
-    """Load models, each under its schedule or at its depth; those of one folder share weights.
+    """Load models, each under its schedule or depth; models of one folder share weights.
 
     Raises:
         UserError: If one is damaged, or neither a decoder nor a looped model of a known kind.
@@ -151,11 +151,11 @@ def load_side_by_side(
 def time_per_token(
     decoders: Mapping[str, Decoder], progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Return how long the models of a sweep take to decode one row, by tracked name."""
+    """Return the latency of a sweep's models at batch size 1, by tracked name."""
     progress.start("time per token", len(decoders) * SWEEP_REPETITIONS)
     context_length = min(decoder.config.context_length for decoder in decoders.values())
     prompt_tokens = sweep_prompt_length(context_length)
-    # One row is too little work for several threads: they would wait for each other.
+    # One sequence is too little work for several threads.
     with torch_threads(1):
         timings = decode_milliseconds(
             decoders,
@@ -173,20 +173,20 @@ def time_per_token(
 
 
 def sweep_prompt_length(context_length: int) -> int:
-    """Return the tokens of a prompt: in a short context a third, and the new tokens the rest."""
+    """Return the tokens of a prompt: a third of a short context, whose rest the new tokens fill."""
     return min(SWEEP_PROMPT_TOKENS, context_length // 3)
 
 
 def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str, Decoder]:
     """Return a decoder of each config; those that differ only in their schedule share weights."""
-    use_tf32(device)  # As for a model that is loaded.
+    use_tf32(device)  # As for loaded models.
     dtype = DTYPES[device_precision(device)]
     decoder_of_shape: dict[str, Decoder] = {}
     decoders = {}
     for name, config in models.items():
         shape = repr({**config.to_dict(), "schedule": None})
         if shape not in decoder_of_shape:
-            with torch.device(device):  # Large weights need no copy in the machine's memory.
+            with torch.device(device):  # Large weights are made on the device directly.
                 decoder_of_shape[shape] = Decoder(config).to(dtype)
         decoders[name] = decoder_of_shape[shape].with_schedule(config.corrections)
     return decoders
@@ -241,7 +241,7 @@ def half_quartile_distance(values: Sequence[float]) -> float:
 
 
 def _graphs_of(decoder: Timed, capture: Capture | None) -> StaticSteps | None:
-    """Return what decodes in steps of fixed shapes; None where nothing would repeat them."""
+    """Return steps of fixed shapes for a GPU's CUDA graphs; None if nothing would replay them."""
     if not isinstance(decoder, Decoder) or (capture is None and decoder.device.type != "cuda"):
         return None
     return StaticSteps(decoder, capture=capture)
@@ -256,7 +256,7 @@ def _stream(
 
 
 def seconds_now(device: torch.device) -> float:
-    """Return the time once the device has done all that it was given, in seconds."""
+    """Return the time in seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -266,16 +266,16 @@ def seconds_now(device: torch.device) -> float:
 
 
 def cost_of(decoder: Timed) -> Callable[..., InferenceCost]:
-    """Return what counts a model's cost, as `inference_cost` does."""
+    """Return the function that counts a model's cost, like `inference_cost`."""
     return partial(inference_cost, decoder.config) if isinstance(decoder, Decoder) else decoder.cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementSettings:
-    """Conditions that models are measured under."""
+    """Conditions of a measurement."""
 
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Rows decoded together."""
+    """Numbers of sequences decoded together."""
     contexts: tuple[int, ...] = (32,)
     """Tokens of the prompt."""
     new_tokens: int = 32
@@ -289,10 +289,10 @@ class MeasurementSettings:
         """Check that prompt and new tokens fit models.
 
         Args:
-            context_lengths: Name of a model -> tokens that it reads.
+            context_lengths: Name of a model -> its context length.
 
         Raises:
-            UserError: If they do not fit the model that reads least.
+            UserError: If they do not fit the shortest context.
         """
         length, name = min((length, name) for name, length in context_lengths.items())
         if max(self.contexts) + self.new_tokens > length:
@@ -304,7 +304,7 @@ class MeasurementSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeTime:
-    """A time divided by the full model's, measured and predicted."""
+    """A time divided by the full model's time, measured and predicted."""
 
     measured: float
     """Median over repetitions."""
@@ -320,25 +320,25 @@ class RelativeTime:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredCost:
-    """One model under one condition; spreads are half interquartile ranges."""
+    """Costs of one model under one condition; spreads are half interquartile ranges."""
 
     model: str
     batch_size: int
     context: int
     """Tokens of the prompt."""
     first_token_ms: float
-    """Median time to the first token, all rows together."""
+    """Median time to the first token, for the whole batch."""
     first_token_spread: float
     decode_ms: float
-    """Median time per decoding step: one new token in every row."""
+    """Median time per decoding step: one new token in every sequence."""
     decode_spread: float
     tokens_per_second: float
-    """New tokens per second of all rows, without the prefill."""
+    """New tokens per second of all sequences, without the prefill."""
     weight_bytes: int
     kv_bytes: int
-    """Bytes of keys and values of prompt and new tokens, all rows; exact."""
+    """Exact bytes of keys and values of prompt and new tokens, for all sequences."""
     peak_bytes: int
-    """Largest number of bytes allocated at once, including weights; see `peak_bytes`."""
+    """Most bytes allocated at one time, including weights; see `peak_bytes`."""
     shares: dict[str, RelativeTime]
     """Share of the full model's time, for `decoding` and `first token`."""
 
@@ -369,8 +369,8 @@ def measure_costs(
     Args:
         decoders: Name to model; each uses its own schedule. The full model is the one with the
             most FLOPs per token.
-        conditions: They fit the models; see `MeasurementSettings.check`.
-        progress: Shows the measurements done; the caller ends it.
+        conditions: Conditions that fit the models; see `MeasurementSettings.check`.
+        progress: Shows finished measurements; the caller ends it.
     """
     measured_conditions = list(product(conditions.batch_sizes, conditions.contexts))
     num_measurements = len(decoders) * conditions.repetitions
@@ -399,11 +399,11 @@ def measure_costs(
                 work = partial(_first_steps, decoder, prompt, new_tokens)
                 peaks[name] = peak_bytes(work, decoder.device)
 
-        # What the cost model predicts of both phases.
+        # Predictions of the cost model for both phases.
         predicted = {}
         for name, decoder in decoders.items():
             prefill = cost_of(decoder)(context_length=context)
-            # Each step attends to one token more than the last; the middle one represents all.
+            # Each step attends to one token more than the last; the middle step represents all.
             step = cost_of(decoder)(context_length=context + new_tokens // 2)
             evaluations = {SIMPLEST: float(step.evaluations_per_token)}
             predicted[name] = {
@@ -411,7 +411,7 @@ def measure_costs(
                 FIRST_TOKEN: {PREDICTION: prefill.prefill_flops_per_token, **evaluations},
             }
 
-        # Both as shares of the full model's.
+        # Both as shares of the full model's times.
         full = max(decoders, key=lambda name: predicted[name][DECODING][PREDICTION])
         full_timing = timings[full]
         for name, decoder in decoders.items():
@@ -421,7 +421,7 @@ def measure_costs(
                 (DECODING, timing.steps, full_timing.steps),
                 (FIRST_TOKEN, timing.first_tokens, full_timing.first_tokens),
             ):
-                # Repetition by repetition: a slow phase of the machine affects both.
+                # Per repetition, as a slow phase of the machine affects both models.
                 ratios = [
                     time / full_time for time, full_time in zip(times, full_times, strict=True)
                 ]
@@ -460,16 +460,16 @@ def _advance_from(progress: Progress, num_before: int, text: str, done: int) -> 
 
 
 def _first_steps(decoder: Timed, prompt: Tensor, new_tokens: int) -> None:
-    # Memory does not grow after them: the cache is allocated as a whole.
+    # Memory does not grow later, because the cache is allocated at once.
     steps = _stream(decoder, prompt, new_tokens)
     deque(islice(steps, STEPS_FOR_MEMORY), maxlen=0)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Return the largest number of bytes allocated at once during `work`, beyond those before it.
+    """Return the peak of allocated bytes during `work`, beyond the bytes before it.
 
-    A GPU's allocator keeps this number. On a CPU it is summed from the allocator's events. The
-    resident size of the process would depend on what the C library kept from earlier work.
+    A GPU's allocator keeps this number. On a CPU it is the sum of the allocator's events; the
+    resident size of the process would depend on memory that earlier work has left.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -481,7 +481,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
         work()
     results = record.profiler.kineto_results if record.profiler else None
     assert results is not None, "a profile that has ended has results"
-    # The profiler's public tables sum over operations; the peak needs the order of events.
+    # The profiler's public tables lack the order of events, which the peak needs.
     changes = [
         (event.start_ns(), event.nbytes())
         for event in results.events()

@@ -1,9 +1,9 @@
-"""Held-out tasks: tasks of lm-eval made from prepared data, of what training never sees.
+"""Held-out tasks: lm-eval tasks that are made from the held-out set of prepared data.
 
-Text offers the last words of passages, as LAMBADA, and bits per byte; depth data one task for each
-of their depth tasks; a mixture those of all its parts. `heldout-<key>/suite.json` next to the
-data holds the items of each task. One more task exists for all data: the bits per byte of English
-text that comes with every Python. By it, a sweep sees what a model has forgotten.
+A text offers the last words of passages, like LAMBADA, and bits per byte; depth data offer one task
+for each depth task; a mixture the tasks of all its components. `heldout-<key>/suite.json` next to
+the data holds the items of each task. One more task exists for all data: the bits per byte of
+English text that comes with every Python. By it, a sweep sees what a model has forgotten.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ PYTHON_PASSAGE_CHARACTERS = 1_000
 for a confidence interval."""
 TEXT_VERSION = 2
 DEPTH_VERSION = 1
-"""Versions of the tasks: increase one if the same data give other items."""
+"""Versions of the tasks; increase one if the same data give other items."""
 SUITE_NAME = "suite.json"
 MAX_ITEM_TOKENS = 64
 """Longest passage with its last word: two or three sentences, for any context length."""
 MAX_ROLLING_BYTES = 80_000
-"""Held-out text whose bits per byte are measured."""
+"""Most bytes of held-out text whose bits per byte are measured."""
 SOURCE_BYTES_PER_ITEM = 2_000
-"""Held-out text searched per item."""
+"""Bytes of held-out text that are searched per item."""
 KNOWN_TEXT_TOKENS = 2_000_000
-"""Training tokens that say which words a reader could expect."""
+"""Training tokens by which the expectation of a word is estimated."""
 MIN_WORDS_BEFORE = 8
-"""Words of a passage before its last one; fewer say too little of it."""
+"""Fewest words before the last word of a passage."""
 MIN_SENTENCE_WORDS = 6
-"""Shorter sentences are mostly headings."""
+"""Fewest words of a sentence; shorter ones are mostly headings."""
 MIN_EXPECTATION = 0.05
-"""Share of the words after the one before, in the training text."""
+"""Least share of the last word among the words that follow the previous one in training text."""
 MAX_WORD_TOKENS = 2
 ITEMS_PER_SENTENCE = 2
 MAX_SAME_WORD_SHARE = 0.02
-"""Share of the items that may ask for the same word."""
+"""Largest share of the items with the same last word."""
 EXCLUDED_WORDS = frozenset(["a", "an", "the"])
 
 Row = dict[str, Any]
@@ -72,10 +72,10 @@ _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
 
 def _task(output_type: str, text: str, target: str, **metrics: str) -> Row:
-    """Return how a task asks and scores, in the form of lm-eval's task files.
+    """Return the prompts and metrics of a task, in the form of lm-eval's task files.
 
     Args:
-        text: Template of what the model reads.
+        text: Template of the text that the model reads.
         target: Template of the right answer.
         metrics: Name of a metric -> its aggregation.
     """
@@ -111,7 +111,7 @@ _DEPTH_CONFIG = {
 
 
 def is_heldout_task(name: str) -> bool:
-    """Return whether a task is one that some prepared data offer."""
+    """Return whether a name is that of a held-out task."""
     return name in TEXT_TASKS or is_depth_task(name)
 
 
@@ -121,7 +121,7 @@ def has_accuracy(name: str) -> bool:
 
 
 def offered_tasks(data: PreparedData) -> tuple[str, ...]:
-    """Return the held-out tasks that data give: those of text first."""
+    """Return the held-out tasks that data offer, those of text first."""
     has_text = any(isinstance(part, TokenStore) for part in data.parts)
     depths = [part for part in data.parts if isinstance(part, DepthStore)]
     names = [task.name for part in depths for task in part.tasks]
@@ -140,8 +140,8 @@ def heldout_folder(
     Args:
         tokens: Folder of the data.
         num_items: Largest number of items of each accuracy task.
-        context_length: Tokens that the model reads; every item fits into them.
-        make_progress: Makes a missing suite, and shows how far that is; None makes none.
+        context_length: The model's context length; every item fits into it.
+        make_progress: Shows the making of a missing suite; with None no suite is made.
 
     Raises:
         UserError: If the data or the suite are damaged, or the documents give no items.
@@ -183,11 +183,11 @@ class HeldoutItems(Record):
     tasks: dict[str, list[dict[str, Any]]]
     """Name of a task -> its items."""
     chances: dict[str, str]
-    """Name of a depth task -> the accuracy of a guess, in words."""
+    """Name of a depth task -> chance level, in words."""
 
 
 def heldout_chances(folder: Path | None) -> dict[str, str]:
-    """Return the accuracy of a guess in words, for each depth task of a suite."""
+    """Return the chance level in words for each depth task of a suite."""
     stored = HeldoutItems.read(folder / SUITE_NAME) if folder else None
     return stored.chances if stored else {}
 
@@ -216,8 +216,8 @@ def heldout_configs(folder: Path) -> dict[str, Row]:
 def python_passages(tokens: Path) -> list[str]:
     """Return the passages of the task `PYTHON_BITS_TASK` for models of prepared data.
 
-    They are held-out text of `data.source: python`; if these data have text of it, of that which
-    they hold out.
+    They are from the held-out set of `data.source: python`. If the prepared data contain that text,
+    they are from the documents that these data hold out.
     """
     settings = DataSettings(source="python")
     documents = [
@@ -254,8 +254,8 @@ def item_set(rows: Sequence[Row], **_settings: Any) -> Row:
 
 
 def _chance_in_words(chance: float, rows: Sequence[Row]) -> str:
-    # With the accuracy of repeating a symbol at the end, which is more than chance where hops often
-    # lead back to a symbol near their start.
+    # Also the accuracy of repeating a symbol at the end, which is above chance if hops often lead
+    # back to a symbol near their start.
     right = Counter[str]()
     for row in rows:
         answer = row["choices"][row["label"]]
@@ -276,9 +276,9 @@ def last_words(
 ) -> list[Row]:
     """Return passages of texts, each with its last word.
 
-    A passage is unchanged sentences of a text, cut before a word that often follows the one before
-    it in the training text, so that a reader could expect it: of each sentence its rarest such
-    words. The same texts always give the same items.
+    A passage consists of unchanged sentences, up to a word that a reader could expect, because it
+    often follows the previous word in the training text. Each sentence gives its rarest such words.
+    The same texts always give the same items.
 
     Args:
         texts: Held-out documents.
@@ -308,14 +308,14 @@ def last_words(
                 continue
             count = 0
             matches = sorted(_ASKED_WORD.finditer(sentence[0]), key=lambda w: singles[w[0]])
-            for match in matches:  # The rarest words first.
+            for match in matches:  # Rarest words first.
                 head = sentence[0][: match.start() - 1]
                 word = match[0]
                 word_before = _WORD.findall(head)[-1].lower()
                 share = pairs[word_before, word] / (singles[word_before] + 2)
                 if word in EXCLUDED_WORDS or share < MIN_EXPECTATION:
                     continue
-                passage = ""  # With as many sentences before this one as fit.
+                passage = ""  # Gets as many earlier sentences as fit.
                 for first in reversed(sentences[: number + 1]):
                     longer = text[first.start() : sentence.start()] + head
                     if num_tokens(f"{longer} {word}") > max_tokens:
@@ -330,7 +330,7 @@ def last_words(
 
     items: dict[str, Row] = {}
     for item in chain.from_iterable(map(items_of, texts)):
-        # A passage that ends in the same words as another one is the same question.
+        # Passages that end in the same words are the same question.
         items.setdefault(" ".join([*item["context"].split()[-4:], item["word"]]), item)
     most_of_a_word = max(1, int(MAX_SAME_WORD_SHARE * num_items))
     num_of_word = Counter[str]()
@@ -350,7 +350,7 @@ def last_words(
 def _sampled(texts: Iterable[str], size: int) -> list[str]:
     """Return the documents with the smallest hashes, in their order.
 
-    Together they have `size` bytes or a little more; few others are in memory at a time.
+    Together they have at least `size` bytes; few other documents are in memory at a time.
     """
     sample: list[tuple[int, int, int, str]] = []
     total = 0
@@ -358,7 +358,7 @@ def _sampled(texts: Iterable[str], size: int) -> list[str]:
         num_bytes = len(text.encode("utf-8", "replace"))
         heapq.heappush(sample, (-int.from_bytes(_hash(text)), -number, num_bytes, text))
         total += num_bytes
-        while total - sample[0][2] >= size:  # Without the one of the largest hash.
+        while total - sample[0][2] >= size:  # Drop the document of the largest hash.
             total -= heapq.heappop(sample)[2]
     return [text for *_, text in sorted(sample, key=lambda document: -document[1])]
 

@@ -1,12 +1,12 @@
-"""A model in the form in which lm-eval asks its questions: a subclass of lm-eval's own `HFLM`.
+"""Adapters of models for lm-eval: subclasses of its own `HFLM`.
 
-Prompts, log-likelihoods and metrics are lm-eval's. This class adds what `HFLM` lacks. Requests that
-read the same tokens are evaluated once (the choices of a depth task are one token each). Batches
-are formed by the number of tokens, and halved when a GPU runs out of memory. Answers are stored,
-so that an interrupted evaluation resumes. Progress is shown.
+Prompts, log-likelihoods and metrics are lm-eval's. These classes add what `HFLM` lacks: requests
+that read the same tokens are evaluated once (the choices of a depth task are one token each);
+batches are formed by the number of tokens, and halved when a GPU runs out of memory; answers are
+stored, so that an interrupted evaluation resumes; progress is shown.
 
-`LmEvalModel` lets transformers run the model, and `DecoderModel` a decoder of this project.
-Importing this file takes seconds, so `measuring` imports it only if something is not stored yet.
+`LmEvalModel` runs a model of transformers, and `DecoderModel` a decoder of this project. The import
+of this file takes seconds, so `measuring` imports it only if a result is missing.
 """
 
 from __future__ import annotations
@@ -51,39 +51,39 @@ from orchestrator.workspace.errors import UserError, first_line, out_of_memory_t
 from orchestrator.workspace.provenance import content_key
 
 MAX_TOKENS_ON_CPU = 2048
-"""Tokens of one pass on a CPU; more do not fit its caches and run a third slower."""
+"""Most tokens of one pass on a CPU; more do not fit its caches and are a third slower."""
 _ANY_SIZE = 1 << 30
-"""Batch size for lm-eval, which gets one batch at a time."""
+"""Batch size that lm-eval is told, as it gets one batch at a time."""
 _AGGREGATIONS = {function: name for name, function in AGGREGATION_REGISTRY.items()}
-"""lm-eval's function that makes a score of the items' values -> its name."""
+"""lm-eval's aggregation function -> its name."""
 
 
 class BatchRow(NamedTuple):
-    """One row of a batch, and the requests that it answers."""
+    """One sequence of a batch, and the requests that it answers."""
 
     batch_kind: Any
-    """What all rows of a batch have in common, such as the options of their answers."""
+    """What all sequences of a batch must share, such as options of the answers."""
     size: int
-    """Tokens, or 1 where batches are limited by the number of rows."""
+    """Tokens, or 1 if batches are limited by the number of sequences."""
     requests: list[int]
-    """Numbers of the requests."""
+    """Indices of the requests."""
 
 
 class LmEvalModel(HFLM):  # type: ignore[misc]
     """A model of transformers for lm-eval; log-likelihoods are summed in float32.
 
-    `journal` has the answers to the current task that were given before an interruption.
+    `journal` has the answers of the current task from before an interruption.
     """
 
     journal = AnswerJournal()
     num_items_before = 0
-    """Items of the tasks before the current one."""
+    """Number of items of the tasks before the current one."""
     task_name = "a task"
     """The current task."""
     num_items = 0
-    """Items of the current task."""
+    """Number of items of the current task."""
     num_cut = 0
-    """Prompts that lost their beginning."""
+    """Number of prompts whose beginning was cut off."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
     ) -> None:
         self.text_tokenizer = text_tokenizer
-        """The model's own tokenizer, by which all texts become tokens."""
+        """The model's own tokenizer, which encodes all texts."""
         self.prompts = prompts or Prompts()
         self.progress = progress or Progress()
         tokenizer = text_tokenizer.loaded or PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -104,7 +104,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             eos_token=text_tokenizer.tokenizer.id_to_token(text_tokenizer.prefix_id),
         )
         if self.prompts.template_name:
-            tokenizer = copy(tokenizer)  # The model may be asked with other prompts, too.
+            tokenizer = copy(tokenizer)  # The model may later be asked with other prompts.
             tokenizer.chat_template = text_tokenizer.template(self.prompts.template_name)
         with suppress_output():
             super().__init__(
@@ -115,7 +115,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 max_length=max_length,
             )
         self._num_rows = batch_size
-        # The choices of a question follow each other, and each encodes the same context.
+        # The choices of a question are consecutive, and each encodes the same context.
         self._encode_cached = lru_cache(maxsize=8)(text_tokenizer.encode)
 
     @property
@@ -133,20 +133,20 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         symbol = self.text_tokenizer.symbol_id(continuation)
         if symbol is None or context[-1:].isspace():
             return super()._encode_pair(context, continuation)  # type: ignore[no-any-return]
-        # The context is not encoded again for each of many symbols.
+        # Encode the context once, not for each of many symbols.
         return self.tok_encode(context), [symbol]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         if self.text_tokenizer.loaded is None:
-            # Without context lm-eval puts the end of a text, where a document's opening may follow.
+            # Without context lm-eval starts with the end-of-text token; opening tokens may follow.
             opening = list(self.text_tokenizer.encode_document(""))
             requests = [
                 (text, opening if text and not text[0] else context, continuation)
                 for text, context, continuation in requests
             ]
-        # Requests by what a row of a batch computes: those of one key are answered by one row.
+        # Requests by the computed sequence: requests of one key are answered by one sequence.
         by_row: defaultdict[tuple[bool, tuple[int, ...], int], list[int]] = defaultdict(list)
         for number, (_text, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
@@ -157,7 +157,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                     "context"
                 )
             self.num_cut += len(context) + len(continuation) > self.max_length + 1
-            # lm-eval shares the evaluation of equal inputs, but is right only where they are split
+            # lm-eval shares the evaluation of equal inputs, but correctly only if they are split
             # alike: https://github.com/EleutherAI/lm-evaluation-harness, `Collator.get_cache`.
             is_single = len(continuation) == 1
             input_ids = (*context, *continuation[:-1])[-self.max_length :]
@@ -177,7 +177,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         ]
         rows.sort(key=lambda row: (not row.batch_kind, -row.size))
         scores = self._in_batches([request[1:] for request in requests], rows, max_tokens, score)
-        # The journal's are lists.
+        # Those of the journal are lists.
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
@@ -200,7 +200,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             max_new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             self.num_cut += length + max_new_tokens > self.max_length
             ordered.append((json.dumps(options, sort_keys=True), -length, number))
-        ordered.sort()  # By their options, the longest prompts first.
+        ordered.sort()  # By options, the longest prompts first.
         rows = [BatchRow(options, 1, [number]) for options, _, number in ordered]
 
         def answer_batch(_: Any, numbers: list[int]) -> list[str]:
@@ -231,13 +231,14 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
         Args:
             questions: What each request asks, as JSON values.
-            rows: Together they answer all requests. Those of a kind follow each other, the largest
-                first, to which a batch is padded.
-            max_size: Most rows of a batch times the size of its largest; one row may be larger.
-            answer_batch: Answers a batch, given its kind and the numbers of its requests.
+            rows: Sequences that together answer all requests. Sequences of a kind are consecutive,
+                the largest first, to whose size a batch is padded.
+            max_size: Largest number of sequences of a batch times the size of the largest one; a
+                single sequence may be larger.
+            answer_batch: Answers a batch, given its kind and the indices of its requests.
 
         Raises:
-            DeviceError: If the memory is too small for one row.
+            DeviceError: If the memory is too small for one sequence.
         """
         answers: dict[int, Any] = {}
         for batch_kind, rows_of_kind in groupby(rows, key=lambda row: row.batch_kind):
@@ -256,7 +257,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                     except torch.OutOfMemoryError as error:
                         problem = out_of_memory_text(error)
                 if batch_answers is None:
-                    # Not in the handler: there, the error still holds the batch's tensors.
+                    # Outside of the handler, where the error would still hold the batch's tensors.
                     num_rows = smaller_batch(len(batch), problem, self.progress.note)
                     max_size = num_rows * waiting[0].size
                     continue
@@ -269,7 +270,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
 
 
 class DecoderModel(LmEvalModel):
-    """A decoder of ours; to lm-eval it looks like a model of transformers."""
+    """A decoder of this project, with the interface of a model of transformers for lm-eval."""
 
     def __init__(
         self,
@@ -300,12 +301,12 @@ class DecoderModel(LmEvalModel):
 
 
 def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None) -> MeasuredTask:
-    """Run one task; its results get the analytic standard errors.
+    """Run one task, with analytic standard errors.
 
     Args:
-        limit: Number of items, the first ones; all if unset.
+        limit: Number of first items to run; all if unset.
     """
-    task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
+    task.set_fewshot_seed(FEWSHOT_SEED)  # Every run draws the same examples.
     model.task_name = name
     model.num_items = min(len(task.eval_docs), limit or len(task.eval_docs))
     with suppress_output(), offline(), _templates_compiled_once():
@@ -320,7 +321,7 @@ def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None
         )
     samples = output.pop("samples")[name]
     for config in output["configs"].values():
-        config.pop("custom_dataset", None)  # A function, which says nothing in a file.
+        config.pop("custom_dataset", None)  # A function, which has no meaning in a file.
     items, values = item_values(samples)
     aggregations = {
         metric: _AGGREGATIONS.get(function, "") for metric, function in task.aggregation().items()
@@ -336,10 +337,10 @@ def run_task(name: str, task: Task, model: LmEvalModel, limit: int | None = None
 
 @contextmanager
 def _templates_compiled_once() -> Iterator[None]:
-    # lm-eval compiles a template again for each item, which takes longer than a small model needs.
+    # lm-eval compiles a template for each item, which takes longer than a small model runs.
     environment = utils.env
     environment.from_string = lru_cache(maxsize=256)(environment.from_string)
     try:
         yield
     finally:
-        del environment.from_string  # The method of the class is visible again.
+        del environment.from_string  # Restores the method of the class.

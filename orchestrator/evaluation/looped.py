@@ -1,7 +1,7 @@
-"""Run models with transformers: load one, decode with a looped one at a depth, and count FLOPs.
+"""Run models with transformers: load them, decode with looped ones at a depth, and count FLOPs.
 
-Each looped model that is loaded runs once on a few tokens, and what ran is compared with what its
-class in `models.loops` says, since costs and plans follow from the class.
+Each loaded looped model runs once on a few tokens. The layers that ran are compared with its class
+in `models.loops`, from which costs and plans are computed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from orchestrator.models.open import OpenedModel
 from orchestrator.workspace.errors import UserError, first_line
 
 NUM_TOKENS = 8
-"""Tokens that a model reads when it is checked."""
+"""Tokens of the check of a model."""
 SEED = 0
-"""Seed of the states that a model starts at random, in each forward pass."""
+"""Seed of the random initial states of a model, set in each forward pass."""
 
 
 @contextmanager
 def _watch_loops(
     model: nn.Module, loops: LoopedModel
 ) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
-    """Yield lists that fill while a model runs: the layers that ran, and what ended each loop.
+    """Yield two lists that fill while a model runs: its layers, and the modules that end loops.
 
     Raises:
-        UserError: If the model has no module of a path that its class names.
+        UserError: If the model lacks a module that its class names.
     """
     ran: list[nn.Module] = []
     ended: list[nn.Module] = []
@@ -60,17 +60,17 @@ def _watch_loops(
 
 
 def check_loops(model: Any, loops: LoopedModel, depth: Depth) -> None:
-    """Run a model on a few tokens, and compare what ran with what its class says.
+    """Run a model on a few tokens, and compare the layers that ran with its class.
 
     Raises:
         UserError: If the number of layer runs, of layers with their own weights, of loops, or of
-            numbers in the cache differs; says both.
+            numbers in the cache differs; names both numbers.
     """
     tokens = torch.zeros(1, NUM_TOKENS, dtype=torch.long, device=model.device)
     with torch.no_grad(), _watch_loops(model, loops) as (ran, ended):
         output = model(tokens, use_cache=True)
     distinct_weights = {next(layer.parameters()).data_ptr() for layer in ran}
-    # What is counted -> what the class says, and what ran.
+    # What is counted -> number by the class, and number that ran.
     counts = {
         "layer runs of a token": (loops.layer_runs(depth), len(ran)),
         "layers with weights of their own": (loops.num_layers, len(distinct_weights)),
@@ -104,7 +104,7 @@ def load_transformers(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Load a model of transformers, a looped one at its depth, and check that it runs so.
+    """Load a model of transformers; check that a looped one runs at its depth.
 
     Missing weights are an error; transformers would fill them with random numbers and only warn.
 
@@ -125,13 +125,13 @@ def load_transformers(
     try:
         with suppress_output(), offline():
             if loops and depth:
-                # Of a model that sees pictures, the part that reads text.
+                # The text part of a model that also reads pictures.
                 config: Any = AutoConfig.from_pretrained(folder, **options).get_text_config()
                 for name, value in loops.changes(depth).items():
                     setattr(config, name, value)
                 options["config"] = config
             model, info = load(folder, dtype=dtype or "auto", output_loading_info=True, **options)
-    except Exception as error:  # Its files, and code that comes with them, fail in many ways.
+    except Exception as error:  # Files, and the code in them, fail in many ways.
         reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs code in the folder; --trust-remote-code runs it"
@@ -164,11 +164,11 @@ def _seeded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LoopedDecoder:
-    """A looped model at a depth, which decodes and costs as a decoder of this project does.
+    """A looped model at a depth, with the decoding and cost interface of this project's decoders.
 
     Args:
         opened: The model.
-        shares_with: The same model at another depth, whose weights this one uses.
+        shares_with: The same model at another depth, to share its weights.
 
     Raises:
         UserError: As `load_transformers`.
@@ -214,14 +214,13 @@ class LoopedDecoder:
     def cost(self, *, context_length: int | None = None, bytes_per_value: int = 4) -> InferenceCost:
         """Return the model's cost, as `iiet.cost.inference_cost` defines it.
 
-        How many bytes of weights are read is not known.
-
-        A layer that attends to a window is counted as one that sees the whole context.
+        The bytes of weights that are read are unknown. A layer with windowed attention is counted
+        as one that attends to the whole context.
         """
         length = context_length or self.config.context_length
         flops_alone, flops_per_token_seen = self._flops
         head = 2 * self.loops.number("hidden_size", "n_embd") * self.config.vocab_size
-        # On average, a token of a text sees half of the text.
+        # On average, a token attends to half of the text.
         forward = flops_alone + flops_per_token_seen * (length + 1) / 2
         kv_bytes = bytes_per_value * self.loops.kv_numbers(self.depth)
         return InferenceCost(
@@ -237,10 +236,10 @@ class LoopedDecoder:
 
 
 def count_flops(model: Any) -> tuple[float, float]:
-    """Return the FLOPs of a token's matrix products, and of attention to one token that it sees.
+    """Return the FLOPs of a token's matrix products, and of its attention to one other token.
 
-    They follow from those of whole texts of three lengths, in which each token is compared with
-    all: a text of n tokens takes `n a + n^2 b`, plus what does not depend on its length.
+    They are computed from the FLOPs of texts of three lengths, in which each token attends to all:
+    a text of n tokens takes `n a + n^2 b`, plus what does not depend on its length.
     """
     counts = []
     for length in (2, 4, 6):

@@ -1,4 +1,4 @@
-"""Measure a model on tasks and held-out tokens; what the store holds is not measured again."""
+"""Measure a model on tasks and held-out tokens; stored results are not measured again."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ if TYPE_CHECKING:
 VALIDATION_LOSS_ENTRY = "validation_loss"
 """Name of the validation loss in the store of evaluations, where it is an entry like a task."""
 NUM_VALIDATION_TOKENS = 65_536
-"""Tokens of the validation loss in the tables."""
+"""Tokens of the measured validation loss."""
 LARGEST_VALIDATION_BATCH = 16
 """Sequences in one forward pass of the validation loss."""
 
 
 @dataclass(frozen=True)
 class MeasuredSuite:
-    """An evaluation, the keys of its results in the store, and how they came about."""
+    """An evaluation, and the keys of its results in the store."""
 
     evaluation: EvaluationResult
     keys: EvaluationKeys
     num_run: int
-    """Tasks that were run; the results of the others were in the store."""
+    """Number of tasks that were run; the others had stored results."""
     precision: Precision
 
 
 class ModelMeasurer:
-    """Measures one model; its weights are loaded when something has to be measured."""
+    """Measures one model; loads its weights at the first measurement."""
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class ModelMeasurer:
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Take what is measured, and where; nothing is loaded yet.
+        """Take the model, the suite and the device; nothing is loaded yet.
 
         Args:
-            suite: What determines the numbers; without a precision, the device does, too.
+            suite: What to measure; without a precision, the device determines it.
             trust_remote_code: Whether code in the model's folder may run.
         """
         self._model = model
@@ -86,7 +86,7 @@ class ModelMeasurer:
 
     @cached_property
     def precision(self) -> Precision:
-        """Weights and arithmetic of the model."""
+        """Precision of the model's weights and arithmetic."""
         return self._suite.precision or device_precision(self._device)
 
     @property
@@ -99,7 +99,7 @@ class ModelMeasurer:
         return all(map(self._store.read, self.keys(loaded).values()))
 
     def stored_answers(self, loaded: LoadedSuite) -> dict[str, int | None]:
-        """Return for each task how many answers are stored; None if its whole result is."""
+        """Return for each task the number of stored answers; None if its result is complete."""
         return {
             name: None if self._store.read(key) else self._store.journal(key, name).num_answers
             for name, key in self.keys(loaded).items()
@@ -109,8 +109,8 @@ class ModelMeasurer:
         """Measure the tasks of a suite, one after the other.
 
         Raises:
-            UserError: If the weights or the tokenizer are missing or damaged, or a task wants
-                answers that the decoder cannot generate.
+            UserError: If the weights or the tokenizer are missing or damaged, or the decoder cannot
+                generate the answers of a task.
         """
         keys = self.keys(loaded)
         results: dict[str, TaskResult] = {}
@@ -119,7 +119,7 @@ class ModelMeasurer:
                 results[name] = stored_result
         missing = loaded.only([name for name in loaded.tasks if name not in results])
         if missing.tasks:
-            # Imported here: it takes seconds, and what is stored is read without it.
+            # Imported only here, because it takes seconds.
             from orchestrator.evaluation.lm_eval_model import run_task
 
             progress = self._progress
@@ -130,15 +130,15 @@ class ModelMeasurer:
                 if count := model.journal.num_answers:
                     progress.note(f"{name}: {count:,} answers were stored before an interruption")
                 measured = run_task(name, task, model, self._suite.limit)
-                # One by one: what is measured survives an interruption.
+                # One by one, so that finished tasks survive an interruption.
                 self._store.write(keys[name], measured, self._run_description())
                 results[name] = measured.result
                 model.num_items_before += measured.result.num_items
                 progress.advance(model.num_items_before)
             if model.num_cut:
                 progress.note(
-                    f"{model.num_cut} prompts lost their beginning: they are longer than the "
-                    f"{self.sequence_length} tokens that the model reads at once"
+                    f"the beginning of {model.num_cut} prompts was cut off: the model reads "
+                    f"{self.sequence_length} tokens at once"
                 )
         unaveraged = tuple(name for name in self._suite.unaveraged or () if name in loaded.tasks)
         evaluation_keys = EvaluationKeys(
@@ -153,10 +153,10 @@ class ModelMeasurer:
         return MeasuredSuite(evaluation, evaluation_keys, len(missing.tasks), self.precision)
 
     def validation_loss(self, tokens_folder: Path) -> float | None:
-        """Measure the mean loss over held-out tokens, in nats; None, and a note, if the tokens that
-        are read are all of prompts, which have no loss.
+        """Measure the mean loss over held-out tokens, in nats.
 
-        With a limit of items, it is that of as many sequences.
+        None, and a note, if all of these tokens belong to prompts, which have no loss. With a limit
+        of items, it is over as many sequences.
 
         Raises:
             UserError: If the weights or the tokens are missing or damaged.
@@ -178,8 +178,8 @@ class ModelMeasurer:
             if loss is None:
                 advice = "" if self._suite.limit is None else "; set evaluation.limit higher"
                 self._progress.note(
-                    f"there is no validation loss: the {num_tokens:,} held-out tokens that are "
-                    f"read are all of prompts{advice}"
+                    f"there is no validation loss: all of the {num_tokens:,} held-out tokens "
+                    f"belong to prompts{advice}"
                 )
                 return None
             output = {
@@ -193,7 +193,7 @@ class ModelMeasurer:
         return result.metrics[VALIDATION_LOSS_ENTRY]
 
     def keys(self, loaded: LoadedSuite) -> dict[str, str]:
-        """Return the name of each task -> the key under which its result is stored."""
+        """Return name of each task -> key of its stored result."""
         opening = trained_opening(self._model.text_folder)
         limit = self._suite.limit
         return {
@@ -218,7 +218,7 @@ class ModelMeasurer:
         return self._model.decoder(DTYPES[self.precision], device=self._device)
 
     def _lm_eval_model(self, missing: LoadedSuite) -> LmEvalModel:
-        """Load the model as one of lm-eval, to answer these tasks."""
+        """Load the model with lm-eval's interface, for these tasks."""
         from orchestrator.evaluation.lm_eval_model import DecoderModel, LmEvalModel
         from orchestrator.evaluation.looped import load_transformers
 
@@ -280,11 +280,11 @@ def heldout_loss(
     batch_size: int = LARGEST_VALIDATION_BATCH,
     note: Callable[[str], None] | None = None,
 ) -> float | None:
-    """Return the mean loss over held-out targets, in nats, under the model's schedule; None if no
-    token that is read is a target.
+    """Return the mean loss over held-out targets, in nats, under the model's schedule; None without
+    targets.
 
     Args:
-        num_tokens: Most tokens that are read, in whole sequences.
+        num_tokens: Most tokens to read, in whole sequences.
         sequence_length: Tokens of a sequence; as many as the model's context has when unset.
         batch_size: Sequences in one forward pass; halved when a GPU runs out of memory.
         note: Called with a sentence when the batch size is halved.
@@ -302,7 +302,7 @@ def heldout_loss(
     if not any(batch.num_targets for batch in batches):
         return None
     try:
-        # The arithmetic is that of the weights, as for the tasks.
+        # Arithmetic in the weights' dtype, as for the tasks.
         metrics = validation_metrics(
             decoder,
             batches,

@@ -1,9 +1,9 @@
-"""A built-in task of generated answers: short questions whose answers a program marks.
+"""A built-in task of generated answers to short questions, which a program marks.
 
-Choices among given answers, and bits per byte, may recover after a model became cheaper where what
-it writes by itself does not. So here a model reads three solved questions of a kind and writes the
-answer to a fourth. Questions are drawn by a fixed seed, so all models get the same ones and nothing
-is downloaded. An answer is right if it is the expected one, up to case, spaces and punctuation.
+After a model became cheaper, multiple choice and bits per byte may recover although generated text
+does not. So this task lets a model read three solved questions of a kind and write the answer to a
+fourth one. Questions are drawn with a fixed seed: all models get the same ones, without a download.
+An answer is right if it equals the expected one, up to case, spaces and punctuation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ITEMS_PER_KIND = 40
 NUM_EXAMPLES = 3
 """Solved questions before each one."""
 MAX_ANSWER_TOKENS = 24
-"""Enough for three words of a tokenizer with a small vocabulary."""
+"""Most tokens of an answer: enough for three words in a small vocabulary."""
 _SEED = 1
 
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Helen", "Jack", "Mary", "Tom")
@@ -79,14 +79,14 @@ KINDS: tuple[Callable[[random.Random], Question], ...] = (
 
 
 def short_questions() -> list[dict[str, str]]:
-    """Return the items: the text that a model reads, and the answer that it should write.
+    """Return the items: the text that a model reads, and the expected answer.
 
-    Kinds take turns, so that the first items of the task have as many of each.
+    Kinds alternate, so that any number of first items has all kinds equally often.
     """
     draw = random.Random(_SEED)
     items_of_kinds = []
     for kind in KINDS:
-        # A question that comes twice is drawn again.
+        # Repeated questions are drawn again.
         questions: dict[str, str] = {}
         while len(questions) < NUM_EXAMPLES + ITEMS_PER_KIND:
             question, answer = kind(draw)

@@ -1,10 +1,10 @@
 """The store of evaluations, shared by all commands: each task is measured once for each model.
 
 A folder holds lm-eval's files of one task, `results_DATE.json` and `samples_TASK_DATE.jsonl`, under
-the hash of all that determines it: weights and precision, configuration with its schedule,
-tokenizer, the task's items and metrics, limit. `items.json` has hashes and values of the items, so
-that a report parses no samples. The loss over held-out tokens is an entry like a task. The answers
-of a running task are stored next to it, so that an interrupted evaluation resumes.
+the hash of everything that determines the result: weights and precision, configuration with its
+schedule, tokenizer, the task's items and metrics, limit. `items.json` has hashes and values of the
+items, so that a report parses no samples. The loss over held-out tokens is an entry like a task.
+The answers of a running task are stored next to it, so that an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ITEMS = "items.json"
 
 
 class StoredItems(Record):
-    """What `items.json` in the folder of a task's result holds."""
+    """Content of `items.json` in the folder of a task's result."""
 
     items: list[str]
     """A hash of each document."""
@@ -56,11 +56,11 @@ class StoredItems(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTask:
-    """One task under one model: lm-eval's results and samples, and the values of the items."""
+    """Results of one task for one model: lm-eval's files, and the values of the items."""
 
     name: str
     output: dict[str, Any]
-    """What lm-eval writes as `results_DATE.json`."""
+    """Content of lm-eval's `results_DATE.json`."""
     samples: Sequence[dict[str, Any]] = ()
     items: list[str] = field(default_factory=list)
     """A hash of each document."""
@@ -69,7 +69,7 @@ class MeasuredTask:
 
     @property
     def result(self) -> TaskResult:
-        """What tables and reports read of the task."""
+        """The result for tables and reports."""
         metrics = {}
         numbers = self.output["results"].get(self.name) or {}
         for key, value in numbers.items():
@@ -79,7 +79,7 @@ class MeasuredTask:
                 is_perplexity = measured.endswith("perplexity")
                 if is_perplexity and numbers[f"{measured},{filter_name}"] > MAX_PERPLEXITY:
                     continue
-                # The ending of a standard error comes after the filter's name.
+                # The suffix of a standard error follows the filter's name.
                 label = metric_label(measured, filter_name)
                 metrics[label + metric.removeprefix(measured)] = float(value)
         return TaskResult(
@@ -96,8 +96,8 @@ class MeasuredTask:
 def item_values(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
     """Return the hashes of the items, and each metric's value per item.
 
-    A task with several filters has a sample of each item for each filter. Metrics over texts, such
-    as those that BLEU compares, have no values.
+    A task with several filters has one sample per item and filter. Metrics of whole texts, such as
+    BLEU, have no values per item.
     """
     by_filter: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
@@ -118,15 +118,16 @@ class EvaluationStore:
     """Results of tasks by key, in the workspace's folder `evaluations`."""
 
     def __init__(self, folder: Path, note: Callable[[str], None] = lambda _: None) -> None:
-        """Name the folder; `note` is called with a sentence for what cannot be read or written."""
+        """Take the folder; `note` is called with a sentence for each file that cannot be read or
+        written."""
         self._folder = folder
         self._note = note
 
     def read(self, key: str) -> TaskResult | None:
-        """Return a result; None if it is missing. No samples are read.
+        """Return a result without reading samples; None if it is missing.
 
         Raises:
-            DamagedFile: If one of its files is not what was written.
+            DamagedFile: If one of its files is damaged.
         """
         result = _read_result(self._folder / key)
         if result is None:
@@ -148,12 +149,12 @@ class EvaluationStore:
         )
 
     def journal(self, key: str, name: str) -> AnswerJournal:
-        """Return the answers to a task that is not finished; `name` is the task's, for notes."""
+        """Return the stored answers of an unfinished task; `name` is its name in notes."""
         on_failure = partial(self._fail, f"the answers to {name} while it runs")
         return AnswerJournal(self._journal_path(key), on_failure=on_failure)
 
     def write(self, key: str, task: MeasuredTask, run_description: Mapping[str, Any]) -> None:
-        """Store a task and delete its journal; a note if that fails, as the result is not lost.
+        """Store a task and delete its journal; a failure is only noted, as the result still exists.
 
         Args:
             run_description: Further keys of lm-eval's results, such as `config`.
@@ -190,7 +191,7 @@ class EvaluationStore:
             "date": time.time(),
             **run_description,
         }
-        # As it will be read: a value of another type becomes a text.
+        # Compare in the stored form, in which values of other types are text.
         output = json.loads(json.dumps(output, default=handle_non_serializable))
         try:
             with new_folder(self._folder / key) as folder:
@@ -204,7 +205,7 @@ class EvaluationStore:
             self._fail(f"the result of {task.name}", error)
 
     def copy(self, keys: EvaluationKeys, target: Path, *, pretrained: str) -> None:
-        """Copy lm-eval's files of an evaluation into a folder, as one run of lm-eval.
+        """Copy lm-eval's files of an evaluation into a folder, like one run of lm-eval.
 
         Args:
             pretrained: The model's path.
@@ -224,7 +225,7 @@ class EvaluationStore:
                     raise RunFailed(f"the result of {name} is not in {folder}")
                 path, output, _ = result
                 for part, value in output.items():
-                    # What is said of each task is merged; of all else, the last task's is taken.
+                    # Entries by task are merged; other entries are those of the last task.
                     is_by_task = isinstance(value, dict)
                     merged[part] = merged.get(part, {}) | value if is_by_task else value
                 results_name = path.with_suffix(".jsonl").name
@@ -240,7 +241,7 @@ class EvaluationStore:
             raise RunFailed(f"cannot write lm-eval's files into {target} ({problem})") from None
 
     def _fail(self, noun: str, error: OSError) -> None:
-        """Raise the error of a full disk, which ends the command; note any other one."""
+        """Raise the error of a full disk, which ends the command; note any other error."""
         if error.errno == errno.ENOSPC:
             raise error
         self._note(f"cannot store {noun}: {error.strerror}")
@@ -250,11 +251,11 @@ class EvaluationStore:
 
 
 def _read_result(folder: Path) -> tuple[Path, dict[str, Any], StoredItems] | None:
-    """Return the path of a task's results, the results, and the values of its items; None if one of
-    the two files is missing.
+    """Return path and content of a task's results, and the values of its items; None if one of the
+    two files is missing.
 
     Raises:
-        DamagedFile: If one of them is not what was written.
+        DamagedFile: If one of them is damaged.
     """
     path = next(folder.glob("results_*.json"), None)
     output = read_json(path) if path else None
@@ -268,20 +269,19 @@ def _date_now() -> str:
     return datetime.now().isoformat(timespec="microseconds").replace(":", "-")
 
 
-# Answers of a task that is not finished
+# Answers of an unfinished task
 
 
 class AnswerJournal:
-    """The answers of one task under one model: those that its file held are found again, and new
-    ones are added to the file. Without a file nothing is kept.
+    """Answers of one task for one model, stored in a file while the task runs.
 
-    A line is a JSON object: the answers of a batch, or of some questions, under the hash of what
-    was asked. One that a crash cut off is no JSON, and is as good as missing. A batch is found
-    again only if it would be the same batch, so a resumed evaluation ends with the same bits as one
-    that was not interrupted.
+    A line is a JSON object: the answers of a batch, or of some questions, under the hash of the
+    questions. A line that a crash cut off counts as missing. Answers of a batch are reused only for
+    the same batch, so a resumed evaluation has bitwise the result of an uninterrupted one. Without
+    a file nothing is stored.
 
-    lm-eval's own cache (`CachingLM`) would not do: it reads pickles, which nothing here reads from
-    a workspace, keeps no sampled answers, and forms new batches of the requests that are left.
+    lm-eval's own cache (`CachingLM`) is not used: it reads pickles, which could run code, stores no
+    sampled answers, and forms new batches of the remaining requests.
     """
 
     def __init__(
@@ -290,8 +290,8 @@ class AnswerJournal:
         """Read the file.
 
         Args:
-            path: The file, which need not exist; None to keep nothing.
-            on_failure: Called once if the file cannot be written; then nothing more is written.
+            path: The file, which need not exist; None to store nothing.
+            on_failure: Called once if the file cannot be written, after which nothing is written.
         """
         self._path = path
         self._on_failure = on_failure
@@ -308,11 +308,11 @@ class AnswerJournal:
 
     @property
     def num_answers(self) -> int:
-        """Answers that the file held."""
+        """Number of answers that the file had at the start."""
         return sum(len(value) if isinstance(value, list) else 1 for value in self._stored.values())
 
     def get(self, key: str) -> Any | None:
-        """Return the JSON value that the file held under a key, if any."""
+        """Return the JSON value that the file had under a key at the start, if any."""
         return self._stored.get(key)
 
     def add(self, answers: Mapping[str, Any]) -> None:
@@ -323,7 +323,7 @@ class AnswerJournal:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
-                # After an empty line, because a crash may have cut the last one off.
+                # After a line break, because a crash may have cut off the last line.
                 file.write(f"\n{text}\n".encode())
         except OSError as error:
             self._path = None

@@ -1,13 +1,15 @@
-"""Tasks by name: which ones the settings ask for, checked before anything is trained, and loaded.
+"""Find the tasks that the settings name, check them before anything is trained, and load them.
 
-A name in `evaluation.suite` is that of a held-out task of the prepared data, of a task file in
-`evaluation.include_path`, of `short_answers`, or of a task of lm-eval's own; `heldout` stands for
-all held-out tasks, `paper` for those of the papers. A name without a task, and a local task that
-cannot be loaded or scored, are errors: an average over the rest would be another number under the
-same name. Only tasks that the hub does not provide are skipped. The hub is asked at most once, and
-only if its cache lacks a task's data: lm-eval alone would try again for 23 seconds per task. Nor
-are all of lm-eval's 14,000 task files parsed, which takes 8 seconds. lm-eval is imported
-where tasks are loaded, as it takes seconds, too.
+`evaluation.suite` may name held-out tasks of the prepared data, task files in
+`evaluation.include_path`, `short_answers`, and lm-eval's own tasks; `heldout` means all held-out
+tasks, `paper` the tasks of the papers. A name without a task, and a local task that cannot be
+loaded or scored, are errors, because an average over the rest would be another number under the
+same name. Only tasks that the hub does not provide are skipped.
+
+Three things save time. The hub is asked at most once, and only if its cache lacks a task's data;
+lm-eval by itself would retry for 23 seconds per task. Not all of lm-eval's 14,000 task files are
+parsed, which takes 8 seconds. And lm-eval, whose import takes seconds, is imported only where tasks
+are loaded.
 """
 
 from __future__ import annotations
@@ -54,18 +56,18 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 HELDOUT = "heldout"
-"""Stands for all tasks that the prepared data give."""
+"""Name for all held-out tasks of the prepared data."""
 FEWSHOT_SEED = 1234
-"""lm-eval's default, so that prompts are the usual ones."""
+"""lm-eval's default seed, which gives the usual prompts."""
 PAPER = "paper"
-"""Stands for `PAPER_TASKS`."""
+"""Name for `PAPER_TASKS`."""
 PAPER_TASKS = (
     "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
 )  # fmt: skip
-"""The seven tasks of the papers, which are lm-eval's."""
+"""The papers' seven tasks, all lm-eval's own."""
 
 
-# What the settings ask for
+# Tasks that the settings name
 
 
 def make_suite(
@@ -75,17 +77,16 @@ def make_suite(
     context_length: int,
     make_progress: Progress | None = None,
 ) -> Suite:
-    """Return what the settings ask to measure; `heldout` means all held-out tasks of the data.
+    """Return the suite that the settings describe; `heldout` means all held-out tasks of the data.
 
     Args:
         tokens: Folder of prepared tokens, which held-out tasks need; see `needs_heldout`.
-        context_length: Most tokens that the model can read.
-        make_progress: Makes missing held-out tasks, and shows how far that is; None makes none.
+        context_length: The model's context length.
+        make_progress: Shows the making of missing held-out tasks; with None none are made.
 
     Raises:
-        UserError: If the model reads fewer tokens at once than the settings say, the tokens do not
-            give the held-out tasks, or these are damaged, or cannot be made because the documents
-            give no items.
+        UserError: If the model's context is shorter than the settings say; if the data do not
+            offer the held-out tasks; or if these are damaged, or the documents give no items.
     """
     length = settings.tokens_at_once(context_length)
     names = named_tasks(settings)
@@ -93,7 +94,7 @@ def make_suite(
     if tokens is not None and needs_heldout(settings):
         offered = offered_tasks(open_data(tokens))
         check_offered(settings, offered)
-        # Every held-out item fits into what the model reads at once.
+        # Every held-out item fits into the context.
         heldout = heldout_folder(
             tokens, num_items=settings.num_items, context_length=length, make_progress=make_progress
         )
@@ -125,10 +126,10 @@ def _lm_eval_names(settings: EvaluationSettings) -> list[str]:
 
 
 def unaveraged_tasks(settings: EvaluationSettings) -> tuple[str, ...]:
-    """Return the tasks of `evaluation.retention` that are not among those of the suite.
+    """Return the tasks of `evaluation.retention` that the suite does not name; no average has them.
 
     Raises:
-        UserError: If one is a task of the data that the suite does not name, or if it names none.
+        UserError: If one is a held-out task that the suite does not name, or the suite is empty.
     """
     in_suite = _with_paper_tasks(named_tasks(settings))
     unaveraged = []
@@ -159,7 +160,7 @@ def needs_heldout(settings: EvaluationSettings) -> bool:
 
 
 def needs_lm_eval(settings: EvaluationSettings) -> bool:
-    """Return whether a sweep measures tasks besides held-out ones."""
+    """Return whether a sweep measures other tasks than held-out ones."""
     measures_whole_folder = not named_tasks(settings) and bool(settings.include_path)
     named = _lm_eval_names(settings) or _retention_tasks_of_lm_eval(settings)
     return measures_whole_folder or bool(named)
@@ -183,7 +184,7 @@ def user_task_folder(settings: EvaluationSettings) -> str:
 
 
 def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> None:
-    """Raise `UserError` if the suite names held-out tasks that are not among those offered."""
+    """Raise `UserError` if the suite names held-out tasks that the data do not offer."""
     names = filter(is_heldout_task, named_tasks(settings))
     if missing := [name for name in names if name not in offered]:
         raise UserError(
@@ -193,9 +194,9 @@ def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> Non
 
 
 def check_task_names(settings: EvaluationSettings) -> None:
-    """Raise `UserError` if a task is neither this program's nor lm-eval's own; loads none.
+    """Raise `UserError` if a task is neither this program's nor lm-eval's own; loads no task.
 
-    Which tasks a folder of the user has, only lm-eval can say.
+    With a task folder of the user nothing is checked, because only lm-eval can read it.
     """
     names = [*_lm_eval_names(settings), *_retention_tasks_of_lm_eval(settings)]
     unchecked = [name for name in names if name not in {PAPER, *PAPER_TASKS, SHORT_ANSWERS}]
@@ -208,8 +209,7 @@ def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
     """Check the tasks of a sweep before it begins.
 
     Raises:
-        UserError: As `check_offered`; or if a search is to improve bits per byte, and no task gives
-            them.
+        UserError: As `check_offered`; or if a search optimizes bits per byte, which no task gives.
     """
     evaluation = settings.evaluation
     objective = settings.search.objective
@@ -237,16 +237,16 @@ def lm_eval_task_fingerprints(
     needs_accuracy: bool = False,
     context_length: int | None = None,
 ) -> dict[str, str]:
-    """Load the suite's tasks, without held-out tasks; return by name a hash of items and metrics.
+    """Load the suite's tasks, except held-out ones; return name -> hash of items and metrics.
 
     Args:
         progress: Shows which tasks are skipped.
         needs_accuracy: Whether one task of the suite must report an accuracy.
-        context_length: Tokens that the models read, if answers to the tasks must fit into them.
+        context_length: Context length of the models, if answers must fit into it.
 
     Raises:
-        UserError: If a task does not exist, cannot be read or not be answered, the hub provides
-            none of them, or none reports an accuracy although one is needed.
+        UserError: If a task does not exist, cannot be read or answered; if the hub provides none
+            of them; or if none reports an accuracy although one is needed.
     """
     include_folder = user_task_folder(settings)
     names = named_tasks(settings)
@@ -256,7 +256,7 @@ def lm_eval_task_fingerprints(
     if needs_lm_eval(settings):
         loaded = load_suite(
             Suite(
-                # Without a name in the suite, those of the user's folder.
+                # Without names, all tasks of the user's folder.
                 tasks=(*_lm_eval_names(settings), *unaveraged),
                 unaveraged=unaveraged or None,
                 include_folder=include_folder,
@@ -305,16 +305,16 @@ def suppress_output() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSuite:
-    """Loaded tasks of a suite, and those that the hub did not provide."""
+    """Loaded tasks of a suite, and tasks that the hub did not provide."""
 
     suite: Suite
-    """What was asked for."""
+    """The requested suite."""
     tasks: dict[str, Task]
     """Task by name, in the requested order."""
     groups: dict[str, tuple[str, ...]]
     """Requested group or tag -> names of its tasks."""
     skipped: dict[str, str]
-    """Name of a task -> why it is not run."""
+    """Name of a task -> why it is skipped."""
 
     def only(self, names: Collection[str]) -> LoadedSuite:
         """Return the suite with only these tasks."""
@@ -326,13 +326,13 @@ class LoadedSuite:
         return available if self.suite.limit is None else min(available, self.suite.limit)
 
     def fingerprint(self, name: str) -> str:
-        """Return a hash of all that determines items, prompts and metrics, but no file paths."""
+        """Return a hash of everything that determines items, prompts and metrics, without paths."""
         return self.suite.task_fingerprint(_task_hash(self.tasks[name]))
 
 
 @lru_cache(maxsize=64)
 def _task_hash(task: Task) -> str:
-    # The source of the documents does not matter: the documents themselves are hashed.
+    # Hash the documents, not where they come from.
     config = {
         name: value
         for name, value in task.dump_config().items()
@@ -350,14 +350,14 @@ def _task_hash(task: Task) -> str:
 
 
 class NoTaskAvailable(UserError):
-    """None of the suite's tasks can be had: all are the hub's."""
+    """The hub provides none of the suite's tasks, and there are no others."""
 
 
 def load_suite(suite: Suite) -> LoadedSuite:
-    """Load the tasks of a suite; in one process, tasks of the same files are loaded once.
+    """Load the tasks of a suite; a process loads tasks of the same files once.
 
-    A suite with fingerprints gets exactly the tasks that have one, and the held-out tasks, so that
-    all models of a sweep have an average over the same tasks.
+    If the suite has fingerprints, exactly these tasks and the held-out tasks are loaded, so that
+    all models of a sweep have averages over the same tasks.
 
     Raises:
         UserError: If a name has no task, or a local task cannot be loaded or scored.
@@ -367,7 +367,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
     folders = [*suite.task_folders, *([suite.heldout] if suite.heldout else [])]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     file_states = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    # The other fields of the suite say how tasks are run, not which there are.
+    # Other fields of the suite do not determine which tasks are loaded.
     loaded_part = Suite(
         tasks=suite.tasks,
         unaveraged=suite.unaveraged,
@@ -378,7 +378,7 @@ def load_suite(suite: Suite) -> LoadedSuite:
     )
     loaded = replace(_load_tasks(loaded_part.model_dump_json(), file_states), suite=suite)
     if loaded.skipped:
-        _load_tasks.cache_clear()  # The hub may provide them later.
+        _load_tasks.cache_clear()  # The hub may provide skipped tasks later.
     if suite.fingerprints is None:
         if not loaded.tasks:
             raise NoTaskAvailable(
@@ -409,9 +409,9 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
     """Load the tasks of a suite.
 
     Args:
-        suite_json: The suite as JSON, because a key of the cache must be hashable.
-        _file_states: Path, time of change and size of each task file; another state of a file is
-            another key of the cache.
+        suite_json: The suite as JSON, because arguments of a cached function must be hashable.
+        _file_states: Path, time of change and size of each task file, so that a changed file is
+            loaded again.
     """
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
@@ -439,12 +439,12 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
         raise UserError("no task was named")
     builtin: dict[str, set[Path]] = {}
     if any(name not in configs and name not in manager.task_index for name in names):
-        # Of lm-eval's own tasks, only the folders that define these names are read.
+        # Read only the folders of lm-eval that define these names.
         builtin = _builtin_folders()
         folders: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
         manager = manager_of(*sorted(folders), *suite.task_folders)
 
-    # Load them; only what the hub does not give is skipped.
+    # Load them; skip only what the hub does not provide.
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
     problems: dict[str, str] = {}
@@ -460,7 +460,7 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
                     loaded: dict[str, Task] = {name: ConfigurableTask(config=configs[name])}
                 else:
                     loaded = manager.load([name])["tasks"]
-        except ConnectionError:  # It is not in the hub's cache.
+        except ConnectionError:  # Not in the hub's cache.
             try:
                 if problem := hub_problem_once():
                     raise RunFailed(f"it needs the hub, and {problem}") from None
@@ -469,7 +469,7 @@ def _load_tasks(suite_json: str, _file_states: tuple[tuple[Path, int, int], ...]
             except Exception as error:  # The hub's libraries raise dozens of kinds.
                 skipped[name] = first_line(error, with_type=not isinstance(error, RunFailed))
                 continue
-        except Exception as error:  # Tasks run their own code; data sets raise many types.
+        except Exception as error:  # Code of tasks and data sets raises many types.
             file = name not in configs and manager.task_index[name].yaml_path
             problems[name] = first_line(error, with_type=True) + (f" ({file})" if file else "")
             continue
@@ -508,7 +508,7 @@ def _refuse_tasks(problems: dict[str, str]) -> None:
 
 
 def _with_paper_tasks(names: Iterable[str]) -> list[str]:
-    """Return the names, each once, with the papers' tasks in the place of `paper`."""
+    """Return the names, each once, with the papers' tasks instead of `paper`."""
     expanded: list[str] = []
     for name in names:
         expanded += PAPER_TASKS if name == PAPER else [name]
@@ -516,7 +516,7 @@ def _with_paper_tasks(names: Iterable[str]) -> list[str]:
 
 
 def _check_files(manager: TaskManager, folders: Collection[Path]) -> None:
-    # A damaged task file is an error; lm-eval would ignore it silently.
+    # lm-eval would ignore a damaged task file silently.
     from lm_eval.tasks._yaml_loader import load_yaml
 
     indexed_files = {entry.yaml_path for entry in manager.task_index.values()}
@@ -545,14 +545,13 @@ _ITEM = re.compile(rb"-[ \t]*([\w.:+-]+)")
 
 @cache
 def _builtin_folders() -> dict[str, set[Path]]:
-    # Each name of a task, group or tag of lm-eval, which is not imported -> the folders to load it
-    # from. A task needs its own folder. A group may use tasks elsewhere in its family, so it needs
-    # the whole family: the top folder.
+    # Name of a task, group or tag of lm-eval -> folders to load it from, without importing lm-eval.
+    # A task needs its own folder. A group may use tasks of its whole family: the top folder.
     spec = find_spec("lm_eval")
     assert spec, "this program depends on it"
     root = Path(str(spec.origin)).parent / "tasks"
     folders: defaultdict[str, set[Path]] = defaultdict(set)
-    # A folder at a time: to take 14,000 paths apart would take as long as to read the files.
+    # Folder by folder: splitting 14,000 paths would take as long as reading the files.
     for folder_name, _, file_names in os.walk(root):
         folder = Path(folder_name)
         family = root.joinpath(*folder.relative_to(root).parts[:1])

@@ -1,7 +1,7 @@
-"""Measure what models cost on this machine, beside what the cost model says.
+"""Measure latency, throughput and memory of models, and compare them with the cost model.
 
-The measurements are written as JSON to the workspace, under the hash of the models, the conditions
-and the machine, and tracked in MLflow as one run per model. Every call measures anew.
+Measurements are written as JSON to the workspace, under the hash of the models, the conditions and
+the machine, and are shown in MLflow as one run per model. Every call measures again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key, timing_environment
 
 NUM_SCHEDULES = 5
-"""How many schedules of one IIET are measured by default: full, none, and some between."""
+"""Schedules of one IIET that are measured by default, from full to none."""
 USUAL_NEW_TOKENS = 32
 """Tokens decoded by default."""
 SHORT_CONTEXT = 32
@@ -45,7 +45,7 @@ SHORT_CONTEXT = 32
 
 
 class BenchmarkPlan(Plan):
-    """Models, each under its schedule, and the conditions that they are measured under."""
+    """Models, each under its schedule, and the conditions of the measurement."""
 
     opened: dict[str, OpenedModel] = Field(exclude=True)
     """By the labels of the result."""
@@ -75,7 +75,7 @@ class BenchmarkResult(Result):
     path: Path
     """The file that holds it."""
     device: str
-    """CPU or GPU that it was measured on."""
+    """CPU or GPU of the measurement."""
     dtype: str
     """Type of the weights."""
     machine: dict[str, Any]
@@ -98,7 +98,7 @@ class BenchmarkResult(Result):
         return rows
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the tables of costs and shares, and what they say."""
+        """Return the tables of costs and shares, and sentences on them."""
         yield from command_tables.cost_and_share_tables(self.costs)
         for sentence in command_tables.benchmark_sentences(self.costs):
             yield f"  {sentence}"
@@ -145,11 +145,11 @@ def plan_benchmark(
 def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
     """Measure latency, throughput and memory of models side by side.
 
-    Those with the same weights share them.
+    Models with the same weights share them in memory.
     """
     executor = command_executor(plan.cluster, context.workspace.root)
     started_ms = now_ms()
-    context.progress.start("benchmark")  # Models take their time to load.
+    context.progress.start("benchmark")  # Loading models takes time.
     conditions = plan.conditions
     measure = partial(_measure, plan)
     costs, device, dtype = executor.run(measure, context.progress)
@@ -164,7 +164,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
         conditions=conditions,
         costs=costs,
     )
-    # The workspace may be moved, so the file does not name itself.
+    # Without its path, because the workspace may be moved.
     write_json(result.path, result.model_dump(mode="json", exclude={"path"}))
     context.progress.finish(f"{len(plan.models)} models, {len(costs)} measurements")
     for name, model in plan.opened.items():
@@ -206,10 +206,10 @@ def benchmark(
     Args:
         models: Checkpoints or runs, by path or name, or model folders; when empty, the
             newest of finished runs and the last pick.
-        schedules: Iteration schedules or depths as typed. When empty, one IIET is measured under
-            schedules from full to none, and several models each under their own.
-        conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
-            prompt and half the models' context; 0 new tokens for 32, or fewer if no more fit.
+        schedules: Iteration schedules or depths as typed. When empty, a single IIET is measured
+            under schedules from full to none, and several models each under their own.
+        conditions: Batch sizes, contexts, repetitions, threads. Empty contexts mean a short prompt
+            and half the models' context; 0 new tokens mean 32, or fewer if only these fit.
         cluster: Where they are measured; see `command_executor`.
         trust_remote_code: Whether code in a model folder may run.
 
@@ -229,10 +229,10 @@ def benchmark(
 
 
 def family_of(model: OpenedModel) -> list[OpenedModel]:
-    """Return an IIET under schedules from full to none; any other model alone.
+    """Return an IIET under schedules from full to none; any other model by itself.
 
-    The schedules are those that elastic weights learned, or that its influence table proposes,
-    spread evenly over cost; without both, the same number of corrections in all layers.
+    The schedules are those of elastic training, or those of the influence table, spread evenly over
+    cost. Without both, all layers make the same number of corrections.
     """
     config = model.config
     if config is None or not config.corrections.num_corrections:
@@ -253,7 +253,7 @@ def family_of(model: OpenedModel) -> list[OpenedModel]:
 
 
 def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int, ...]:
-    """Return a short prompt and half the models' shortest context, if the new tokens fit after."""
+    """Return the lengths of a short prompt and of half the shortest context, if new tokens fit."""
     longest = min(model.context_length for model in models)
     usual = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
     fitting = tuple(context for context in usual if 1 <= context <= longest - new_tokens)
@@ -268,7 +268,7 @@ def _measure(
         plan.opened, device, trust_remote_code=plan.trust_remote_code
     )
     costs = decode_timing.measure_costs(decoders, plan.conditions, progress)
-    first_decoder = next(iter(decoders.values()))  # All are alike in this.
+    first_decoder = next(iter(decoders.values()))  # All have the same device and dtype.
     dtype_name = str(next(first_decoder.parameters()).dtype).removeprefix("torch.")
     device_name = str(first_decoder.device)
     if first_decoder.device.type == "cuda":

@@ -24,14 +24,14 @@ class Context:
         *,
         tracking: Tracking | None = None,
     ) -> None:
-        """Name the workspace; the store is opened at first use unless `tracking` is given."""
+        """Take the workspace; MLflow's store is opened at first use unless `tracking` is given."""
         self.workspace = workspace
         self.progress = progress or Progress()
         self._tracking = tracking
 
     @property
     def tracking(self) -> Tracking:
-        """MLflow's store; opening it takes seconds, so open it after arguments are checked.
+        """MLflow's store; opening it takes seconds, so check arguments first.
 
         Raises:
             UserError: If MLflow does not know the store's address, or a local store is damaged.
@@ -49,7 +49,7 @@ class Context:
 
         Args:
             started_ms: When it began.
-            found_again: Whether it is an earlier one, which keeps the times that MLflow has of it.
+            found_again: Whether it is an earlier measurement, whose times in MLflow are kept.
         """
         if self.workspace.is_writable:
             times: dict[str, int | None] = {"started_ms": started_ms, "ended_ms": now_ms()}
@@ -57,7 +57,7 @@ class Context:
             if stored and found_again:
                 times = {"started_ms": stored.started_ms, "ended_ms": stored.ended_ms}
             elif stored:
-                # MLflow cannot change when a run began, so another run takes its place.
+                # MLflow cannot change the start of a run, so a new run replaces it.
                 self.tracking.withdraw(measured.kind, measured.key)
                 self.tracking.wait()
             self.tracking.publish(measured.changed(**times))
@@ -67,7 +67,7 @@ class Context:
 def open_context(
     workspace: Workspace | Path | str | None, progress: Progress | None = None
 ) -> Context:
-    """Open the workspace, or that of `find_workspace`; its folder is made if it is missing.
+    """Open a workspace, by default that of `find_workspace`; a missing folder is made.
 
     Raises:
         UserError: If the folder cannot be used, see `open_workspace`.

@@ -1,6 +1,6 @@
 """Check this machine and a workspace: what works, what is broken, and what to do about it.
 
-Nothing is written or started. What a check imports or asks may fail in any way; that is its answer.
+Nothing is written or started. Any error in a check is its result.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ NAMED = ("torch", "transformers", "ray", "mlflow", "lm-eval")
 """Libraries whose versions are printed; the others are only checked."""
 LEAST_DISK = 2 << 30
 LEAST_MEMORY = 1 << 30
-"""Free bytes below which trainings of any use will fail."""
+"""Free bytes of memory that a useful training needs."""
 MARKS = {"ok": ("✓", "green"), "broken": ("✗", "red")}
 Answers = Iterator[tuple[bool, str, str]]
-"""Of each thing that a check looks at: whether it works, a sentence on it, and a remedy, which is
-not shown if it works."""
+"""For each thing that a check looks at: whether it works, a sentence, and a remedy in case it does
+not."""
 
 
 class Finding(Result):
@@ -68,25 +68,26 @@ class Finding(Result):
 
 
 class ShippedSweep(Result):
-    """What a shipped sweep takes from its start: nothing that a workspace holds is counted off."""
+    """What a shipped sweep takes in an empty workspace."""
 
     name: str
     """As `sweep` takes it."""
     fits: bool
     """Whether this machine has the memory, the disk and the GPUs for it."""
     hours: tuple[float, float]
-    """Shortest and longest time of its trainings, estimated: `sweep NAME --dry-run` says how."""
+    """Shortest and longest estimated hours of its trainings; `sweep NAME --dry-run` explains
+    them."""
     num_devices: int
-    """CPUs or GPUs of that estimate."""
+    """CPUs or GPUs that the estimate assumes."""
     num_gpus: int
     """GPUs that it needs; 0 if it trains on CPUs."""
     needs_hub: bool
-    """Whether it reads data, a tokenizer or tasks of the Hugging Face hub."""
+    """Whether it needs data, a tokenizer or tasks from the Hugging Face hub."""
     problem: str | None
     """Why it does not fit; null if it does."""
 
     def text(self) -> str:
-        """Say all of this in a line or two."""
+        """Return all of this in a line or two."""
         needs = [format_count(self.num_gpus, "GPU")] if self.num_gpus else []
         needs += ["the Hugging Face hub"] if self.needs_hub else []
         devices = format_count(self.num_devices, "GPU" if self.num_gpus else "CPU")
@@ -103,7 +104,7 @@ class Findings(Result):
     findings: list[Finding]
     """One entry per check."""
     sweeps: list[ShippedSweep]
-    """One entry per shipped sweep: what it takes on this machine, from its start."""
+    """One entry per shipped sweep: what it takes on this machine."""
 
     def shown(self) -> Iterator[RenderableType]:
         rows = [
@@ -117,7 +118,7 @@ class Findings(Result):
 
 
 def examine(workspace: Workspace) -> Iterator[Finding]:
-    """Yield what each check finds, in the order in which things depend on each other."""
+    """Yield the finding of each check, in the order of dependence."""
     for check in (_versions, _extensions, _memory_and_disk, _processor, _gpus, _ray, _workspace):
         name = check.__name__.replace("_", " ").strip()
         try:
@@ -128,7 +129,7 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
             message = str(error)
             if not isinstance(error, UserError):
                 message = f"{type(error).__name__}: {message}"
-            # Our sentences end with what to do, after a semicolon.
+            # This program's messages end with a remedy, after a semicolon.
             text, _, remedy = mask_secrets(message).partition("; ")
             yield Finding(name=name, state="broken", text=text, remedy=remedy)
 
@@ -141,7 +142,7 @@ def _versions(_: Workspace) -> Answers:
     yield python.contains(platform.python_version()), text, remedy
     for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or ()):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue  # It is for an extra, or another system.
+            continue  # For an extra, or another system.
         name = requirement.name
         specifier = requirement.specifier
         version = installed_version(name)

@@ -1,6 +1,6 @@
-"""Measure accuracy and bits per byte of models with lm-eval, and how much the models differ.
+"""Measure accuracy and bits per byte of models with lm-eval, and the differences between models.
 
-Each task is measured once.
+Each task is measured once for each model.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class ModelEvaluations(Result):
     """Evaluations of one model or several."""
 
     evaluations: dict[str, EvaluationResult] = Field(exclude=True)
-    """Name of the model, with its schedule where that was asked for, to what was measured."""
+    """Name of the model, with its schedule if that was given -> results."""
     num_evaluations: dict[str, int | None] = Field(exclude=True)
-    """Name of the model to its NFE, the layer runs of a token; None if it is not known."""
+    """Name of the model -> NFE, the layer evaluations per token; None if it is unknown."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -84,9 +84,9 @@ class ModelEvaluations(Result):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def differences(self) -> list[dict[str, Any]]:
-        """One entry per model after the first, task and metric, and for the averages: `model`,
-        `against` (the first), `task`, `metric`, `num_items` (those that all models answered),
-        `difference`, and `low` and `high`, its 95% interval. Empty for one model."""
+        """One entry per model after the first, task and metric, and per average: `model`, `against`
+        (the first model), `task`, `metric`, `num_items` (items that all models answered),
+        `difference`, and its 95% confidence interval `low` to `high`. Empty for one model."""
         return [
             {
                 "model": difference.model,
@@ -106,8 +106,8 @@ class ModelEvaluations(Result):
         return differences_from_first(self.evaluations)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per model, task and metric: value, standard error, number of items; and
-        the difference to the first model with its interval, where there is one."""
+        """Return one row per model, task and metric: value, standard error and number of items; and
+        the difference to the first model with its confidence interval."""
         differences = {(row["model"], row["task"], row["metric"]): row for row in self.differences}
         interval_columns = ("difference", "low", "high")
         rows = []
@@ -140,7 +140,7 @@ class ModelEvaluations(Result):
 
 
 class EvaluatePlan(Plan):
-    """Models that are open, each under its schedule, and how they are evaluated."""
+    """Opened models, each under its schedule, and how to evaluate them."""
 
     row_key = "tasks"
 
@@ -157,7 +157,7 @@ class EvaluatePlan(Plan):
     def tasks(self) -> list[dict[str, str]]:
         """One entry per model and task: `model`, `task`, `state`.
 
-        A precision that is not set is that of this machine's best device.
+        An unset precision is that of this machine's best device.
         """
         return [
             {"model": label, "task": task, "state": state}
@@ -215,14 +215,14 @@ def plan_evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvaluatePlan:
-    """Open all models: a mistake in the last must not cost the time of the others.
+    """Open all models first, so that a mistake in the last one costs no time.
 
     Args:
         settings: Sections `evaluation` and `cluster`.
         models: Checkpoints or runs, by path or name, or transformers folders; when
             empty, the newest of finished runs and the last pick.
         schedules: Iteration schedules as typed; each model's own when empty.
-        log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
+        log_samples: Folder for lm-eval's files of results and samples, one folder per model.
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
@@ -262,8 +262,8 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
         evaluations[label] = _evaluate_model(model, plan, context, output, shown_notes)
     if tasks := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
-            f"not comparable: {', '.join(tasks)} had other items for some of the models, "
-            "which were trained on different tokens"
+            f"not comparable: {', '.join(tasks)} had different items for some models, "
+            "because their training tokens differ"
         )
     num_evaluations = {label: model.num_evaluations for label, model in plan.opened.items()}
     return ModelEvaluations(evaluations=evaluations, num_evaluations=num_evaluations)
@@ -305,15 +305,14 @@ def _evaluate_model(
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     Args:
-        output: Folder that gets results and samples in lm-eval's files.
-        shown_notes: Notes on the tasks of earlier models, which are not shown again; those of this
-            model are added.
+        output: Folder for lm-eval's files of results and samples.
+        shown_notes: Notes that were shown before and are not repeated; new ones are added.
     """
     settings = plan.settings.evaluation
     workspace = context.workspace
     progress = context.progress
     started_ms = now_ms()
-    progress.start("evaluate")  # Tasks and models take their time to load.
+    progress.start("evaluate")  # Loading tasks and models takes time.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
     suite = make_suite(
         settings, tokens, context_length=model.context_length, make_progress=progress
@@ -328,7 +327,7 @@ def _evaluate_model(
     shown_notes |= set(notes)
     measure = partial(_measure, model, suite, plan.trust_remote_code, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
-    # If no precision is set, it follows from the device where the tasks run.
+    # An unset precision follows from the device on which the tasks run.
     executor = CPU
     if not suite.precision or not ModelMeasurer(model, store, suite).has_stored(loaded):
         executor = command_executor(plan.settings.cluster, workspace.root)
@@ -337,7 +336,7 @@ def _evaluate_model(
     config = model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
 
-    # A run of MLflow shows the evaluation.
+    # Show the evaluation as an MLflow run.
     tasks = {name: loaded.fingerprint(name) for name in loaded.tasks}
     data = (", ".join(tasks)[:500], content_key(tasks))
     metrics = {quality_name(name): value for name, value in evaluation.quality().items()}
@@ -368,7 +367,7 @@ def _evaluate_model(
     )
     if output is not None:
         store.copy(measured.keys, output, pretrained=str(model.path))
-        progress.note(f"samples in lm-eval's files: {output}")
+        progress.note(f"lm-eval's files of samples: {output}")
     return evaluation
 
 
@@ -399,7 +398,7 @@ def tokens_of_tasks(
     workspace: Workspace,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path | None:
-    """Return the tokens that a model's held-out tasks are made from; None if it needs none."""
+    """Return the tokens from which a model's held-out tasks are made; None if none are needed."""
     if not needs_heldout(settings):
         return None
     if not model.is_external:
@@ -424,7 +423,7 @@ def _summary(evaluation: EvaluationResult) -> str:
 
 
 def _is_of_sweep(workspace: Workspace, checkpoint: Path) -> bool:
-    """Whether a sweep trained a checkpoint, or does so now, and logs the model itself."""
+    """Return whether a checkpoint belongs to a sweep, which logs the model itself."""
     if checkpoint.is_relative_to(workspace.trials):
         return True
     key = str(load_provenance(checkpoint).get(JOB_KEY))

@@ -1,7 +1,7 @@
 """Generate text from a checkpoint.
 
-One prompt is streamed in pieces of whole characters, as a byte-level token may end inside of one.
-Several prompts are one batch; a batch says what each prompt alone says.
+One prompt is streamed in pieces of whole characters, because a byte-level token may end within a
+character. Several prompts are decoded as one batch, with the same texts as one by one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
 
 INCOMPLETE = "\ufffd"
-"""Stands for the bytes of a character whose last byte was not generated."""
+"""Replaces the bytes of an incomplete character."""
 
 
 def generate(
@@ -55,19 +55,19 @@ def generate(
 
     Args:
         prompts: Text to continue, or several.
-        model: A checkpoint, run, trial or exported folder, by path or name, or a sweep: its picked
-            model. When unset the newest of finished runs and the last pick.
+        model: A checkpoint, run, trial or exported folder, by path or name; or a sweep, whose
+            picked model is used. When unset, the newest of finished runs and the last pick.
         schedule: Iteration schedule as typed, if not the model's own.
-        draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
-        draft_tokens: Tokens to draft at once; `auto`: as many as pay.
+        draft: Cheaper schedule that drafts tokens, or `auto`; the text stays the same.
+        draft_tokens: Tokens per draft; `auto`: the fastest number.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
         sampling: Fields of `Sampling`: `max_new_tokens`, `temperature`, `seed`, `stop`, ...
 
     Raises:
-        UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
-            schedule does not fit it, prompts and new tokens do not fit its context, or this machine
-            lacks the device.
+        UserError: If the model is missing or damaged, or has no tokenizer or chat template; if
+            the schedule does not fit the model, or prompts and new tokens do not fit its context;
+            or if this machine lacks the device.
     """
     writer = open_generator(
         workspace,
@@ -121,7 +121,7 @@ def open_generator(
         if picked := picked_model(space, name.name):
             name = Path(picked.checkpoint)
             picked_schedule = picked.schedule
-        else:  # Nobody has picked from this sweep yet.
+        else:  # No model was picked from this sweep yet.
             trial = plan_pick(name.name, workspace=space, allow_loss=True).model
             name = Path(str(trial.checkpoint))
             picked_schedule = trial.opened_schedule
@@ -130,7 +130,7 @@ def open_generator(
 
 
 def _is_sweep(workspace: Workspace, name: Path) -> bool:
-    """Return whether a name is that of a sweep, and of no folder or run, which come first."""
+    """Return whether a name is that of a sweep, and not of a folder or run, which come first."""
     is_other = name.exists() or (workspace.runs / name).exists()
     return (workspace.sweeps / name).is_dir() and not is_other
 
@@ -140,10 +140,10 @@ class TextGenerator:
 
     Args:
         model: The model.
-        draft: Cheaper schedule that drafts tokens, or `auto`; changes none of them.
-        draft_tokens: Tokens to draft at once; `auto`: as many as pay.
-        device: As of `generate`.
-        note: Called with what drafts did, after each generation.
+        draft: Cheaper schedule that drafts tokens, or `auto`; the text stays the same.
+        draft_tokens: Tokens per draft; `auto`: the fastest number.
+        device: As in `generate`.
+        note: Called after each generation with a sentence on its drafts.
 
     Raises:
         UserError: If the model is damaged, or has no tokenizer, or the draft's schedule does not
@@ -163,14 +163,14 @@ class TextGenerator:
         self._note = note
         self.tokenizer = model.tokenizer()
         device = device or best_device()
-        dtype = DTYPES[device_precision(device)]  # As the model is evaluated.
+        dtype = DTYPES[device_precision(device)]  # As in an evaluation.
         self.decoder: Decoder = model.decoder(dtype, device=device)
         has_corrections = facts_of(self.decoder.config.method).has_corrections
         self.schedule = tuple(self.decoder.config.corrections) if has_corrections else ()
         """The model's iteration schedule; empty if its method has none."""
         self._stream: Decode = Decoder.stream
         self.record: DraftRecord | None = None
-        """What drafts did, in all generations together; None: nothing is drafted."""
+        """Statistics of the drafts of all generations; None without drafts."""
         if draft is not None:
             self.record = DraftRecord()
             is_chosen = draft == "auto"
@@ -183,7 +183,7 @@ class TextGenerator:
             )
 
     def texts_to_continue(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
-        """Return the texts to continue: the prompts, or what the chat template makes of them.
+        """Return the texts to continue: the prompts, with `chat` in the model's chat template.
 
         Raises:
             UserError: If there is no template, or it fails.
@@ -196,15 +196,15 @@ class TextGenerator:
         """Yield the continuation of a prompt in pieces of whole characters.
 
         Raises:
-            UserError: At the call: a setting is out of range, or prompt and new tokens do not fit
-                the context.
+            UserError: At the call, if a setting is out of range, or prompt and new tokens do not
+                fit the context.
         """
         context = self.tokenizer.encode_document(prompt)
         input_ids = torch.tensor([context], device=self.decoder.device)
         end_ids = set(self.tokenizer.end_ids)
         for stop in sampling.stop:
             stop_ids = self.tokenizer.encode(stop, add_special_tokens=False)
-            # A stop text that is one token may be a special token, which no piece shows.
+            # A stop text may be a special token, which the pieces do not contain.
             if len(stop_ids) == 1:
                 end_ids.update(stop_ids)
         options = sampling.options(self.decoder.config.context_length - len(context))
@@ -219,7 +219,7 @@ class TextGenerator:
         """Return the continuation of each prompt, all decoded as one batch.
 
         Raises:
-            UserError: If there is no prompt; and as `stream`.
+            UserError: If there is no prompt, and as `stream`.
         """
         if not prompts:
             raise UserError("there is nothing to continue; give at least one prompt")
@@ -241,7 +241,7 @@ class TextGenerator:
         return [text.rstrip(INCOMPLETE) for text in texts]
 
     def pieces(self, tokens: Iterable[int], stops: Sequence[str]) -> Iterator[str]:
-        """Yield the text of tokens; what may be the beginning of a stop text is held back."""
+        """Yield the text of tokens; a possible beginning of a stop text is held back."""
         decoding = DecodeStream(skip_special_tokens=True)
         held = ""
         try:

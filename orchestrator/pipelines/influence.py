@@ -1,9 +1,8 @@
 """Measure how much each correction, and each whole layer, of a checkpoint matters.
 
-The table with influence, residuals and contraction factors is stored beside the weights as
-`influence-<metric>.json`, with a picture. It is read again unless settings or tokens
-differ. The calibration set is taken evenly from the held-out tokens, which are the same for every
-model.
+The table with influence, residuals and contraction factors is stored in the checkpoint's folder as
+`influence-<metric>.json`, with a picture, and is read again if settings and tokens are the same.
+The calibration set is spread evenly over the held-out tokens, which are the same for every model.
 """
 
 from __future__ import annotations
@@ -72,15 +71,15 @@ if TYPE_CHECKING:
     from iiet.model.schedule import IterationSchedule
 
 SEQUENCES_PER_BATCH = 8
-"""Standard errors are over batches, so batches are small and many."""
+"""Small, because standard errors are over batches, of which there should be many."""
 SMALLEST_CHANGE = {"cosine": 1 - math.cos(0.01), "relative": 0.01}
 """Metric -> influence of a correction that changes its layer's output by 1 %. Corrections that were
-just added to a plain model change less, and no student can gain by one of them."""
+just added to a plain model change less, and students gain nothing by them."""
 LONGEST_SEQUENCE = 1024
-"""Tokens of a sequence for a model that was trained elsewhere, at most: nobody knows how long those
-of its training were, and its whole context would take minutes for each pass."""
+"""Most tokens of a sequence for a model that was trained elsewhere. Its training's sequence length
+is unknown, and its whole context would take minutes for each pass."""
 NUM_PROPOSED = 7
-"""Schedules of the threshold's family that are shown with the influence, as many as a sweep has."""
+"""Schedules of the threshold family that are shown with the influence; a sweep's default number."""
 
 
 class InfluencePlan(Plan):
@@ -91,46 +90,46 @@ class InfluencePlan(Plan):
     metric: str
     """What is measured."""
     tokens_folder: Path
-    """Prepared tokens that the model was trained on."""
+    """The model's training tokens."""
     num_tokens: int
     """Held-out tokens that are read."""
     path: Path
-    """File of the table, beside the weights."""
+    """File of the table, in the checkpoint's folder."""
     table: InfluenceTable | None = Field(exclude=True)
     """The stored table."""
     sequence_length: int = Field(exclude=True)
-    """Tokens of a sequence, as many as the model was trained on, if that is known."""
+    """Tokens of a sequence: those of the model's training, if known."""
     key: str = Field(exclude=True)
-    """Hash of all that determines the table."""
+    """Hash of everything that determines the table."""
     num_layers: int = Field(exclude=True)
     """Layers of the model."""
     whole_layers: bool | None = Field(exclude=True)
-    """Whether whole layers are measured; None: where that takes no further pass."""
+    """Whether whole layers are measured; None: if that needs no further pass."""
     one_at_a_time: bool = Field(exclude=True)
-    """Whether whole layers are measured again after each one that goes."""
+    """Whether whole layers are measured again after each removed layer."""
     num_passes: int
-    """Forward passes of each token that are left: under the full schedule, and as the metric says
-    without each correction or layer. 0 if the table is stored."""
+    """Remaining forward passes of each token: one under the full schedule, and if the metric needs
+    it one without each correction or layer. 0 if the table is stored."""
     flops: float
     """FLOPs of these passes."""
     num_evaluations: int = Field(exclude=True)
-    """Field evaluations whose operations the host starts, over all batches and these passes."""
+    """Field evaluations of all batches in these passes, each of which the host must start."""
     cluster: ClusterSettings = Field(exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def is_stored(self) -> bool:
-        """Whether it is measured already."""
+        """Whether the table is stored."""
         return self.table is not None
 
     def hours(self, *, on_gpu: bool) -> tuple[float, float]:
-        """Return the shortest and longest time of what is left to measure."""
+        """Return the shortest and longest hours of the remaining passes."""
         if self.is_stored:
             return 0.0, 0.0
         return measuring_hours(self.flops, self.num_evaluations, on_gpu=on_gpu)
 
     def text(self, *, on_gpu: bool) -> str:
-        """Say what is left to measure, and how long that takes."""
+        """Return the remaining passes and their duration as text."""
         if self.is_stored:
             return "stored"
         passes = format_count(self.num_passes, "pass", "passes")
@@ -163,10 +162,9 @@ class InfluenceResult(Result):
         contractions: contraction factor of each layer
         layers: influence of each whole layer
         layer_errors: standard errors of the influence of whole layers
-        layer_accuracy_lost: with `--metric loss` on a task, accuracy that leaving out each layer
-            costs
-        accuracy_lost: with `--metric loss` on a task, accuracy that stopping before each correction
-            costs
+        layer_accuracy_lost: with `--metric loss` on a task, loss of accuracy without each layer
+        accuracy_lost: with `--metric loss` on a task, loss of accuracy when the layer stops before
+            each correction
     """
 
     @computed_field  # type: ignore[prop-decorator]
@@ -178,8 +176,8 @@ class InfluenceResult(Result):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def schedules(self) -> list[str]:
-        """Schedules that thresholds on the influence give, costliest first, as `--schedule` takes
-        them; empty if all corrections, or layers of a plain model, have the same influence."""
+        """Schedules that thresholds give, costliest first, as `--schedule` takes them; empty if all
+        corrections, or layers of a plain model, have the same influence."""
         return [str(member.schedule) for member in self._proposed]
 
     @property
@@ -187,10 +185,10 @@ class InfluenceResult(Result):
         table = self.table
         max_left_out = 0
         influences = {value for row in table.value_rows for value in row}
-        if not table.schedule.num_corrections:  # Half of the layers, as a sweep.
+        if not table.schedule.num_corrections:  # At most half of the layers go, as in a sweep.
             max_left_out = len(table.layer_values) // 2
             influences = set(table.layer_values)
-        if len(influences) < 2:  # A threshold keeps all of them or none.
+        if len(influences) < 2:  # A threshold would keep all or none.
             return ()
         family = schedule_family(table, max_left_out=max_left_out)
         return spread_over_cost(family, NUM_PROPOSED)
@@ -198,7 +196,7 @@ class InfluenceResult(Result):
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual.
 
-        Without corrections, one row per layer: its influence as a whole, and the standard error.
+        Without corrections, one row per layer: influence of the whole layer, and standard error.
         """
         table = self.table
         if not table.schedule.num_corrections:
@@ -241,13 +239,13 @@ def plan_influence(
     leaves_out_layers: bool | None = None,
     progress: Progress | None = None,
 ) -> InfluencePlan:
-    """Return the stored influence of a checkpoint, or what is to measure.
+    """Return the stored influence of a checkpoint, or what remains to be measured.
 
-    Arguments and errors are those of `measure_influence`, but that the model is not imported.
+    Arguments and errors are those of `measure_influence`, except that no model is imported.
 
     Args:
-        leaves_out_layers: Whether schedules are chosen that may leave layers out; when unset, as
-            the model has no corrections.
+        leaves_out_layers: Whether the chosen schedules may leave layers out; when unset, if the
+            model has no corrections.
     """
     space = find_workspace(workspace)
     note = (progress or Progress()).note
@@ -288,7 +286,7 @@ def plan_influence(
         data.fingerprint,
         metric,
         num_tokens,
-        # Absent from keys where they were not there before.
+        # Absent at their defaults, so that earlier keys stay valid.
         *([version] if version > 1 else []),
         *(
             [["sequence_length", sequence_length]]
@@ -313,7 +311,7 @@ def plan_influence(
         passes[full] = num_passes(metric, full, whole_layers=bool(whole_layers))
         if one_at_a_time:
             for num_gone in range(config.num_layers - 1):  # One layer stays.
-                # Which layers are gone is not known; the first ones stand for them.
+                # It is unknown which layers will be gone; the first ones represent them.
                 schedule = full.leaving_out(range(num_gone))
                 num_of_round = num_passes_one_at_a_time(metric, config.num_layers - num_gone, 1)
                 passes[schedule] = passes.get(schedule, 0) + num_of_round
@@ -371,11 +369,11 @@ def run_influence(
                 save_chart(chart, plan.path.with_suffix(""), formats=["png"])
             StoredInfluence(key=plan.key, table=table).write(plan.path)
         except OSError as error:
-            progress.note(f"cannot store the influence beside the weights: {error}")
+            progress.note(f"cannot store the influence in the checkpoint: {error}")
     progress.finish(summary(table) + (", found again" if plan.is_stored else ""))
 
     files = [str(plan.path)]
-    if table.schedule.num_corrections:  # Else there is no picture.
+    if table.schedule.num_corrections:  # Otherwise there is no picture.
         files.append(str(plan.path.with_suffix(".png")))
     context.log_measurement(
         TrackedRun.of(
@@ -410,13 +408,11 @@ def measure_influence(
     Args:
         settings: Sections `influence` and `cluster`.
         model: A checkpoint or run, by path or name, or `hub:OWNER/NAME`; the newest finished IIET
-            with corrections when unset. Of a model without corrections, each whole layer is
-            measured.
+            with corrections when unset. In a model without corrections, whole layers are measured.
 
     Raises:
         UserError: If there is no such model, its method repeats the whole stack, its tokens are
-            not in the workspace, or the checkpoint or the tokens are damaged, or do not go
-            together.
+            not in the workspace, the checkpoint or the tokens are damaged, or they do not fit.
     """
     model = imported_model(model, workspace, progress)
     plan = plan_influence(settings, workspace=workspace, model=model, progress=progress)
@@ -464,8 +460,8 @@ def _one_at_a_time(
     progress: Progress,
     on_pass: Callable[[int], None],
 ) -> InfluenceTable:
-    """Measure whole layers again after each one that goes; each round is stored, so that the same
-    command goes on after a stop."""
+    """Measure whole layers again after each removed layer. Each round is stored, so that the same
+    command resumes after a stop."""
     from iiet.iiad.influence import leave_out_one_at_a_time
 
     path = rounds_path(plan.checkpoint, plan.metric)
@@ -473,7 +469,7 @@ def _one_at_a_time(
     rounds: list[LeavingRound] = []
     if stored is not None and stored.key == plan.key:
         rounds = [LeavingRound.from_dict(values) for values in stored.rounds]
-    num_leaving = plan.num_layers - 1  # One stays.
+    num_leaving = plan.num_layers - 1  # One layer stays.
     is_noted = False
     passes_per_batch = num_passes_one_at_a_time(plan.metric, plan.num_layers, num_leaving)
     progress.start("layers, one at a time", len(batches) * passes_per_batch)
@@ -491,13 +487,13 @@ def _one_at_a_time(
             StoredRounds(key=plan.key, rounds=stored_rounds).write(path)
         except OSError as error:  # The table needs no file.
             if not is_noted:
-                progress.note(f"cannot store the rounds beside the weights: {error}")
+                progress.note(f"cannot store the rounds in the checkpoint: {error}")
             is_noted = True
     return table_of_rounds(table, rounds)
 
 
 def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:
-    """Return what MLflow shows of a table: name, value, and the correction or the layer as step."""
+    """Return MLflow's points of a table: name, value, and the correction or layer as step."""
     points = []
     for name, rows in (("influence", table.value_rows), ("residual", table.residual_rows)):
         for layer, row in enumerate(rows, start=1):
@@ -512,8 +508,8 @@ def tracked_points(table: InfluenceTable) -> list[tuple[str, float, int]]:
 
 
 def summary(table: InfluenceTable) -> str:
-    """Return the range of a table's values, how many layers do not contract, and whether no
-    correction does anything yet, as text."""
+    """Return a summary of a table: the range of its values, how many layers do not contract, and
+    whether no correction has an effect yet."""
     if not table.schedule.num_corrections:
         layers = table.layer_values
         return (

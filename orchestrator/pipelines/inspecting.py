@@ -1,7 +1,7 @@
-"""Say what a model is, what it costs, and what could be done with it, without running it.
+"""Show what a model is, what it costs, and what can be done with it, without running it.
 
-Of a model that a decoder runs, everything follows from its configuration. Of any other, sizes are
-those that its files name, and its FLOPs are not known.
+For a model that a decoder runs, everything follows from its configuration. For any other model,
+sizes come from its files, and the FLOPs are unknown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from orchestrator.workspace.layout import Workspace, find_workspace
 
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
 DROPPED_SHARE = 4
-"""One in so many layers is named as a candidate for dropping."""
+"""One in so many layers is named as a candidate to leave out."""
 SIZE_SETTINGS = {
     "layers": ("num_hidden_layers", "n_layer"),
     "width": ("hidden_size", "n_embd"),
@@ -65,11 +65,11 @@ class InspectedModel(Result):
     is_native: bool
     """Whether this program can train it, iterate it and export it."""
     reason: str
-    """Why not: what is missing; empty if it can."""
+    """Why it cannot; empty if it can."""
     sizes: dict[str, int | str]
     """Layers, width, heads, vocabulary, context, and what differs from a plain Llama."""
     schedule: str | None
-    """Corrections of each layer; None of a method without them."""
+    """Corrections of each layer; None for a method without them."""
     precision: str
     """Type of the stored weights."""
     num_parameters: int
@@ -77,40 +77,40 @@ class InspectedModel(Result):
     weight_bytes: int
     """Bytes of the stored weights."""
     evaluations_per_token: int | None
-    """Field evaluations of a token (NFE), or of a looped model the layers that it passes; None if
-    they are not known."""
+    """Field evaluations per token (NFE), or the layers that a token passes in a looped model; None
+    if unknown."""
     flops_per_token: float | None
-    """Forward FLOPs of a token, a mean over the context; None of a model that only transformers
-    runs."""
+    """Forward FLOPs per token, as a mean over the context; None if only transformers runs the
+    model."""
     kv_bytes_per_token: int | None
     """Keys and values that a token adds to the cache, in the type of the stored weights."""
     kept_layers: list[int]
-    """Of a model that leaves layers out, those of its teacher, or of the checkpoint under the given
-    schedule, that it keeps; counted from 1. Else empty."""
+    """For a model that leaves layers out: the layers that it keeps of its teacher, or of the
+    checkpoint under the given schedule, counted from 1. Otherwise empty."""
     influence_metric: str | None
     """Metric of the stored influence; None if none is stored."""
     layer_influence: list[float]
-    """Influence of each whole layer, where it is stored."""
+    """Influence of each whole layer; empty if not stored."""
     corrections_influence: list[list[float]]
-    """Influence of each correction of each layer, where it is stored."""
+    """Influence of each correction of each layer; empty if not stored."""
     drop_candidates: list[int]
-    """The layers that matter least as a whole, the least first; counted from 1."""
+    """The layers with the least influence, in increasing order; counted from 1."""
     retrofit: Price | None
-    """What `pretrain --from` takes on this machine, by the given settings."""
+    """What `pretrain --from` takes on this machine with the given settings."""
     retrofit_steps: int | None
     """Steps of that training."""
     retrofit_problems: dict[str, str | None]
     """Machine or cluster -> why that training does not fit there, or what to change first."""
     context_length: int = Field(exclude=True)
-    """Most tokens that are read at once."""
+    """The context length in tokens."""
 
     def shown(self) -> Iterable[RenderableType]:
-        """Return the model's table, the influence of its layers, and what comes next."""
+        """Return the model's table, the influence of its layers, and the next steps."""
         yield two_column_table(self.name, list(self._model_rows()))
         if self.layer_influence:
             yield f"Influence of each whole layer ({self.influence_metric})"
             influences = enumerate(self.layer_influence, start=1)
-            # A title would be broken into the width of these numbers.
+            # Not as a title, which would be wrapped at the width of these numbers.
             yield two_column_table(
                 None, [(str(layer), f"{value:.3g}") for layer, value in influences]
             )
@@ -169,23 +169,23 @@ class InspectedModel(Result):
         if self.drop_candidates:
             layers = ", ".join(map(str, self.drop_candidates))
             yield (
-                f"Layers that matter least as a whole, the least first: {layers}. "
+                f"Layers with the least influence, in increasing order: {layers}. "
                 f"`iiet-orch sweep-threshold {self.name} --leave-out-layers "
-                f"{len(self.drop_candidates)}` trains students without them, up to so many."
+                f"{len(self.drop_candidates)}` trains students that leave out up to so many layers."
             )
         if any(self.corrections_influence):
             best = self._layers_by_correction()
             layers = ", ".join(map(str, best))
-            yield f"Layers whose corrections matter most, the most first: {layers}."
+            yield f"Layers whose corrections have the most influence: {layers}."
         elif self.schedule is None:
             yield (
-                "Where corrections pay is seen after a few hundred steps of `iiet-orch pretrain "
+                "To see where corrections pay, train a few hundred steps: `iiet-orch pretrain "
                 f"--from {self.name} --set model.method_options.start=identity "
-                "--set training.trained_layers=added`: `iiet-orch influence` of that run says it."
+                "--set training.trained_layers=added`. Then run `iiet-orch influence` on that run."
             )
 
     def _layers_by_correction(self) -> list[int]:
-        """Return the layers with corrections, that with the largest influence first, at most 4."""
+        """Return up to 4 layers with corrections, by decreasing influence of these."""
         largest = {
             layer: max(values)
             for layer, values in enumerate(self.corrections_influence, start=1)
@@ -202,10 +202,11 @@ def inspect_model(
     schedule: str | None = None,
     progress: Progress | None = None,
 ) -> InspectedModel:
-    """Return what a model is, what it costs, and what a training from it would take here.
+    """Return what a model is, what it costs, and the price of a training from it here.
 
     Args:
-        settings: Of the training: sections `data`, `model`, `training`, `cluster`, `influence`.
+        settings: Settings of that training: sections `data`, `model`, `training`, `cluster`,
+            `influence`.
         model: A run, a trial, a checkpoint or a model folder, by path or name; the newest finished
             run when unset.
         schedule: Iteration schedule, or a looped model's depth, instead of the model's own.
@@ -231,7 +232,7 @@ def inspect_model(
     if opened.config is None:
         return InspectedModel(**facts, **_facts_of_other(opened, tensors, precision))
     table = None
-    if not opened.is_external:  # Influence is stored beside a checkpoint of this program.
+    if not opened.is_external:  # Only a checkpoint of this program has stored influence.
         table = load_influence_table(opened.path, settings.influence.metric)
     return InspectedModel(
         **facts,
@@ -242,7 +243,7 @@ def inspect_model(
 
 
 def _kept_layers(model: OpenedModel) -> Sequence[int]:
-    """Return which layers a model keeps of its teacher or checkpoint; none if it keeps all."""
+    """Return the layers that a model keeps of its teacher or checkpoint; empty if it keeps all."""
     if model.schedule_in_checkpoint is not None:
         return model.schedule_in_checkpoint.kept_layers
     if model.is_external:
@@ -302,7 +303,7 @@ def _facts_of_influence(table: InfluenceTable | None) -> dict[str, Any]:
 
 
 def _retrofit(settings: Settings, workspace: Workspace, model: OpenedModel) -> dict[str, Any]:
-    """Return what a training from the model takes, as fields; or why it cannot be planned."""
+    """Return the price of a training from the model, as fields; or why it cannot be planned."""
     try:
         plan = plan_pretrain(settings, workspace=workspace, source=model.path)
     except UserError as error:

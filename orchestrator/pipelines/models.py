@@ -1,11 +1,11 @@
-"""Import models from elsewhere; export and pick those of the workspace.
+"""Import models from elsewhere; export and pick models of the workspace.
 
-An import is a checkpoint like any other, with the model's special tokens and chat template, but
-without an optimizer state to resume from. An export is a folder that transformers and lm-eval load
-without this package: weights, tokenizer, the model's code, and a card with the quality of these
-weights under this schedule. `MANIFEST.sha256` lists its files for `sha256sum --check`; a folder
-with other or changed files is never overwritten. What imports lm-eval or MLflow is imported where
-it is used, since `generate` reads this file, too.
+An import makes a checkpoint, with the model's special tokens and chat template, but without an
+optimizer state to resume from. An export is a folder that transformers and lm-eval load without
+this package: weights, tokenizer, the model's code, and a card with the quality of these weights
+under this schedule. `MANIFEST.sha256` lists its files for `sha256sum --check`; a folder with other
+or changed files is never overwritten. Modules that import lm-eval or MLflow are imported where they
+are used, because `generate` imports this file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from iiet.decoder import Decoder
 
 EXPORTED_FILE_BYTES = 5 * 10**9
-"""Larger weights are exported to several files, each of this size at most."""
+"""Largest file of exported weights; larger models have several files."""
 CARD = "README.md"
 
 
@@ -74,13 +74,13 @@ def imported_model(
     *,
     also_folders: bool = False,
 ) -> Path | None:
-    """Return a model as `open_model` takes it, after its import if it has to be imported first.
+    """Return a model as `open_model` takes it, after an import if that is necessary.
 
-    `hub:OWNER/NAME` is imported as the run `NAME`; the same import is found again.
+    `hub:OWNER/NAME` is imported as the run `NAME`; a repeated import finds the first one.
 
     Args:
         model: As a user names it; None stays None.
-        also_folders: Import also a model folder from elsewhere, to train from its weights.
+        also_folders: Also import a model folder from elsewhere, to train from its weights.
 
     Raises:
         UserError: If there is no such model; and as `import_model`.
@@ -104,24 +104,24 @@ def import_model(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Make a checkpoint of a model and return it; the same import is found again.
+    """Make a checkpoint of a model and return it; a repeated import finds the first one.
 
     Args:
-        folder: A model folder (in the published naming, of a plain model of transformers as
-            docs/hub.md lists them, an exported folder, a checkpoint or run of another workspace), a
-            GGUF file of a Llama, or `hub:OWNER/NAME`.
-        tokenizer: A `tokenizer.json`, or `hub:NAME`, if the model has none or not the right one.
-        name: Name of the run; that of the folder or file when unset.
+        folder: A model folder (with the paper's names of weights, of a plain model as docs/hub.md
+            lists them, an export, or a checkpoint or run of another workspace), a GGUF file of a
+            Llama, or `hub:OWNER/NAME`.
+        tokenizer: A `tokenizer.json`, or `hub:NAME`, to use instead of the model's own, if any.
+        name: Name of the run; the name of the folder or file when unset.
 
     Raises:
-        UserError: If the model cannot be read, the hub does not give it, the tokenizer does not fit
-            it, or another model has the name.
+        UserError: If the model cannot be read or downloaded, the tokenizer does not fit it, or
+            another model has the name.
     """
     from orchestrator.training.checkpoint import save_checkpoint  # Imports PyTorch.
 
     context = open_context(workspace, progress)
     progress = context.progress
-    progress.start("import")  # A download takes its time.
+    progress.start("import")  # A download takes time.
     path = download(folder) if is_hub_name(folder) else resolve_path(folder)
     if not path.exists():
         missing = f"{path} is not a model folder: there is nothing of this name"
@@ -150,7 +150,7 @@ def import_model(
             texts_key = [file_key(other_tokenizer), folders.text_files_key(other_tokenizer.parent)]
         key = content_key(source.key, texts_key)
         run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", source.run_name))
-        # An import that failed or was killed leaves a folder with nothing, or with hidden files.
+        # A failed or killed import leaves a folder that is empty or has only hidden files.
         is_made = run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir())
         if is_made and _imported_key(run) != key:
             raise UserError(
@@ -183,7 +183,7 @@ def import_model(
                 },
             )
     journal = Journal(run)
-    journal.event("imported")  # Commands without a path take the newest run.
+    journal.event("imported")  # Makes it the newest run, which commands use by default.
     journal.close()
     count = format_parameters(num_parameters(config))
     progress.finish(f"{config.method}, {count} parameters")
@@ -191,7 +191,7 @@ def import_model(
 
 
 def _imported_key(run: Path) -> str | None:
-    """Return the key of the import that made a run; None of any other run."""
+    """Return the key of the import that made a run; None for any other run."""
     checkpoints = find_checkpoints(run)
     if not checkpoints:
         return None
@@ -201,22 +201,22 @@ def _imported_key(run: Path) -> str | None:
 
 
 class _Source(NamedTuple):
-    """A model that is imported."""
+    """A model to import."""
 
     config: ModelConfig
     weights: Mapping[str, Tensor | LazyTensor]
-    """Weights in float32; those of a folder are read when they are written."""
+    """Weights in float32; those of a folder are read lazily."""
     name: str
     run_name: str
-    """Name of the run that the import makes, unless the user names another."""
+    """Default name of the run."""
     key: str
     """Hash of the model's files."""
     texts: Path
     """Folder of the tokenizer and the chat files."""
     model_type: str | None
-    """Type in transformers, which an export of the model has again; None of a model of ours."""
+    """Model type in transformers, which an export gets again; None for a model of this program."""
     dtype: StoredPrecision
-    """Type of the weights, which an export of the model has again."""
+    """Type of the weights, which an export gets again."""
 
 
 def _read_source(path: Path, scratch: Path, *, with_tokenizer: bool) -> _Source:
@@ -274,12 +274,12 @@ def export(
         model: A checkpoint or run, by path or name; the newest of finished runs and the last pick
             when unset.
         settings: Section `evaluation`: tasks for the card's quality; the defaults when unset.
-        to: Folder to write; under the workspace, named by the run, when unset.
+        to: Folder to write; when unset, one in the workspace, named by the run.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
-        measure: Evaluate the model for the card. If that fails, the card is without quality.
+        measure: Evaluate the model for the card. If that fails, the card has no quality.
         force: Replace an export of another model in `to`.
         dtype: Type of the weights in the folder; when unset, that of an imported model's own
-            files, and float32 of a model that was trained here.
+            files, and float32 for a model that was trained here.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -294,7 +294,7 @@ def export(
     default_name = model_name(checkpoint)
     if opened.schedule_label:
         default_name += f"-r{decoder.config.corrections}".replace(",", "")
-    replaces = force or to is None  # The workspace's own folder is that of the run.
+    replaces = force or to is None  # The default folder belongs to the run.
     folder = resolve_path(to) if to else context.workspace.exports / default_name
     check_target(folder, None if replaces else (checkpoint, decoder.config))
     evaluation = None
@@ -331,23 +331,22 @@ def export_checkpoint(
     replaces: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Export the decoder with the checkpoint's tokenizer and text files, and return the folder.
+    """Export a decoder with a checkpoint's tokenizer and text files, and return the folder.
 
     Args:
         checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
-        folder: Created if missing; replaced if it is an earlier export of this model and nothing
-            else. It gets its name when it is complete.
-        decoder: The model; its own schedule becomes the default. Its weights are written one after
-            the other, so they may be mapped from the checkpoint.
+        folder: Created if missing; an earlier export of this model, without other files, is
+            replaced. It gets its name when it is complete.
+        decoder: The model; its own schedule becomes the default. Weights may be mapped from the
+            checkpoint, because they are written one by one.
         card: Text of `README.md`.
-        dtype: Type of the weights; when unset, that of the files that the checkpoint was imported
-            from.
+        dtype: Type of the weights; when unset, that of the imported files.
         replaces: Replace an export of another model, too.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
-            token that ends a document, a weight is too large for the type, or the source of the
-            method cannot be copied.
+            end-of-text token, a weight is too large for the type, or the source code of the method
+            cannot be copied.
     """
     from iiet import exporting  # Imports PyTorch.
     from orchestrator.models.load import STORED_DTYPES
@@ -389,14 +388,14 @@ def export_checkpoint(
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             write_text(temporary / folders.MANIFEST, "".join(lines))
-            check_target(folder, model)  # Again: another process may have written there meanwhile.
+            check_target(folder, model)  # Another process may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
     except OverflowError as error:
         raise UserError(
             f"--dtype {dtype} cannot hold some weights of this model ({error}); take bf16 or fp32"
         ) from None
-    except ValueError as error:  # The source of another package's method cannot be copied.
+    except ValueError as error:  # The source code of a package's method cannot be copied.
         raise UserError(f"cannot export this model: {error}") from None
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     contents = "tokenizer and card" if is_plain(decoder.config) else "code, tokenizer and card"
@@ -411,7 +410,7 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
         model: Checkpoint and configuration: an export of another model is an error, too.
     """
     try:
-        # Permissions do not tell: root may write everywhere, but not in /proc.
+        # Permissions are not enough: root may write everywhere, but not in /proc.
         with TemporaryDirectory(dir=next(parent for parent in folder.parents if parent.exists())):
             pass
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -444,7 +443,7 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     checkpoint, config = model
     if is_plain(config):
         config = plain_form(config)
-    # The card, which is as the export wrote it unless it is gone, names the weights.
+    # The card, which is unchanged unless it is missing, names the weights.
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
     if (
         f"weights: `{folders.weights_key(checkpoint)}`" not in card
@@ -470,12 +469,12 @@ def model_card(
     Args:
         context: Its workspace holds the teacher, if there is one.
         config: The checkpoint's configuration, with the schedule that is exported.
-        influence: The table that its schedule was chosen by; when unset, that of the teacher, else
-            of the model itself.
+        influence: The table that chose its schedule; when unset, that of the teacher, else of the
+            model itself.
         metric: Metric of the table to look for.
     """
     provenance = folders.load_provenance(checkpoint)
-    # Of several runs with the teacher's weights, influence may have been measured on any.
+    # Several runs may have the teacher's weights; any of them may have the influence.
     teachers = lookup.find_checkpoints_by_weights(
         context.workspace, str(provenance.get("teacher") or "")
     )
@@ -488,7 +487,7 @@ def model_card(
         tokenizer = tokenizers.ModelTokenizer(file)
         try:
             tokenizer.encode(prompt, add_special_tokens=False)
-        except UserError:  # A tokenizer of depth tasks reads symbols alone.
+        except UserError:  # A tokenizer of depth tasks reads only symbols.
             prompt = "".join(tokenizer.symbols[:2])
     ancestors = _with_ancestors(checkpoint)
     imported = folders.load_provenance(ancestors[-1]).get("imported", {})
@@ -508,7 +507,8 @@ def model_card(
 
 
 def _with_ancestors(checkpoint: Path) -> list[Path]:
-    """Return a checkpoint, and those that its weights started from, as far as they exist."""
+    """Return a checkpoint and its ancestors, from whose weights it started, as far as they
+    exist."""
     checkpoints = [checkpoint]
     while True:
         job = TrainingJob.of_folder(checkpoints[-1].parent)
@@ -519,7 +519,7 @@ def _with_ancestors(checkpoint: Path) -> list[Path]:
 
 
 def _hub_datasets(checkpoints: Sequence[Path]) -> list[str]:
-    """Return the data sets of the hub that checkpoints were trained on, as far as it is known."""
+    """Return the known Hugging Face data sets of checkpoints' training data."""
     from orchestrator.data.mixture import open_data  # Imports PyTorch.
 
     names: dict[str, None] = {}
@@ -538,7 +538,7 @@ def _hub_datasets(checkpoints: Sequence[Path]) -> list[str]:
 
 
 class PickResult(Result):
-    """The model that was picked from a sweep; as a plan, it is not exported yet."""
+    """The model that was picked from a sweep; in a plan, it is not exported yet."""
 
     name: str
     """Name of the model, without its seed; all numbers are means over the seeds."""
@@ -547,27 +547,27 @@ class PickResult(Result):
     schedule: tuple[int, ...] | None
     """The model's corrections, or `null` without."""
     sentence: str
-    """Schedule, quality and cost of the model, and how certain they are."""
+    """Schedule, quality, cost and confidences of the model, as a sentence."""
     metrics: dict[str, float]
     """Every metric by its name."""
     checkpoint: str | None
     """The model's weights."""
     folder: Path | None = None
-    """Where it was exported to; None if it was not."""
+    """Folder of the export; None if it was not exported."""
     version: str | None = None
-    """Address in MLflow's registry, such as `models:/iiet-tiny@knee`; None if it is not there.
+    """Address in MLflow's registry, such as `models:/iiet-tiny@knee`; None if not registered.
 
-    The name is that of method and preset, and the alias that of the rule. So another pick by the
-    same rule, also from another sweep, moves the alias to its own version.
+    The name has method and preset, and the alias names the rule. So another pick by the same rule,
+    also from another sweep, moves the alias to its own version.
     """
     sweep: results.StoredSweep = Field(exclude=True)
     axes: FrontAxes = Field(exclude=True)
     alias: str = Field(exclude=True)
-    """The rule."""
+    """Name of the rule."""
     point: Trial = Field(exclude=True)
-    """The model, with means over its seeds."""
+    """The model with means over its seeds."""
     model: Trial = Field(exclude=True)
-    """The one whose weights are used: of several seeds the lowest."""
+    """The seed whose weights are used: the lowest one."""
     target: Path | None = Field(exclude=True)
     """Folder to export to; under the workspace when unset."""
     force: bool = Field(exclude=True)
@@ -606,26 +606,26 @@ def plan_pick(
 ) -> PickResult:
     """Choose a model from a sweep's front.
 
-    `generate` then takes it by default, until a model is trained or imported.
+    `generate` then uses it by default, until a model is trained or imported.
 
     Args:
         sweep: Name of the sweep; the newest when unset.
-        keep: Cheapest that keeps this share of the quality; the rule when none is given, at 0.99.
-            Where the teacher gains nothing over r = 0, r = 0 is taken, if it keeps as much.
-        confidence: With `keep`: how sure that must be.
-        budget: Best that costs at most this much.
-        knee: Farthest above the line between the ends of the front.
-        best: Highest quality.
-        cheapest: Lowest cost.
+        keep: The cheapest model that keeps this share of the quality; the default rule, at 0.99.
+            If the teacher gains nothing over r = 0, and r = 0 keeps as much, that is chosen.
+        confidence: With `keep`: the confidence that the model keeps so much.
+        budget: The best model that costs at most this much.
+        knee: The model farthest above the line between the ends of the front.
+        best: The model of highest quality.
+        cheapest: The model of lowest cost.
         cost, quality: Axes of the front, as in `report`.
-        allow_loss: Choose also a model that has lost more against the teacher's source than
-            `evaluation.retention` of the sweep allows, or of which that is not known.
+        allow_loss: Also choose a model that has lost more against the teacher's source model than
+            the sweep's `evaluation.retention` allows, or whose loss is unknown.
         to: Folder to export to; under the workspace when unset.
         force: Replace an export of another model there.
 
     Raises:
-        UserError: If there are two rules or no such sweep, no model meets the rule, the one that
-            does has lost too much, its weights are gone, or the folder cannot be used.
+        UserError: If there are two rules or no such sweep, no model meets the rule, the chosen
+            model has lost too much, its weights are missing, or the folder cannot be used.
     """
     from orchestrator.reporting.front import (
         busy_machine,
@@ -642,7 +642,7 @@ def plan_pick(
         best=best,
         cheapest=cheapest,
     )
-    parse_axes(cost, quality)  # A wrong name comes before anything is read.
+    parse_axes(cost, quality)  # Refuse a wrong name before reading anything.
     workspace = find_workspace(workspace)
     stored = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
     reason = reason_against_accuracy(workspace, stored.results, demanded_share=rule.demanded_share)
@@ -685,12 +685,12 @@ def plan_pick(
 
 
 def _refuse_loss(label: str, losses: Sequence[Loss], reference: str) -> None:
-    """Raise `UserError` if a model has lost too much against the source or a plain teacher, or may
-    have."""
+    """Raise `UserError` if a model has, or may have, lost too much against the source model or a
+    plain teacher."""
     if not losses:
         raise UserError(
-            f"what {label} has lost against the {reference} is not known, and evaluation.retention "
-            "bounds it; run the sweep again, which measures what is missing, or add --allow-loss"
+            f"evaluation.retention bounds what {label} may lose against the {reference}, which was "
+            "not measured; run the sweep again to measure it, or add --allow-loss"
         )
     if any(not loss.is_within_bound for loss in losses):
         bounds = ", ".join(f"{loss.bound:g}" for loss in losses if not loss.is_within_bound)
@@ -728,7 +728,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
         plan.target or workspace.exports / sweep.name / plan.alias,
         decoder=decoder,
         card=replace(card, chosen=chosen),
-        # The workspace's own folder is that of the rule.
+        # The default folder belongs to the rule.
         replaces=plan.force or plan.target is None,
         progress=context.progress,
     )

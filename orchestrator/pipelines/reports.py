@@ -1,7 +1,6 @@
-"""What stored results show: reports of one or several sweeps.
+"""Reports of one or several sweeps, from stored results.
 
-Everything is read from the folders of finished sweeps, and only times are measured again if that
-is asked for.
+Everything is read from the folders of finished sweeps; only times are measured again, on request.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ def report(
 ) -> ReportResult:
     """Write the report of one sweep, or of several sweeps on one front, from stored results.
 
-    In a workspace that can only be read, no file is written.
+    In a read-only workspace, no file is written.
 
     Args:
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost axis: `nfe` (the default), `flops`, `ms` or `kv`.
         quality: Quality axis: `accuracy`, `bits`, `perplexity` or `loss`. The default is
-            `accuracy`, or `bits` where the accuracy cannot tell the models apart.
+            `accuracy`, or `bits` if accuracy cannot tell the models apart.
         time_again: Measure the time per token of the sweep's models once more, and store it.
 
     Raises:
@@ -61,7 +60,7 @@ def report(
 
 
 def _timed_again(sweeps: Sequence[StoredSweep], context: Context) -> StoredSweep:
-    """Return a sweep with times per token that are measured now, where its trials ran."""
+    """Measure the times per token of a sweep again, on the devices of its trials."""
     from orchestrator.reporting.costs import with_costs  # Imports PyTorch.
 
     space = context.workspace

@@ -1,7 +1,7 @@
-"""Settings to start from: steps, and what is held out, follow from the size of the user's text.
+"""Fit the steps and the held-out share of a shipped sweep to the size of the user's text.
 
-A shipped sweep has the steps for its own text. On a larger one, its models would see a part alone;
-of a smaller one, a tenth gives so few held-out items that no two models differ.
+A shipped sweep has the steps for its own text. On a larger text, its models would see only a part;
+in a smaller one, a tenth gives so few held-out items that no difference could be seen.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from orchestrator.settings.training import MAX_STEPS
 from orchestrator.terminal.render import format_duration
 
 BYTES_PER_TOKEN = 3
-"""Fewer than tokenizers of 2,048 entries make of English (3.6), so that a pass is a whole one."""
+"""Less than English has with a vocabulary of 2,048 (3.6), so that a pass over the text is
+complete."""
 BYTES_PER_ITEM = 2500
-"""Held-out English for an item of `lastword`: 450 kB gave 179."""
+"""Bytes of held-out English for one item of `lastword`: 450 kB gave 179 items."""
 MOST_ITEMS = 2000
-"""One standard error of so many is 1.1 points."""
+"""Most items: with so many, a standard error of an accuracy is 1.1 points."""
 MOST_HELD_OUT = 0.2
 MOST_HOURS = 3.0
-"""Longest training of the teacher. A sweep trains some ten models, most of them cheaper."""
+"""Longest training of the teacher; a sweep trains about ten models, most of them cheaper."""
 
 
 def fit_to_text(settings: Settings, *, keeps_steps: bool) -> tuple[Settings, list[str]]:
     """Return settings whose steps and held-out items fit the text, and sentences on both.
 
-    Steps grow to a pass over the text, if the teacher's training takes no more than `MOST_HOURS`
-    then; those of the students grow alike. Text of unknown size changes nothing.
+    Steps grow to one pass over the text, unless the teacher's training would then take more than
+    `MOST_HOURS`; the students' steps grow in proportion. A text of unknown size changes nothing.
 
     Args:
         keeps_steps: Whether the user named the number of steps.
@@ -43,7 +44,7 @@ def fit_to_text(settings: Settings, *, keeps_steps: bool) -> tuple[Settings, lis
         return settings, []
     notes: list[str] = []
 
-    # What is held out: enough for the items and for the validation loss, at most a fifth.
+    # Held-out text: enough for the items and for the validation loss, at most a fifth.
     evaluation = settings.evaluation
     validation_bytes = settings.training.num_validation_tokens * BYTES_PER_TOKEN
     wanted_bytes = max(evaluation.num_items * BYTES_PER_ITEM, validation_bytes)
@@ -64,7 +65,7 @@ def fit_to_text(settings: Settings, *, keeps_steps: bool) -> tuple[Settings, lis
     if keeps_steps:
         return settings, notes
 
-    # Steps: a pass over the rest, rounded up, or as much of it as the hours allow.
+    # Steps: one pass over the rest, rounded up, or as much as the hours allow.
     recipe = settings.training
     num_tokens = int(text_bytes * (1 - fraction) / BYTES_PER_TOKEN)
     steps_of_pass = math.ceil(num_tokens / recipe.num_tokens_per_step)

@@ -1,7 +1,7 @@
 """Publish a workspace in MLflow: every run and every registered model that its files describe.
 
-What the store holds is not sent again, so this may be repeated. In an empty store it makes the runs
-of the workspace anew.
+Only what the store lacks is sent, so this may be repeated. In an empty store it makes all runs
+again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_NAMED = 20
 
 
 class SyncResult(Result):
-    """What MLflow has received."""
+    """What was published in MLflow."""
 
     trainings: tuple[str, ...]
     """Folders of pretrainings that were published."""
@@ -57,15 +57,14 @@ def sync(
 ) -> SyncResult:
     """Publish all runs and registered models of a workspace.
 
-    What runs at the moment is left to the process that waits for it. A damaged file is noted and
-    left out.
+    Running work is left to its own process. A damaged file is noted and left out.
 
     Args:
-        replace: Delete the workspace's own store first, and make it anew.
+        replace: Delete the workspace's own store first.
 
     Raises:
         UserError: If MLflow does not know the store's address, a local store is damaged, or it came
-            with a copied workspace: then the error names what would be lost with it.
+            with a copied workspace; then the error names what replacing it would lose.
     """
     context = open_context(workspace, progress)
     space = context.workspace
@@ -94,7 +93,7 @@ def sync(
             continue
         if run and (run.folder is None or Path(run.folder).is_dir()):
             runs.append(_as_left(run))
-    # What runs now, and the sweeps of trials that do.
+    # Running work, and the sweeps of running trials.
     locked = {run.identity for run in runs if run.folder and is_in_use(Path(run.folder))}
     locked |= {("sweep", parent, None) for _, _, parent in locked if parent}
     runs = [run for run in runs if run.identity not in locked]
@@ -130,13 +129,13 @@ def sync(
 
 
 def _as_left(run: TrackedRun) -> TrackedRun:
-    """Return a run as its process has left it: one that no process runs was killed."""
+    """Return a run as its process has left it: an unfinished run without a process was killed."""
     if run.status == "RUNNING":
         times = recorded_times(Path(run.journal)) if run.journal else None
         run = run.model_copy(update={"status": "KILLED", "ended_ms": times and times[1]})
     if run.kind == "sweep" and run.folder:
         with suppress(UserError):  # Its plan is damaged.
             plan = SweepTrials.read(Path(run.folder) / PLAN_FILE)
-            if plan and plan.key != run.key:  # The files are those of another plan of this name.
+            if plan and plan.key != run.key:  # The files belong to another sweep of this name.
                 return run.model_copy(update={"files": {}})
     return run

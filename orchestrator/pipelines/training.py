@@ -1,9 +1,9 @@
-"""Prepare text, pretrain models from random weights or those of a source, and distill students.
+"""Prepare text, pretrain models from random weights or a source model, and distill students.
 
-A plan is made by reading only: the jobs, how far each is, and what the rest takes. A run executes
-exactly its plan; if the tokens are missing, it prepares them and plans again. A run's folder is
-named after the hash of all that determines the result, so the same settings find it: a finished
-one returns at once, an interrupted one resumes. A student is stored where a sweep stores it.
+A plan is made by reading only: it has the jobs, their states, and the price of the rest. A run
+executes exactly its plan; if tokens are missing, it prepares them and plans again. A run's folder
+is named after its key, so the same settings find it: a finished training returns at once, an
+interrupted one resumes. A student is stored where a sweep would store it.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 UNPREPARED = (
-    "the data are not prepared yet, so it is not known what is trained already; a run prepares "
-    "them first, `iiet-orch prepare` does it alone"
+    "the data are not prepared yet, so finished trainings cannot be recognized. A run prepares "
+    "them first; `iiet-orch prepare` does only that"
 )
 
 UNIMPORTED = "the source is not imported yet, which a run does first; nothing was downloaded"
 
-LOST_END = "the end of this training is lost and is trained again"
+LOST_END = "the end of this training is lost, and will be trained again"
 
 
 def prepare(
@@ -77,7 +77,7 @@ def prepare(
     workspace: Workspace | Path | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Return the folder of prepared tokens; tokens that exist are verified by their checksums.
+    """Return the folder of prepared tokens; existing ones are verified by their checksums.
 
     Args:
         settings: Section `data`; `cluster.address` names a cluster whose nodes share the work.
@@ -100,42 +100,41 @@ def prepare(
 
 
 class TrainingPlan(Plan):
-    """Trainings that run side by side, and what they take."""
+    """Trainings that run at the same time, and their price."""
 
     kind: Literal["pretrain", "distill"]
     models: dict[str, Settings]
-    """Label -> settings; section `cluster` of the first says where all of them run."""
+    """Label -> settings; section `cluster` of the first one applies to all."""
     jobs: dict[str, TrainingJob]
-    """Label -> training; without prepared tokens it can be planned, but not run."""
+    """Label -> training; without prepared tokens it can be planned but not run."""
     workspace: Workspace
     tokens: ExpectedTokens | None = None
     """Tokens of a pretraining, prepared or not."""
     unread: str | None = None
-    """Which files beside those of the text are not read, if there are any."""
+    """Which files in the text's folders are not read, if any."""
     name: str | None = None
     """Name of a single run's folder, if one was given."""
     is_continued: bool = False
     """Whether a finished run is continued, on its own tokens."""
     notes: tuple[str, ...] = ()
-    """What a run says when it starts."""
+    """Sentences that a run prints at its start."""
     local: bool = False
     """Whether to train in this process, without Ray."""
     mfu: float | None = None
-    """Share of the peak FLOP/s that is assumed; a usual range if unset."""
+    """Assumed share of the peak FLOP/s; a usual range when unset."""
     source: Path | None = None
-    """The model whose weights a pretraining starts from: its checkpoint, or the folder of one that
-    is imported first."""
+    """The source model: its checkpoint, or the folder to import first."""
     source_defaults: dict[str, Any] = Field(default_factory=dict)
-    """Setting -> its default with this source, where another one holds without."""
+    """Setting -> its default with this source model, if that differs."""
 
     @property
     def has_source(self) -> bool:
-        """Whether the source, if there is one, can be trained from as it is."""
+        """Whether the source model, if any, is imported."""
         return self.source is None or is_checkpoint(self.source)
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the trainings can run; without tokens they can be priced alone."""
+        """Whether there are tokens; without them, trainings can only be priced."""
         return all(job.tokens_folder for job in self.jobs.values())
 
     @property
@@ -144,12 +143,13 @@ class TrainingPlan(Plan):
         return next(iter(self.models.values())).cluster
 
     def estimate(self, label: str) -> Estimate:
-        """Return what is left of a training, on the devices of the settings; imports PyTorch."""
+        """Return the estimate of the rest of a training on the devices of the settings; imports
+        PyTorch."""
         return replace(Estimate.of(self.jobs[label]), devices=run_devices(self.cluster))
 
     @cached_property
     def trainings(self) -> dict[str, Training | None]:
-        """Label -> what its folder holds; None while it is not known which training it is."""
+        """Label -> the training in its folder; None while its key is unknown."""
         return {
             label: training_of(job) if self.has_source else None for label, job in self.jobs.items()
         }
@@ -165,7 +165,7 @@ class TrainingPlan(Plan):
 
     @property
     def damaged(self) -> list[str]:
-        """Which ends of trainings are damaged, so they are trained again."""
+        """Which damaged ends of trainings must be trained again."""
         return [
             f"{training.lost_end}; {LOST_END}"
             for training in self.trainings.values()
@@ -174,7 +174,7 @@ class TrainingPlan(Plan):
 
     @cached_property
     def trainings_left(self) -> list[Estimate]:
-        """What is left of all trainings that are not finished."""
+        """Estimates of the unfinished trainings."""
         return self._trainings_left_of(*self.jobs)
 
     def _trainings_left_of(self, *labels: str) -> list[Estimate]:
@@ -182,7 +182,7 @@ class TrainingPlan(Plan):
 
     @cached_property
     def price(self) -> Price:
-        """Tokens, FLOPs, hours, memory and disk of what is left."""
+        """Tokens, FLOPs, hours, memory and disk of the remaining work."""
         return self._price_of(self.trainings_left)
 
     def _price_of(self, trainings: Sequence[Estimate]) -> Price:
@@ -206,7 +206,7 @@ class TrainingPlan(Plan):
         return self._problems_of(self.trainings_left, self.price)
 
     def _problems_of(self, trainings: Sequence[Estimate], price: Price) -> dict[str, str | None]:
-        # With the fewest GPUs of a job, each has the largest share of a step.
+        # The fewest GPUs have the largest shares of a step.
         smallest_cluster = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
         devices = run_devices(smallest_cluster)
         on_fewest = [replace(training, devices=devices) for training in trainings]
@@ -223,7 +223,7 @@ class TrainingPlan(Plan):
         return lack_of_resources(self.cluster, check)
 
     def state(self, label: str) -> str:
-        """Say whether a training is finished, or where it begins."""
+        """Return as text whether a training is finished, or where it starts."""
         if not self.has_source:
             return UNIMPORTED
         if not self.jobs[label].tokens_folder:
@@ -237,16 +237,16 @@ class TrainingPlan(Plan):
         return f"{training.lost_end}; {LOST_END}; {text}" if training.lost_end else text
 
     def to_json(self) -> dict[str, Any]:
-        """Return what there is to train; of a `distill`, an entry of `students` for each student.
+        """Return the trainings; those of `distill` as the entries of `students`.
 
         Keys:
             method: of the model
             schedule: its iteration schedule as text, that of a student relative to its teacher; or
                 `null` without corrections
             source: (optional) checkpoint or model folder that it starts from
-            source_defaults: (optional) setting to its default with this source, where it differs
-            state: whether it is finished, or where it begins
-            price: what is left to train, as of a sweep
+            source_defaults: (optional) setting to its default with this source, if that differs
+            state: whether it is finished, or where it starts
+            price: of the remaining training, as in a sweep
             problems: machine or cluster to why the training does not fit there, or `null`
         """
         students = [self._training_to_json(label) for label in self.jobs]
@@ -306,7 +306,7 @@ def _assignments(values: Mapping[str, Any]) -> str:
 
 
 def source_defaults_text(defaults: Mapping[str, Any]) -> str:
-    """Return the end of a sentence on a source: the defaults that differ with it, if any do."""
+    """Return the end of a sentence on a source model: the defaults that differ with it, if any."""
     return f"; defaults: {_assignments(defaults)}" if defaults else ""
 
 
@@ -357,12 +357,12 @@ def plan_pretrain(
     local: bool = False,
     mfu: float | None = None,
 ) -> TrainingPlan:
-    """Return what a pretraining is, and what it takes.
+    """Return the plan of a pretraining.
 
     Args:
         settings: Sections `data`, `model`, `training` and `cluster`.
-        source: Model whose weights the training starts from, in place of `training.source`: a run,
-            a trial, a checkpoint, a model folder, or `hub:OWNER/NAME`.
+        source: The source model, instead of `training.source`: a run, trial, checkpoint, model
+            folder, or `hub:OWNER/NAME`.
         continued: Finished run to continue, by path or name; the settings are those in its
             `settings.yaml`, with more steps. The result is bitwise that of one longer training.
         name: Name of the run's folder; made from method, schedule and content when unset.
@@ -370,7 +370,7 @@ def plan_pretrain(
         mfu: Share of the peak FLOP/s that the plan assumes; a usual range if unset.
 
     Raises:
-        UserError: If the settings do not go together or do not fit this machine.
+        UserError: If the settings do not fit each other or this machine.
     """
     if settings.source_training is not None:
         raise UserError(
@@ -407,11 +407,11 @@ def plan_pretrain(
 def schedule_of_trial(
     name: str, *, workspace: Workspace | Path | str | None = None
 ) -> IterationSchedule:
-    """Return the schedule of a trial of a stored sweep, to train a model under.
+    """Return the schedule of a trial of a stored sweep, to train a model with it.
 
     Args:
-        name: `SWEEP:NAME`. NAME is a trial's label or schedule, as the sweep's table shows it; or
-            `knee`, `best` or `cheapest` of its front.
+        name: `SWEEP:NAME`. NAME is a trial's label or schedule in the sweep's table; or `knee`,
+            `best` or `cheapest` of its front.
 
     Raises:
         UserError: If there is no such sweep or trial, or its method has no corrections.
@@ -499,7 +499,7 @@ def plan_models(
 
 
 def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
-    """Pretrain one model, tokens included; a finished run is found again.
+    """Pretrain one model, after preparing its tokens; a finished run is found again.
 
     Raises:
         Interrupted: After Ctrl-C; says at which step the state is saved.
@@ -542,7 +542,7 @@ def pretrain(
     local: bool = False,
     progress: Progress | None = None,
 ) -> PretrainResult:
-    """Pretrain one model, tokens included; a finished run is found again.
+    """Pretrain one model, after preparing its tokens; a finished run is found again.
 
     Arguments are those of `plan_pretrain`, errors also those of `run_pretrain`.
     """
@@ -569,18 +569,18 @@ def plan_distill(
     local: bool = False,
     progress: Progress | None = None,
 ) -> TrainingPlan:
-    """Return what is distilled: a student under each schedule; equal schedules give one.
+    """Return the plan of distilling a student under each schedule; equal schedules are one student.
 
-    A student that leaves layers out starts with the weights of those that stay.
+    A student that leaves layers out starts with the weights of the other layers.
 
     Args:
         settings: Sections `distillation` and `cluster`.
-        schedules: The students' corrections: `1`, or one number a layer (`2,1,1,0,0,0`); `x` for a
-            layer that is left out (`0*14,x*2,0*14`).
+        schedules: The students' corrections: `1`, or a number for each layer (`2,1,1,0,0,0`); `x`
+            for a left-out layer (`0*14,x*2,0*14`).
         teacher: A checkpoint or run, by path or name; the newest finished IIET with
             corrections when unset.
-        name: Name of the run's folder; of several students, its beginning, before the schedule,
-            as in `mine-2,1,1`. When unset, their folders are those of a sweep's trials.
+        name: Name of the run's folder. With several students, the schedule is added, as in
+            `mine-2,1,1`. When unset, the folders are those of a sweep's trials.
         local: Train in this process, without Ray.
 
     Raises:
@@ -596,7 +596,7 @@ def plan_distill(
     note = (progress or Progress()).note
     model = open_model(teacher, space, folders="none", with_corrections=True, note=note)
     checkpoint = model.path
-    # A schedule that does not fit is refused before tokens are asked for.
+    # Refuse a schedule that does not fit before looking for tokens.
     full = load_config(checkpoint).corrections
     # Equal schedules give one student.
     students = dict.fromkeys(
@@ -608,7 +608,7 @@ def plan_distill(
         job = distillation_job(settings, space, checkpoint, student, tokens)
         if name is not None:
             run_name = name
-            if len(students) > 1:  # A name has no sign for times: `2*4,0*20` is `2x4,0x20`.
+            if len(students) > 1:  # Names cannot contain `*`: `2*4,0*20` becomes `2x4,0x20`.
                 schedule_text = shortest_schedule(student.corrections).replace("*", "x")
                 run_name = check_name(f"{name}-{schedule_text}", "--name")
             job = job.model_copy(update={"run_folder": str(space.runs / run_name)})
@@ -622,7 +622,7 @@ def plan_distill(
 
 
 def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
-    """Distill a teacher into cheaper models of itself; a finished student is found again.
+    """Distill a teacher into students; a finished student is found again.
 
     Raises:
         Interrupted: After Ctrl-C; says at which step the state is saved.
@@ -651,7 +651,7 @@ def distill(
     local: bool = False,
     progress: Progress | None = None,
 ) -> DistillResult:
-    """Distill a teacher into itself under one schedule; a finished student is found again.
+    """Distill a teacher into a student under one schedule; a finished student is found again.
 
     Arguments are those of `plan_distill`, errors also those of `run_distill`; a teacher
     may be `hub:OWNER/NAME`, too.
@@ -672,10 +672,10 @@ def distill(
 def run_trainings(
     plan: TrainingPlan, context: Context, *, kind: str | None = None
 ) -> dict[str, PretrainResult]:
-    """Train all that is not finished, with the progress display and MLflow's runs, of a kind.
+    """Train all unfinished jobs of a plan, with progress and MLflow runs of this kind.
 
     Raises:
-        UserError: If a job cannot run; nothing is started then.
+        UserError: If a job cannot run; then no job starts.
         Interrupted, RunFailed: As `pretrain`.
     """
     from orchestrator.training.watching import RunMonitor

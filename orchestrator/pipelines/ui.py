@@ -44,7 +44,7 @@ def serve(
         UserError: If the port is taken, or the store cannot be opened.
         RunFailed: If the server does not start, or a remote one does not answer.
     """
-    with suppress(UserError):  # There is no sweep yet.
+    with suppress(UserError):  # There may be no sweep yet.
         if (page := workspace.sweeps / newest_sweep(workspace) / "front.html").is_file():
             say(f"newest sweep: {page.as_uri()}")
     tracking = open_tracking(workspace, warn=say)
@@ -82,9 +82,9 @@ def serve(
 
 
 def overview() -> ChartView:
-    """Return a view of all trainings, the newest first: what they are, their quality and cost.
+    """Return a chart view of all trainings, the newest first, with quality and cost.
 
-    Those of sweeps stand in it as the others do.
+    It includes the trainings of sweeps.
     """
     columns = (
         *(f"metrics.{name}" for name in (ACCURACY, BITS_PER_BYTE)),
@@ -112,7 +112,7 @@ def server_arguments(workspace: Workspace, port: int) -> list[str]:
 
 def _environment(uri: str) -> dict[str, str]:
     return {
-        # Not an argument: other users can read those, and the address may hold a password.
+        # Not an argument, which other users can read: the address may contain a password.
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",

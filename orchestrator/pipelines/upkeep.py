@@ -1,8 +1,7 @@
 """List what a workspace holds, show what runs in it, and delete what it no longer needs.
 
-PyTorch is imported only to look into checkpoints. Finished weights, what evaluations refer to, and
-what a process holds are never found. Before something is deleted it is looked for again, and its
-lock is taken.
+PyTorch is imported only to read checkpoints. Finished weights, files of evaluations, and files in
+use are never listed for deletion. Before a deletion everything is checked again, and locked.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SECONDS_OF_WRITING = 3600.0
-"""A file is not written for longer; an older temporary one was left by a killed process."""
+"""Longest time of writing a file; an older temporary file was left by a killed process."""
 
 
 class Candidate(NamedTuple):
-    """Something that can go."""
+    """Something that can be deleted."""
 
     path: Path
     reason: str
@@ -86,19 +85,19 @@ class Listing(Result):
     workspace: str
     """Folder of the workspace."""
     entries: dict[Kind, list[dict[str, Any]]]
-    """(optional) The newest first. An entry has `name`, as commands take it (of a checkpoint or a
+    """(optional) The newest first. An entry has `name`, as commands take it (for a checkpoint or
     model the path in the workspace); `state`, such as `finished`, `running`, `damaged` or
-    `stopped at STEP/STEPS`, of a sweep also `failed`; `bytes`, of its files; `changed`, seconds
-    since 1970 of its last record. Of a training the known ones of `method`, `schedule`, `step`,
-    `steps`, `validation_loss`; of a trial `label`, its name in its first sweep, and `sweeps`, all
-    sweeps that plan it; of a sweep `kind`, `finished` and `trials` (those that have ended, all
-    planned ones), `has_report`, and of one that was interrupted before its trials were known
-    `command`, which continues it."""
+    `stopped at STEP/STEPS`, for a sweep also `failed`; `bytes`, the size of its files; `changed`,
+    the time of its last record in seconds since 1970. A training has `method`, `schedule`, `step`,
+    `steps` and `validation_loss`, if known. A trial has `label`, its name in its first sweep, and
+    `sweeps`, all sweeps that plan it. A sweep has `kind`, `finished` and `trials` (numbers of ended
+    and of planned trials), `has_report`, and `command`, which resumes it if it was interrupted
+    before its trials were known."""
 
     def shown(self) -> Iterator[RenderableType]:
         for kind, entries in self.entries.items():
             total = render.format_bytes(sum(entry["bytes"] for entry in entries))
-            # A folder that `--to` names elsewhere is no part of the workspace.
+            # Exports to folders outside the workspace are not listed.
             title = "models in exports/" if kind == "models" else kind
             yield f"{title}: {len(entries)}" + (f", {total}" if entries else "")
             rows = []
@@ -128,7 +127,7 @@ class Listing(Result):
             yield Table([_COLUMNS[number] for number in filled], shown_rows)
             for entry in entries:
                 if "command" in entry:
-                    yield f"{entry['name']} goes on with: {entry['command']}"
+                    yield f"to resume {entry['name']}: {entry['command']}"
 
 
 def list_workspace(
@@ -168,7 +167,7 @@ class _Entry(NamedTuple):
     folder: Path
     state: str
     details: dict[str, Any]
-    """What is known beside these; None where it is not."""
+    """Further fields; None if a value is unknown."""
 
 
 def _find_entries(
@@ -200,7 +199,7 @@ def _find_entries(
 
 
 def _sweep_entry(workspace: Workspace, name: str, plan: SweepTrials | None) -> _Entry:
-    """Return what a list says of a sweep; without a plan, or with a damaged one, nothing more."""
+    """Return the entry of a sweep; without an intact plan it has no details."""
     folder = workspace.sweeps / name
     command = None
     trials = plan.trials if plan else ()
@@ -232,11 +231,11 @@ def _sweep_entry(workspace: Workspace, name: str, plan: SweepTrials | None) -> _
 
 
 def _command_of(workspace: Workspace, folder: Path, begun: Mapping[str, Any]) -> str:
-    """Return the command that continues a sweep which has begun, and whose trials are not known."""
+    """Return the command that resumes a sweep that was interrupted before its trials were known."""
     file = str(folder / SETTINGS_NAME)
     words = ["sweep", file]
     if begun["teacher"]:
-        teacher = str(workspace.root / begun["teacher"])  # Journals name it relative to the root.
+        teacher = str(workspace.root / begun["teacher"])  # Journals have relative paths.
         options = [word for option in begun["options"].items() for word in option]
         words = ["sweep-threshold", teacher, "--config", file, *options]
     return shlex.join(["iiet-orch", *words, "--workspace", str(workspace.root)])
@@ -245,7 +244,7 @@ def _command_of(workspace: Workspace, folder: Path, begun: Mapping[str, Any]) ->
 def _training_entry(
     training: Training, state: str, sweeps_and_trials: Sequence[tuple[str, Trial]]
 ) -> _Entry:
-    """Return what a list says of a run, or of a trial with the sweeps that plan it."""
+    """Return the entry of a run, or of a trial with the sweeps that plan it."""
     job = training.job
     outcome = training.outcome
     loss = training.metrics.get(VALIDATION_METRIC)
@@ -263,7 +262,7 @@ def _training_entry(
 
 
 def _readable_training(folder: Path, note: Note) -> Training | None:
-    """Read a training; why it cannot be read is noted."""
+    """Read a training; if it cannot be read, note why."""
     try:
         return Training(folder)
     except UserError as error:
@@ -272,7 +271,7 @@ def _readable_training(folder: Path, note: Note) -> Training | None:
 
 
 def _state_text(training: Training) -> str:
-    """Say how far a training is, or that a process works on it."""
+    """Return the state of a training as text, or that a process works on it."""
     if training.lock:
         return "measuring" if training.outcome else "running"
     if training.state in (TrainingState.STOPPED, TrainingState.DIVERGED):
@@ -281,9 +280,9 @@ def _state_text(training: Training) -> str:
 
 
 def _trial_state_text(training: Training) -> str:
-    """Say how far a trial is: after its training, whether it is measured.
+    """Return the state of a trial as text: that of its training, then whether it is measured.
 
-    A trial without a training holds the results of a model that was trained elsewhere.
+    A trial without a training only measures a model that was trained elsewhere.
     """
     is_ready = training.state in (TrainingState.FINISHED, TrainingState.EMPTY)
     if training.lock or not is_ready:
@@ -331,7 +330,7 @@ class WorkspaceStatus(Result):
                 "" if loss is None else f"loss {loss:.4g}",
                 f"{speed:,.0f} tokens/s" if speed else "",
                 "" if seconds is None else f"{render.format_duration(seconds)} left",
-                # A training records something each few seconds.
+                # A training writes a record every few seconds.
                 f"last record {render.format_duration(age)} ago" if age >= 60 else "",
                 f"process {activity['process']}" if activity["process"] else "",
             ]
@@ -343,7 +342,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     root = workspace.root
     activities = list[dict[str, Any]]()
     note = cache(note)
-    # What a command that is no training does not have.
+    # Fields of a training, empty for other commands.
     progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
     unknown = dict.fromkeys(("label", *progress, "seconds_since_record", "waits_for"))
     corpus_locks = workspace.tokens.glob(f"{layout.SOURCES_NAME}/*{layout.CORPUS_LOCK_SUFFIX}")
@@ -361,7 +360,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
     plans = sweep_plans(workspace, note) if running else {}
     planned = trials_by_folder(plans)
     for training in running:
-        if not training.lock:  # It has ended meanwhile.
+        if not training.lock:  # It ended meanwhile.
             continue
         sweeps_and_trials = planned.get(training.folder, [])
         trial = sweeps_and_trials[0][1] if sweeps_and_trials else None
@@ -392,7 +391,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
         )
     for activity in activities:
         if activity["kind"] == "queued":
-            # One command trains several models one after another, or as Ray gives it places.
+            # A command trains several models one after another, or as Ray has free slots.
             earlier = [
                 other["name"]
                 for other in activities
@@ -428,29 +427,29 @@ class Removable(Result):
     path: Path
     """Where it is."""
     bytes: int
-    """Disk space that it frees: a file that has another link frees none."""
+    """Disk space that its deletion frees; a file with another hard link frees none."""
     reason: str
-    """Why it can go, and what it costs if it is needed again."""
+    """Why it can be deleted, and the cost of making it again."""
     locks: list[Path] = Field(default=[], exclude=True)
     """Files to lock while it is deleted."""
 
 
 class CleanPlan(Result):
-    """What can go, and what is deleted."""
+    """What can be deleted, and what was deleted."""
 
     root: Path = Field(exclude=True)
     found: tuple[Removable, ...]
-    """What can go."""
+    """What can be deleted."""
     deleted: tuple[Removable, ...] = ()
-    """What is deleted; nothing without `--yes`."""
+    """What was deleted; nothing without `--yes`."""
     is_done: bool = Field(default=False, exclude=True)
-    """Whether something has been deleted, and not only looked for."""
+    """Whether the deletion was executed, not only planned."""
     refused: str = Field(default="", exclude=True)
     """Why something could not be deleted."""
 
     @property
     def size(self) -> str:
-        """The disk space that all of it takes."""
+        """The disk space of everything found, as text."""
         return render.format_bytes(sum(item.bytes for item in self.found))
 
     def raise_failures(self) -> None:
@@ -479,7 +478,7 @@ def plan_clean(
     *,
     note: Note = lambda _: None,
 ) -> CleanPlan:
-    """Return what can go, by kind (default: all kinds) and path; nothing is written.
+    """Return what can be deleted, by kind (default: all kinds) and path; nothing is written.
 
     `note` is called with a sentence for each damaged file for which checkpoints are kept.
     """
@@ -499,9 +498,10 @@ def plan_clean(
 
 
 def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
-    """Delete what can still go; what a process has taken meanwhile stays.
+    """Delete what can still be deleted; files that a process uses meanwhile stay.
 
-    All is looked for again before the locks are taken: held locks look like those of a training.
+    Everything is searched for again before locks are taken, because held locks look like those of a
+    running training.
     """
     kinds = tuple(dict.fromkeys(item.kind for item in plan.found))
     still_removable = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
@@ -514,13 +514,13 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
                     stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks
                 )
                 if item.path not in still_removable or not is_free:
-                    continue  # A process has begun to work there, or needs it.
+                    continue  # A process has started to use it.
                 if not item.path.is_dir():
                     item.path.unlink()
                 elif item.kind in (RemovableKind.TEMPORARY, RemovableKind.RAY):
                     shutil.rmtree(item.path)
                 else:
-                    files.delete_folder(item.path)  # For readers it is gone at once.
+                    files.delete_folder(item.path)  # It vanishes for readers at once.
                 deleted.append(item)
         except OSError as error:
             if item.path.exists():
@@ -529,7 +529,7 @@ def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
     return plan.model_copy(update=outcome)
 
 
-# What can go of each kind; `note` is called with a sentence on each damaged file.
+# Candidates of each kind; `note` is called with a sentence on each damaged file.
 
 
 def _temporary(workspace: Workspace, _: Note) -> Iterator[Candidate]:
@@ -565,7 +565,7 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Iterator[Cand
         for file in workspace.root.glob(f"*/*/{pattern}"):
             try:
                 stored = files.read_json(file)
-            except UserError as error:  # It may have named any of them.
+            except UserError as error:  # The damaged file may refer to any checkpoint.
                 note(f"{error}; all checkpoints are kept")
                 return
             text = json.dumps(stored, ensure_ascii=False)
@@ -590,8 +590,8 @@ def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Iterator[Cand
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
-    """Return the checkpoints that a finished training keeps: the last one, and the one to continue
-    from. The set is empty for a training that is not finished, which keeps all.
+    """Return the checkpoints that a finished training keeps: the last one, and the one from which
+    it can be continued. Empty for an unfinished training, which keeps all.
 
     Raises:
         UserError: If the training cannot be read.

@@ -1,11 +1,11 @@
 """What is measured of a model, and the results: each task's metrics, errors and averages.
 
-`Suite` is the one record of what is measured. `evaluate` and the trials of a sweep make it from the
-same settings by the same function (`make_suite` in `evaluation/tasks.py`), and two evaluations are
-the same if their models and `Suite.result_key` are.
+`Suite` describes a measurement. `evaluate` and the trials of a sweep make it by the same function
+(`make_suite` in `evaluation/tasks.py`). Two evaluations are the same if their models and
+`Suite.result_key` are equal.
 
-Per-item values are kept for paired comparisons of two models on the same items, where most of the
-noise cancels. Standard errors are analytic, not bootstrapped (0 seconds instead of several per
+Per-item values are stored for paired comparisons of two models on the same items, in which most of
+the noise cancels. Standard errors are analytic, not bootstrapped (0 seconds instead of several per
 task): s / sqrt(n) for means, the delta method for functions of means.
 
     accuracy = mean over the requested tasks of acc_norm if a task reports it, else acc, else
@@ -42,8 +42,8 @@ NO_FILTER = "none"
 
 BITS_METRIC = "bits_per_byte"
 MAX_PERPLEXITY = 1e6
-"""A larger one says only that a model guesses: it is stored with lm-eval's results, and left out of
-tables and MLflow."""
+"""Largest perplexity in tables and MLflow; a larger one only shows that a model guesses. lm-eval's
+stored results have it."""
 
 Values = Sequence[float] | Sequence[tuple[float, float]]
 
@@ -53,10 +53,10 @@ _UNAVERAGED = AliasChoices("unaveraged", "beside")
 
 
 class Suite(Record):
-    """What is measured of a model: tasks, how they are asked, and how the model reads them.
+    """What is measured of a model: tasks, their prompts, and the model's precision and context.
 
-    All fields are part of `key`, but for folders, which differ between machines. Names of folders
-    end with `_folder`. The fields' names are those in the files of sweeps.
+    All fields are part of `key`, except folders, whose names end with `_folder`: they differ
+    between machines.
     """
 
     tokens_folder: WorkspacePath = ""
@@ -76,22 +76,22 @@ class Suite(Record):
     limit: int | None = None
     """Score only this many items of each task."""
     sequence_length: int | None = None
-    """Most tokens that a model reads at once; its context when unset."""
+    """Most tokens that a model reads at once; its context length when unset."""
     num_fewshot: int | None = None
     """Solved examples before each item, unless a task fixes 0; if unset, the task's own number."""
     prompts: Prompts | None = None
-    """How items become prompts, if not as the tasks' files say."""
+    """How items become prompts, if not as in the tasks' files."""
     precision: Precision | None = "fp32"
-    """Weights and arithmetic of the measured model; when unset, by the device: bf16 on GPUs that
-    have it, else fp32. That of a trial is set."""
+    """Precision of weights and arithmetic; when unset, bf16 on GPUs that have it, else fp32. Trials
+    have it set."""
     fingerprints: dict[str, str] | None = None
-    """Task -> hash of its items and metrics, without held-out tasks: those that a sweep has found
-    when it was planned. All its models are measured on exactly these."""
+    """Task -> hash of its items and metrics, as found when a sweep was planned, without held-out
+    tasks. All models of the sweep are measured on exactly these tasks."""
     unaveraged: tuple[str, ...] | None = Field(default=None, validation_alias=_UNAVERAGED)
     """Tasks that are measured but are in no average: those of `evaluation.retention` that
     `evaluation.suite` does not name."""
     python_text: str | None = None
-    """Hash of the passages of Python's help topics that are among them."""
+    """Hash of the passages of Python's help topics, if they are measured."""
     vocabulary: str | None = None
     """Hash of the tokenizer files of an imported teacher."""
     vocabulary_folder: WorkspacePath | None = None
@@ -123,7 +123,7 @@ class Suite(Record):
         if self.unaveraged is not None:  # Keys were made when the field had this name.
             values["beside"] = values.pop("unaveraged")
         if self.limit is not None:
-            # Trials that were measured when a limit did not hold for their loss are not found.
+            # Earlier trials, whose loss had no limit, have other keys.
             values["limits_loss"] = True
         return content_key({k: v for k, v in values.items() if not k.endswith("_folder")})
 
@@ -138,7 +138,7 @@ class Suite(Record):
         return (Path(self.include_folder),) if self.include_folder else ()
 
     def task_fingerprint(self, content: str) -> str:
-        """Return the hash of a task as it is asked here.
+        """Return the hash of a task with the prompts of this suite.
 
         Args:
             content: Hash of the task's items, metrics and solved examples.
@@ -158,15 +158,15 @@ class Suite(Record):
         """Return the key under which the result of one task of one model is stored.
 
         Args:
-            model_key: What `OpenedModel.key` says.
-            fingerprint: Of the task.
-            precision: That of this suite, or of the device if this suite sets none.
-            context_length: The model's.
-            limit: That of this suite, for a task whose items it limits.
-            opening: Tokens that begin each text of the task, as in the training.
+            model_key: `OpenedModel.key`.
+            fingerprint: Hash of the task.
+            precision: Precision of this suite, else of the device.
+            context_length: The model's context length.
+            limit: Limit of this suite, for tasks whose items it limits.
+            opening: Tokens at the beginning of each text, as in the training.
         """
         length = self.sequence_length or context_length
-        # What is usual is absent, so that keys are those of versions that could not do it.
+        # Usual values are left out, so that keys of earlier versions stay valid.
         unusual: list[Any] = []
         if length != context_length:
             unusual.append(length)
@@ -176,7 +176,7 @@ class Suite(Record):
 
 
 class TaskResult(Record):
-    """One task under one model."""
+    """Result of one task for one model."""
 
     name: str
     """The task's name in lm-eval."""

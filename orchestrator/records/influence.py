@@ -1,4 +1,4 @@
-"""A teacher's influence table as it is stored beside the weights."""
+"""A teacher's influence table as it is stored with the weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class StoredInfluence(Record):
     """An influence table, and what it was measured on."""
 
     key: str
-    """Hash of all that determines the table: weights, schedule, tokens, metric."""
+    """Hash of everything that determines the table: weights, schedule, tokens, metric."""
     table: Influence
 
 
 class StoredRounds(Record):
-    """How far whole layers are measured one at a time."""
+    """The finished rounds of measuring whole layers one at a time."""
 
     key: str
-    """That of the table which the rounds lead to."""
+    """Key of the table that the rounds lead to."""
     rounds: tuple[dict[str, Any], ...]
-    """One entry for each layer that has gone, as `iiet.iiad.influence.LeavingRound` writes it."""
+    """One entry for each removed layer, as `iiet.iiad.influence.LeavingRound` writes it."""
 
 
 def rounds_path(checkpoint: Path, metric: str) -> Path:

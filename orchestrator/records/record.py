@@ -25,7 +25,7 @@ from orchestrator.workspace.files import INVALID_VALUE_ERRORS, damaged, read_jso
 from orchestrator.workspace.layout import absolute_path, portable_path, workspace_root
 
 _EXTENSION = "extension"
-"""Type of a problem that is no damage: a package is missing or broken."""
+"""Type of a validation error that is no damage: a package is missing or broken."""
 
 
 class Record(BaseModel):
@@ -46,7 +46,7 @@ class Record(BaseModel):
         """Read a record; None if the file is missing.
 
         Raises:
-            DamagedFile: If the file is no JSON, or its values are not those of such a record.
+            DamagedFile: If the file is not JSON, or its values do not fit the record.
             UserError: If a package that it needs is missing.
         """
         stored = read_json(path)
@@ -75,10 +75,10 @@ WorkspacePath = Annotated[str, AfterValidator(_absolute), PlainSerializer(_porta
 def _parsed_by(
     value_type: type[ModelConfig] | type[InfluenceTable], problem: str = "{}"
 ) -> PlainValidator:
-    """Return a validator that takes a value of a type, or what its `to_dict` returns.
+    """Return a validator that takes a value of a type, or the dictionary of its `to_dict`.
 
     Args:
-        problem: Text of the error, with a place for that of `from_dict`.
+        problem: Text of the error; `{}` is replaced by the error of `from_dict`.
     """
 
     def parsed(value: Any) -> Any:

@@ -1,8 +1,7 @@
-"""What exists in a workspace: folders of trainings, sweeps and how far they are, sizes.
+"""What exists in a workspace: folders of trainings, states of sweeps, sizes.
 
-Everything is read from small files, nothing is written, and PyTorch is not imported, so that an
-answer takes a moment also while trainings run. A damaged file is noted, and as good as missing.
-How far one training is, says `training_state.py`.
+Everything is read from small files, without PyTorch, so that it is quick also while trainings run.
+A damaged file is noted and counts as missing. `training_state.py` reads the state of a training.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ Note = Callable[[str], None]
 
 
 def sweep_plans(workspace: Workspace, note: Note) -> dict[str, SweepTrials | None]:
-    """Return name of each sweep -> its plan; None if it has none, or a damaged one, which is
-    noted."""
+    """Return name of each sweep -> its plan; None without an intact plan; damage is noted."""
     plans: dict[str, SweepTrials | None] = {}
     for folder in folders_in(workspace.sweeps):
         try:
@@ -54,7 +52,7 @@ def unfinished_trials(plan: SweepTrials) -> list[Trial]:
 
 
 def has_failed(sweep_folder: Path) -> bool:
-    """Return whether trials failed when a sweep ran last."""
+    """Return whether trials failed in the last run of a sweep."""
     records = read_tail(sweep_folder)
     events = [record["name"] for record in records if record["kind"] == "event"]
     ends = [event for event in events if event in (STARTED_EVENT, FAILED_EVENT)]
@@ -70,7 +68,7 @@ def begun_without_trials(sweep_folder: Path) -> dict[str, Any] | None:
 
 
 def seconds_left(plan: SweepTrials, at_once: int) -> float | None:
-    """Estimate the time of the trials that are left: as long as the finished ones took.
+    """Estimate the remaining seconds of a sweep from the times of its finished trials.
 
     Args:
         at_once: Number of trials that run at the same time.
@@ -81,7 +79,7 @@ def seconds_left(plan: SweepTrials, at_once: int) -> float | None:
     for trial in plan.trials:
         if trial.job is None or trial.key in unfinished_keys:
             continue
-        with suppress(UserError):  # A training that cannot be read tells no time.
+        with suppress(UserError):  # A training may be unreadable.
             outcome = Training(Path(trial.folder)).outcome
             if outcome and outcome.train_seconds:
                 seconds.append(outcome.train_seconds)
@@ -94,7 +92,7 @@ def seconds_left(plan: SweepTrials, at_once: int) -> float | None:
 def trials_by_folder(
     plans: Mapping[str, SweepTrials | None],
 ) -> dict[Path, list[tuple[str, Trial]]]:
-    """Return folder -> the sweeps that plan a trial there, with the trial."""
+    """Return folder -> sweeps that plan a trial there, with the trial."""
     trials: dict[Path, list[tuple[str, Trial]]] = {}
     for name, plan in plans.items():
         if plan is None:
@@ -118,7 +116,7 @@ def size_of(path: Path, *, links: bool = True) -> int:
     """Return the bytes of a file, or of all files in a folder.
 
     Args:
-        links: Count also files that have another name elsewhere; deleting those frees nothing.
+        links: Also count files with another hard link, whose deletion frees nothing.
     """
     if path.is_file():
         files = [str(path)]

@@ -1,8 +1,8 @@
-"""What MLflow shows of a run, kept as a file: the workspace is the truth, and MLflow a view of it.
+"""What MLflow shows of a run, stored as a file: MLflow is only a view of the workspace.
 
-A training, a sweep, each of its trials, an evaluation, a benchmark and an influence table are such
-runs. Curves stay in the journals that the runs name. From these files `Tracking.publish` makes the
-runs in MLflow, and `ui --sync` makes all of them again.
+Trainings, sweeps, trials, evaluations, benchmarks and influence tables are such runs. Their curves
+stay in journals. From these files `Tracking.publish` makes the runs in MLflow, and `ui --sync`
+makes all of them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, portable_path
 
 RUN_ID = "{run_id}"
-"""Stands for MLflow's id of the run in the texts of its tags."""
+"""Replaced by MLflow's id of the run in the texts of its tags."""
 REASON_TAG = "iiet.reason"
 """Tag that says why a run ended without a result."""
 NOTE_TAG = "mlflow.note.content"
@@ -40,26 +40,26 @@ def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:
 Texts = Annotated[dict[str, str], PlainSerializer(_portable)]
 """Texts by name; those that are paths in a workspace are stored relative to its root."""
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "WITHDRAWN"]
-"""A withdrawn run is shown no more, because another one shows the same."""
+"""A withdrawn run is hidden, because another run shows the same."""
 PRETRAIN_OF_SWEEP = "sweep_pretrain"
-"""Kind of a training that a sweep makes for itself; its run goes when the sweep shows the model."""
+"""Kind of a sweep's own pretraining; its run is withdrawn when the sweep shows the model."""
 DataSummary = tuple[str, str, dict[str, Any]]
 """Name, digest, and a profile with origin and sizes."""
 
 
 class TrackedModel(Record):
-    """A model that is logged with the runs that made and measured it."""
+    """A logged model of MLflow, with the runs that trained and measured it."""
 
     key: str
     """Hash of weights and schedule."""
     name: str
     params: Texts
     datasets: dict[str, tuple[str, str] | None]
-    """The metrics that describe the model -> name and digest of the data that they were measured
-    on; None for costs, which need no data."""
+    """Metric of the model -> name and digest of the data of its measurement; None for costs, which
+    need no data."""
     is_of_sweep: bool = False
-    """Whether a sweep logs the model, with the run of its training; until then no other run does,
-    because MLflow takes the first run for the model's source."""
+    """Whether a sweep logs the model, together with its training's run. Other runs wait for that,
+    because MLflow shows the first run as the model's source."""
 
 
 class TrackedRun(Record):
@@ -70,7 +70,7 @@ class TrackedRun(Record):
     """
 
     key: str
-    """Content key of what was done."""
+    """Key of the work that the run shows."""
     kind: str
     """The tag `iiet.kind`: pretrain, distill, sweep, the role of a trial, evaluation, benchmark or
     influence."""
@@ -79,14 +79,14 @@ class TrackedRun(Record):
     parent: str | None = None
     """Key of the sweep whose trial the run shows; None for any other run."""
     folder: WorkspacePath | None = None
-    """The folder that the run describes, if it is one of a folder; it may be deleted."""
+    """The folder that the run describes, if any; it may have been deleted."""
     journal: WorkspacePath | None = None
     """Folder of the journal with the run's curves."""
     params: Texts = Field(default_factory=dict)
     tags: Texts = Field(default_factory=dict)
     """An empty text deletes the tag."""
     points: list[tuple[str, float, int]] = Field(default_factory=list)
-    """Name, value and step of metrics that are in no journal."""
+    """Name, value and step of metrics without a journal."""
     dataset: DataSummary | None = None
     """The data that a training or a measurement read."""
     files: dict[str, list[WorkspacePath]] = Field(default_factory=dict)
@@ -96,7 +96,7 @@ class TrackedRun(Record):
     views: dict[str, str] = Field(default_factory=dict)
     """Tags of the experiment, which hold saved chart views."""
     model: TrackedModel | None = None
-    """The model that was made or measured, if the run's metrics belong to a logged model."""
+    """The logged model to which the run's metrics belong, if any."""
     status: RunStatus = "FINISHED"
     started_ms: int = Field(default_factory=now_ms)
     ended_ms: int | None = None
@@ -111,7 +111,7 @@ class TrackedRun(Record):
         points: Sequence[tuple[str, float, int]] = (),
         **fields: Any,
     ) -> Self:
-        """Make a run whose parameters are any values, and whose `metrics` have no step."""
+        """Make a run from parameters of any type, and metrics without a step."""
         texts = {name: str(value) for name, value in params.items()}
         return cls(params=texts, points=[*without_step(metrics or {}), *points], **fields)
 
@@ -119,7 +119,7 @@ class TrackedRun(Record):
     def stored(
         cls, workspace: Workspace, kind: str, key: str, parent: str | None = None
     ) -> Self | None:
-        """Return a run as a workspace holds it; None if it holds none, or a damaged one."""
+        """Return a run as stored in a workspace; None if it is missing or damaged."""
         with suppress(UserError):
             return cls.read(tracked_path(workspace, kind, key, parent))
         return None
@@ -134,7 +134,7 @@ class TrackedRun(Record):
         return tracked_path(workspace, *self.identity)
 
     def is_stored(self, workspace: Workspace) -> bool:
-        """Return whether a workspace holds this run as it is, which MLflow shows or was sent."""
+        """Return whether the workspace stores this run unchanged, so that it was already sent."""
         path = self.path(workspace)
         with suppress(UserError):
             stored = type(self).read(path)
@@ -142,7 +142,8 @@ class TrackedRun(Record):
         return False
 
     def changed(self, **changes: Any) -> Self:
-        """Return the run with other values; mappings and points are added to those that it has."""
+        """Return the run with other values; mappings and points are merged with the present
+        ones."""
         for name in {"tags", "files", "texts", "views"} & changes.keys():
             changes[name] = {**getattr(self, name), **changes[name]}
         if "points" in changes:
@@ -158,7 +159,7 @@ class RegisteredModel(Record):
     name: str
     """Name of the registered model."""
     alias: str
-    """Name that points to this version of the model."""
+    """Alias of this version."""
     run: tuple[str, str, str | None]
     """Identity of the `TrackedRun` that made or measured the model."""
     model: TrackedModel
@@ -169,7 +170,8 @@ class RegisteredModel(Record):
     tags: dict[str, str] = Field(default_factory=dict)
 
     def path(self, workspace: Workspace) -> Path:
-        """Return the version's file in a workspace; the alias's next version replaces it."""
+        """Return the version's file in a workspace, which the next version of the alias
+        replaces."""
         return workspace.tracked / "registered" / f"{self.name}@{self.alias}.json"
 
 
@@ -179,7 +181,7 @@ def tracked_path(workspace: Workspace, kind: str, key: str, parent: str | None) 
 
 
 def without_step(values: Mapping[str, float]) -> list[tuple[str, float, int]]:
-    """Return metrics that belong to no step as points."""
+    """Return metrics without steps as points."""
     return [(name, float(value), 0) for name, value in values.items()]
 
 
@@ -193,7 +195,7 @@ def status_after(error: BaseException | None) -> RunStatus:
 def reason_tags(status: str, reason: str) -> dict[str, str]:
     """Return the tags that show why a run has no result, also at the top of its page.
 
-    Without a reason, they delete that of an earlier end.
+    Without a reason, they delete an earlier one.
     """
     note = f"{reason[:1].upper()}{reason[1:]}"
     if status == "FAILED" and reason:

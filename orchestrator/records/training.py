@@ -3,10 +3,10 @@
 The same job runs in this process (`training/trainer.py`), in a Ray Train worker or in a Ray Tune
 trial.
 
-Each parameter has one name on every run. A method without corrections has no schedule, a recipe
-without a teacher has no divergence, and what is switched off is left out. Settings that change no
-result (how often to save, how to share the memory) are no parameters: they are in the
-`settings.yaml` of the run.
+A parameter has the same name in every run. A method without corrections has no schedule, a recipe
+without a teacher no divergence, and settings that are off are left out. Settings that do not change
+results (how often to save, how to share memory) are not parameters: they are in the run's
+`settings.yaml`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SIZES = (
 class TrainingJob(Record):
     """Everything that determines one training.
 
-    Fields that are marked `WEIGHTS` enter its key as `key_fields` of `training/job.py` says: not
-    paths do, but the hash of what is there.
+    Fields that are marked `WEIGHTS` are part of its key (`key_fields` in `training/job.py`); for a
+    path, that is the hash of its content.
     """
 
     run_folder: Annotated[WorkspacePath, Effect.FILES]
@@ -49,8 +49,8 @@ class TrainingJob(Record):
     objective: Annotated[Literal["pretrain", "distill", "cross_entropy"], Effect.WEIGHTS] = (
         "pretrain"
     )
-    """`pretrain`: cross-entropy from random weights or those of a source; `distill`: from a
-    teacher; `cross_entropy`: a student trained without its teacher."""
+    """`pretrain`: cross-entropy, from random weights or a source model; `distill`: from a teacher;
+    `cross_entropy`: a student trained without its teacher."""
     teacher_folder: Annotated[WorkspacePath | None, Effect.WEIGHTS] = None
     """Checkpoint of the frozen teacher; for `distill`."""
     initial_folder: Annotated[WorkspacePath | None, Effect.WEIGHTS] = None
@@ -58,11 +58,11 @@ class TrainingJob(Record):
     kept_layers: Annotated[tuple[int, ...] | None, Effect.WEIGHTS] = None
     """Layers of the initial weights that the model has, the first being 0; all when unset."""
     continued_from: Annotated[WorkspacePath | None, Effect.FILES] = None
-    """Checkpoint of a shorter run whose steps this one has in common with it; it starts there."""
+    """Checkpoint of a shorter run whose steps are also this run's first steps; it starts there."""
     distillation: Annotated[DistillationConfig | None, Effect.WEIGHTS] = None
     """The distillation loss; defaults when unset."""
     storage: Annotated[str | None, Effect.FILES] = None
-    """URI for copies of the checkpoints."""
+    """URI to which checkpoints are uploaded."""
     section: Annotated[str, Effect.FILES] = "training"
     """Settings section of the recipe, named in errors."""
     provenance: Annotated[dict[str, Any], Effect.FILES] = Field(default_factory=dict)
@@ -91,15 +91,15 @@ class TrainingJob(Record):
 
     @property
     def frozen_teacher(self) -> str | None:
-        """Folder of the frozen model that runs beside the trained one: a student's teacher, or a
-        source from which the model must not move far; None if there is none."""
+        """Folder of a frozen model that the training also runs: a student's teacher, or a source
+        model from which the model must not move far; None without one."""
         if self.objective == "distill":
             return self.teacher_folder
         return self.initial_folder if self.recipe.source_kl_weight else None
 
     @property
     def teaching(self) -> DistillationConfig | None:
-        """What the trained model learns from the frozen one; None without one."""
+        """The loss by which the trained model learns from the frozen one; None without one."""
         if self.objective == "distill":
             return self.distillation or DistillationConfig()
         weight = self.recipe.source_kl_weight
@@ -143,11 +143,11 @@ class TrainingOutcome(Record):
     train_seconds: float = 0.0
     """Time spent in steps, over all restarts."""
     num_tokens: int = 0
-    """Tokens trained on."""
+    """Number of training tokens."""
     training_flops: float = 0.0
     """Training FLOPs, with the forward passes of a teacher."""
     shared_flops: float = 0.0
-    """Part of the training FLOPs that another run spent, before this one continued it."""
+    """Part of the training FLOPs that the continued run has spent."""
 
 
 def method_parameters(model: ModelConfig) -> dict[str, str]:
@@ -181,7 +181,7 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
     recipe = job.recipe
     params = key_values(recipe)
     params["objective"] = job.objective
-    # What has no effect in this training is None, and no parameter.
+    # Settings without effect in this training are None, and left out.
     if not facts_of(job.model.method).has_gates(job.model.options):
         params["gate_rate_factor"] = None
     if recipe.optimizer != "muon":
@@ -199,7 +199,7 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
         elastic = params.pop("elastic")
         elastic["schedules"] = " ".join(map(str, recipe.elastic.schedules)) or None
         params |= {f"elastic.{name}": value for name, value in elastic.items()}
-    if recipe.skip_bad_steps:  # A run that needs it would not get to its end without.
+    if recipe.skip_bad_steps:  # Not part of the key, but some runs need it.
         params["skip_bad_steps"] = recipe.skip_bad_steps
     if job.objective == "distill":
         loss = job.distillation or DistillationConfig()

@@ -1,7 +1,7 @@
-"""How far a training is, as its folder says: one enumeration, and one class that reads the folder.
+"""The state of a training: an enumeration, and a class that reads it from the training's folder.
 
-Lists, plans, estimates and sweeps use the class. Everything is read from small files, and PyTorch
-is not imported, so that an answer takes a moment also while trainings run.
+Lists, plans, estimates and sweeps use the class. Everything is read from small files, without
+PyTorch, so that it is quick also while trainings run.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ DIVERGED_EVENT = "diverged"
 
 
 class TrainingState(StrEnum):
-    """How far a training is. Whether a process works on it now is another question."""
+    """State of a training, whether or not a process works on it now."""
 
     EMPTY = "empty"
     """Nothing has been trained."""
     IMPORTED = "imported"
-    """A model from elsewhere: there are weights, and no training."""
+    """A model from elsewhere: weights without a training."""
     STOPPED = "stopped"
-    """Begun and not finished, or its end is lost; the same job goes on."""
+    """Started and not finished, or its end is lost; the same job resumes it."""
     DIVERGED = "diverged"
-    """Begun, and ended because loss or gradient were bad."""
+    """Started, and ended by a bad loss or gradient."""
     STOPPED_EARLY = "stopped early"
-    """Begun, and ended because another trial of its sweep was better."""
+    """Started, and ended by ASHA because another trial of its sweep was better."""
     FINISHED = "finished"
-    """At its last step, whose checkpoint is there."""
+    """At its last step, with the checkpoint."""
 
 
 def checkpoint_is_there(checkpoint: Path) -> None:
@@ -54,12 +54,12 @@ def checkpoint_is_there(checkpoint: Path) -> None:
 
 
 class Training:
-    """What the folder of a run or trial says about its training."""
+    """The training in the folder of a run or trial."""
 
     def __init__(
         self, folder: Path, check_checkpoint: Callable[[Path], None] = checkpoint_is_there
     ) -> None:
-        """Read what was to be done, and how it ended.
+        """Read the job and the outcome.
 
         Args:
             folder: It need not exist.
@@ -68,23 +68,23 @@ class Training:
 
         Raises:
             DamagedFile: If one of these files cannot be read.
-            UserError: If the folder has an end, and does not say of what.
+            UserError: If the folder has an outcome but no job.
         """
         self.folder = folder
         self.job = TrainingJob.of_folder(folder)
-        """What was to be done; None if the folder does not say."""
+        """The job; None if the folder has none."""
         self.outcome: TrainingOutcome | None = None
-        """How it ended, with its checkpoint in this folder; None if it is not finished."""
+        """The outcome, with its checkpoint in this folder; None if it is not finished."""
         self.lost_end: UserError | None = None
-        """Why the last checkpoint does not count, although the training was finished."""
+        """Why the last checkpoint of a finished training cannot be used."""
         stored_outcome = TrainingOutcome.read(folder / DONE_NAME)
         if stored_outcome is None:
             return
         if self.job is None:
             raise UserError(
-                f"{folder / JOB_NAME} is missing; restore it from a copy, or delete {folder}"
+                f"{folder / JOB_NAME} is missing; restore it from a backup, or delete {folder}"
             )
-        # Its stored path is that of the workspace before it was moved.
+        # The stored path may be that of the workspace before it was moved.
         last_checkpoint = folder / checkpoint_name(stored_outcome.step)
         try:
             check_checkpoint(last_checkpoint)
@@ -97,7 +97,7 @@ class Training:
     @cached_property
     def state(self) -> TrainingState:
         """How far the training is."""
-        if self.outcome:  # Also of a trial that was stopped early, and trained on later.
+        if self.outcome:  # Also if it was stopped early once, and later resumed.
             return TrainingState.FINISHED
         if (self.folder / STOPPED_NAME).is_file():
             return TrainingState.STOPPED_EARLY
@@ -109,7 +109,7 @@ class Training:
     def _has_diverged(self) -> bool:
         """Whether the last process that trained here diverged.
 
-        Other events may follow that one: a profile that was not made, a copy that is finished.
+        Other events may follow: a missing profile, a finished upload.
         """
         has_diverged = False
         for record in self.records:
@@ -147,7 +147,7 @@ class Training:
 
     @cached_property
     def records(self) -> list[JournalRecord]:
-        """The last records of the training's journal."""
+        """The last records of the journal."""
         return read_tail(self.folder)
 
     @cached_property
@@ -158,7 +158,7 @@ class Training:
             if record["kind"] == "metrics":
                 values |= record["values"]
             elif record["name"] == "resumed":
-                values.pop(SPEED_METRIC, None)  # That of the process before.
+                values.pop(SPEED_METRIC, None)  # Of an earlier process.
         return values
 
     @property
@@ -168,7 +168,8 @@ class Training:
 
     @property
     def seconds_left(self) -> float | None:
-        """The steps that are left, as fast as the last ones; None before this process's first."""
+        """Time of the remaining steps at the last speed; None before this process's first
+        record."""
         speed = self.metrics.get(SPEED_METRIC)
         if not self.job or not speed:
             return None
@@ -178,7 +179,7 @@ class Training:
 
     @cached_property
     def lock(self) -> Path | None:
-        """The lock that a process holds now; None if none works here."""
+        """The lock that a process holds now; None if no process works here."""
         return next(filter(is_locked, run_locks(self.folder)), None)
 
 

@@ -1,8 +1,8 @@
-"""A trial: one value from the plan of a sweep to tables, fronts, reports and MLflow.
+"""A trial: the value that goes from a sweep's plan to tables, fronts, reports and MLflow.
 
-The full model (`teacher`) and models of other kinds (`baseline`) have the same form, so that a
-front can hold all three. The plan of a sweep holds its trials, each once. Trials that differ in
-their learning rates only may compete: the worse ones are stopped early.
+The full model (`teacher`) and other models (`baseline`) have the same form, so that a front can
+hold all of them. Trials that differ only in their learning rates may compete: ASHA stops the worse
+ones early.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from orchestrator.settings import SweepSettings
 Role = Literal["trial", "teacher", "baseline", "source", "source_continued"]
 T = TypeVar("T")
 BASELINE_ROLES: tuple[Role, ...] = ("baseline", "source", "source_continued")
-"""Roles of models that stand beside a front and do not compete for it."""
+"""Roles of models that are shown with a front but do not compete for it."""
 SOURCE = "source"
-"""Role and name of the model whose weights the teacher started from, as it was."""
+"""Role and name of the teacher's source model, unchanged."""
 SOURCE_CONTINUED = "source_continued"
-"""Role and name of that model, trained on as it is with as many FLOPs as the teacher."""
+"""Role and name of the source model, fine-tuned without corrections with the teacher's FLOPs."""
 
 
 def baseline_role(label: str) -> Role:
-    """Return the role of a model that stands beside the front, by its label."""
+    """Return the role of a baseline by its label."""
     role_by_label: dict[str, Role] = {SOURCE: "source", SOURCE_CONTINUED: "source_continued"}
     return role_by_label.get(label, "baseline")
 
@@ -45,22 +45,22 @@ def _finite_or_none(number: float | None) -> float | None:
 
 
 Threshold = Annotated[float | None, AfterValidator(_finite_or_none)]
-"""A bound of a range of thresholds. Strict JSON has no infinity, so no bound is None."""
+"""A bound of a range of thresholds; None is infinity, which strict JSON lacks."""
 
 
 class Trial(Record):
     """One model of a sweep: what is trained and measured, and what was measured."""
 
     key: str
-    """Hash of all that determines the result; the same trial in another sweep has the same key."""
+    """Hash of everything that determines the result; equal trials of sweeps have equal keys."""
     role: Role
-    """`trial`, `teacher` (the full model); or, beside the front, `source` (the model whose weights
-    the teacher started from), `source_continued` (that model trained on without corrections) or
-    `baseline` (a model of another kind)."""
+    """`trial`; `teacher`, the full model; or, not competing for the front, `source` (the teacher's
+    source model), `source_continued` (that model, fine-tuned without corrections) or `baseline`
+    (another model)."""
     label: str = ""
     """Name in tables and figures."""
     model: Config
-    """The model, with the schedule that is measured."""
+    """The model, with the measured schedule."""
     folder: WorkspacePath
     """Folder of its training and its result."""
     job: TrainingJob | None = None
@@ -71,22 +71,22 @@ class Trial(Record):
     """What is measured."""
     threshold_above: Threshold = None
     """Thresholds above this, up to `threshold_up_to`, give this schedule; both are None if no
-    threshold does."""
+    threshold gives it."""
     threshold_up_to: Threshold = None
     """Largest threshold that gives this schedule."""
     parent: str | None = None
     """Weights key of the teacher."""
     teacher_schedule: str | None = None
     """Its schedule relative to the teacher, if it leaves layers out: `0*14,x*2,0*14`. `model` has
-    the layers that stay."""
+    only the kept layers."""
     is_elastic: bool = False
-    """Whether its weights serve other schedules of the sweep, too."""
+    """Whether its weights also serve other schedules of the sweep."""
     seed: int | None = None
     """Seed of its training, if the sweep has several."""
     group: str | None = None
     """Label without the seed; trials of one group are seeds of one model."""
     numbers: dict[str, int | float] = Field(default_factory=dict)
-    """What was measured, by tracked name; numbers that are unknown or not finite are not there.
+    """Tracked name -> measured number; unknown and infinite numbers are left out.
 
     `cost/`: inference, lower is better. `evaluations` (NFE) and other counts per token,
     `relative_evaluations` and `relative_flops` as shares of the full model's,
@@ -119,8 +119,8 @@ class Trial(Record):
 
     @property
     def opened_schedule(self) -> str | None:
-        """The schedule under which its checkpoint is this model; None if any other model is not in
-        it."""
+        """The schedule under which its checkpoint is this model; None if that is the checkpoint's
+        own."""
         if self.teacher_schedule and self.job is None:  # The checkpoint is the teacher's.
             return self.teacher_schedule
         return None if self.schedule is None else str(self.model.corrections)
@@ -153,8 +153,8 @@ class Trial(Record):
     def result(self) -> Trial | None:
         """Return the trial with what was measured; None while it is not finished.
 
-        Names and thresholds stay those of this sweep: another sweep may have measured the same
-        trial under others.
+        Label and thresholds stay those of this sweep; another sweep may have measured the trial
+        with others.
         """
         stored = Trial.read(self.result_path)
         if stored is None:
@@ -167,7 +167,7 @@ class Trial(Record):
         return self.model_copy(update=measured)
 
     def with_numbers(self, group: str, numbers: Mapping[str, float | None]) -> Trial:
-        """Return the trial with those of these numbers, tracked as `GROUP/NAME`, that are known."""
+        """Return the trial with further known numbers, tracked as `GROUP/NAME`."""
         finite_numbers = {
             f"{group}/{name}": number
             for name, number in numbers.items()
@@ -197,7 +197,7 @@ class Trial(Record):
         """
         trained = self.job or job
         params = {"role": self.role, **(job_parameters(trained) if trained else {})}
-        # Elastic weights are trained under another schedule than they are measured under.
+        # Elastic weights are trained under another schedule than the measured one.
         params |= model_parameters(self.model)
         if self.teacher_schedule:
             params["schedule"] = self.teacher_schedule
@@ -208,7 +208,7 @@ class Trial(Record):
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
             if self.parent and not trained:
-                params["teacher"] = self.checkpoint  # It was pruned, and not trained.
+                params["teacher"] = self.checkpoint  # Pruned, not trained.
         return params | ({"group": self.group} if self.group else {})
 
 
@@ -226,12 +226,12 @@ class SweepTrials(Record):
     teacher: WorkspacePath | None
     """Checkpoint of the teacher; None for `iterations`."""
     num_requested: int
-    """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;
+    """Number of requested thresholds, budgets, schedules or models, before equal ones were merged;
     seeds do not count."""
     trials: tuple[Trial, ...]
     """Trials, teacher and baselines, each once."""
     num_distinct: int = 0
-    """Different schedules or models among them; those that a search adds do not count."""
+    """Number of distinct schedules or models, without those that a search adds."""
 
 
 def teacher_or_costliest(
@@ -248,10 +248,10 @@ def teacher_or_costliest(
 
 
 class AshaRule(Record):
-    """When trials are compared, and how many continue."""
+    """ASHA's rule: when trials are compared, and how many continue."""
 
     first_rung: float
-    """Share of the steps at which trials are first compared."""
+    """Share of the steps at the first rung."""
     reduction_factor: int = 2
     """One of this many trials at a rung continues."""
 
