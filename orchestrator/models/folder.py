@@ -1,6 +1,6 @@
-"""The files of a model folder: what they are, whether they are intact, and the keys of a model.
+"""The files of a model folder: their content, their checksums, and the keys of a model.
 
-A checkpoint, an export and a published model are the same thing: `config.json`, safetensors, and
+A checkpoint, an export and a published model have the same form: `config.json`, safetensors, and
 tokenizer files as `tokenizers` and transformers write them. A checkpoint adds its training state,
 and `provenance.json` with the SHA-256 of every other file, which finds later damage. Nothing is
 unpickled, and no code of a folder runs.
@@ -35,11 +35,11 @@ from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
 MOMENTS_PREFIX = "moments"
-"""Begins the names of the files with the moments of a sharded training, one for each worker."""
+"""Prefix of the files with the moments of a sharded training, one file per worker."""
 METHOD_PACKAGE = "method_package"
-"""Entry of the provenance: the package that adds the model's method, if one does."""
+"""Entry of the provenance: the package that adds the model's method, if any."""
 ELASTIC = "elastic"
-"""Entry of the provenance: the schedules that elastic weights learned beside the full one."""
+"""Entry of the provenance: the cheaper schedules that elastic weights learned."""
 JOB_KEY = "job"
 """Entry of the provenance: the key of the training that wrote the checkpoint."""
 
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 MANIFEST = "MANIFEST.sha256"
 """File of an export: the checksums of its files, for `sha256sum --check`."""
 StoredPrecision = Literal["fp32", "bf16", "fp16"]
-"""Types that weights are stored in."""
+"""Types of stored weights."""
 _SAFETENSORS_NAMES: dict[str, StoredPrecision] = {"BF16": "bf16", "F16": "fp16"}
 TEXT_FILES = (
     TOKENIZER_CONFIG,
@@ -57,8 +57,8 @@ TEXT_FILES = (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
 )
-"""Files of transformers beside `TOKENIZER` that say how a model from elsewhere reads text. One that
-was trained here has none."""
+"""Files of transformers, besides `TOKENIZER`, that determine how an imported model reads text. A
+model that was trained here has none."""
 MODEL_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
 """Files of a model: configuration, weights, tokenizer, code."""
 
@@ -91,7 +91,7 @@ def load_config(folder: Path) -> ModelConfig:
     values = read_config(folder)
     try:
         return config_from_json(values)
-    except ExtensionError as error:  # The method is unknown here, or its package is broken.
+    except ExtensionError as error:  # The method is unknown, or its package is broken.
         package = load_provenance(folder).get(METHOD_PACKAGE)
         if package is None or values.get("method") in METHODS:
             raise UserError(f"cannot use {folder}: {shortened(str(error))}") from None
@@ -112,18 +112,18 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
     """Return the configuration of any model folder that a decoder can run.
 
     Args:
-        needs_weights: Whether the folder must hold weights; a plan needs none.
+        needs_weights: Whether the folder must have weights; a plan needs none.
 
     Raises:
-        UserError: If the folder has no weights though it needs them, or they cannot be read; as a
-            `NoDecoder`, if only transformers can run the model.
+        UserError: If required weights are missing, or cannot be read.
+        NoDecoder: If only transformers can run the model.
     """
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_config(folder)
     from iiet.hf.published import config_from_published  # Imports torch.
 
-    # The names of the weights tell what the configuration does not say, such as biases.
+    # Names of weights show what the configuration does not, such as biases.
     reads_weights = needs_weights or any(folder.glob("*.safetensors"))
     tensors = stored_tensors(folder) if reads_weights else {}
     try:
@@ -139,17 +139,17 @@ def decoder_config(folder: Path, *, needs_weights: bool = True) -> ModelConfig:
 def is_export(folder: Path) -> bool:
     """Return whether a model folder is an export of this program.
 
-    That of an iterative method has a model type of its own; that of a plain model is known by its
-    list of checksums.
+    Exports of iterative methods have their own model type; exports of plain models have a list of
+    checksums.
     """
     return read_config(folder).get("model_type") == MODEL_TYPE or (folder / MANIFEST).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a folder's safetensors: those with the names that transformers gives, else all.
+    """Return a folder's safetensors files: those with transformers' names, else all.
 
     Raises:
-        UserError: If there are none, or one that the index names is missing.
+        UserError: If there are none, or a file that the index names is missing.
     """
     if not (folder / WEIGHTS).is_file() and (folder / WEIGHTS_INDEX).is_file():
         return _indexed_files(folder)
@@ -184,7 +184,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return name -> shape and type of all weights; only the heads of the files are read.
+    """Return name -> shape and type of all weights, reading only the headers of the files.
 
     Raises:
         UserError: If there are no weights, or they cannot be read.
@@ -209,7 +209,7 @@ def weights_precision(folder: Path) -> StoredPrecision:
 def precision_of(tensors: Mapping[str, StoredTensor]) -> StoredPrecision:
     """Return the type of weights: that of the largest one.
 
-    Mixes and norms of a method stay float32 beside weights in half precision.
+    Mixes and norms of a method stay float32, also if other weights have half precision.
     """
     largest = max(tensors.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
     return _SAFETENSORS_NAMES.get(largest.dtype, "fp32") if largest else "fp32"
@@ -218,7 +218,7 @@ def precision_of(tensors: Mapping[str, StoredTensor]) -> StoredPrecision:
 def model_files_key(folder: Path) -> str:
     """Return the hash of the files that determine a model: configuration, weights, tokenizer, code.
 
-    Hashing reads them once, which takes less time than loading the weights.
+    Hashing the files takes less time than loading the weights.
     """
     patterns = (*MODEL_PATTERNS, "additional_chat_templates/*.jinja")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
@@ -264,16 +264,16 @@ def resolve_checkpoint(path: Path) -> Path:
     """Return a checkpoint, or the newest one of a run.
 
     Raises:
-        UserError: If there is none, or the newest one is damaged: an older one would be another
-            model. For a model folder from elsewhere, the message says how it becomes a checkpoint,
-            or why it cannot.
+        UserError: If there is none, or the newest one is damaged, as an older one would be another
+            model. For a model folder from elsewhere, the message says how to import it, or why
+            that is impossible.
     """
     path = resolve_path(path)
     hint = ""
     if not is_checkpoint(path):
         checkpoints = find_checkpoints(path)
         if not checkpoints and (path / CONFIG).is_file():
-            decoder_config(path)  # Raises why not, if the import would refuse it.
+            decoder_config(path)  # Raises if the import would refuse it.
             raise UserError(
                 f"{path} is a model folder, not a checkpoint; `iiet-orch import {path}` makes one "
                 "of it"
@@ -305,8 +305,8 @@ def load_provenance(folder: Path) -> dict[str, Any]:
 def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     """Return the schedules that a checkpoint's weights learned, costliest first.
 
-    These are the checkpoint's own schedule and, for elastic weights, the others of the family. A
-    method without corrections has no schedule, and those of a model from elsewhere are not known.
+    These are the checkpoint's own schedule and, for elastic weights, the cheaper ones. A method
+    without corrections has none, and for a model from elsewhere they are unknown.
 
     Raises:
         UserError: If the checkpoint is damaged.
@@ -333,8 +333,8 @@ def stored_recipe(folder: Path) -> dict[str, Any]:
 
 
 def trained_sequence_length(folder: Path) -> int | None:
-    """Return the tokens of a sequence that a checkpoint was trained on; None if it was trained on
-    as many as its context has, or elsewhere.
+    """Return the sequence length of a checkpoint's training; None if it was the context length, or
+    if the model was trained elsewhere.
 
     Raises:
         UserError: If the folder is not a checkpoint, or its provenance is damaged.
@@ -354,7 +354,7 @@ def weights_key(folder: Path) -> str:
 
 
 def _stored_checksums(folder: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of a checkpoint's other files as they were written."""
+    """Return name -> SHA-256 of a checkpoint's files as they were written."""
     provenance = load_provenance(folder)
     with damage_named(folder / PROVENANCE):
         return {name: str(digest) for name, digest in provenance["checksums"].items()}
@@ -372,7 +372,7 @@ def check_checkpoint(
     """Verify the checksums; a file that is unchanged since it was last verified is not read.
 
     Args:
-        with_training_state: Verify also the files that only a resumed training reads, which hold
+        with_training_state: Also verify the files that only a resumed training reads, which have
             most of the bytes.
         remember: As in `files.damaged_file`.
 
@@ -383,7 +383,7 @@ def check_checkpoint(
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     checksums = _stored_checksums(folder)
-    # Without a checksum for the configuration or the weights, that file counts as damaged.
+    # Configuration and weights without a checksum count as damaged.
     names = {CONFIG, WEIGHTS, *checksums}
     if with_training_state:
         names.add(TRAINING_STATE)
@@ -417,7 +417,7 @@ def newest_checkpoint(
             else:
                 newest = folder
                 break
-    # Only now: a warning says which checkpoint is used instead.
+    # After the search, because a warning names the checkpoint that is used instead.
     for problem in problems:
         warn(f"{problem}; {f'{newest} is used instead' if newest else 'no older one is left'}")
     return newest

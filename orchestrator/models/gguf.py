@@ -1,10 +1,10 @@
 """Read GGUF files, llama.cpp's format of one file for a whole model.
 
-transformers reads weights and tokenizer; the file may be quantized, and each weight becomes the
-float32 number that it stands for. Three things are added here. Missing weights, and settings that
-transformers ignores, such as scaled rotary angles, are errors. And of the rule that cuts text into
-words before the merges, the file has only a name: where transformers does not know it, it silently
-cuts by GPT-2's, so the rules that are known stand here, and others are refused.
+transformers reads weights and tokenizer; quantized weights are converted to float32. This module
+adds checks. Missing weights are errors, and so are settings that transformers ignores, such as
+scaled rotary angles. A file has only the name of the rule that splits text into words before the
+BPE merges. For an unknown name, transformers silently uses GPT-2's rule; so the known rules are
+listed here, and others are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.models.hub import offline
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
 _PREFIX = "llama."
-# For a missing entry, transformers takes a default; without the heads it reads weights wrongly.
+# transformers has defaults for missing entries; without the heads it reads weights wrongly.
 _REQUIRED = {
     *("embedding_length", "block_count", "feed_forward_length", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
@@ -42,7 +42,7 @@ _RULES = {
     **dict.fromkeys(("gpt-2", "mpt", "olmo"), _WORDS),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGITS_AND_WORDS),
 }
-"""Value of `tokenizer.ggml.pre` -> how text is cut. Source: llama.cpp, `llama-vocab.cpp`."""
+"""Value of `tokenizer.ggml.pre` -> how text is split. Source: llama.cpp, `llama-vocab.cpp`."""
 
 
 def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = True) -> Decoder:
@@ -50,13 +50,13 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
 
     Args:
         path: The file.
-        texts: Folder that gets what a model folder says about text: `config.json` with the tokens
-            that begin and end one, and the files of the tokenizer.
+        texts: Folder for a model folder's text files: `config.json` with the tokens that begin and
+            end a text, and the files of the tokenizer.
         with_tokenizer: Whether these files are wanted.
 
     Raises:
-        UserError: If it is not a GGUF file, is damaged, holds another architecture or what the
-            decoder does not do, or has no tokenizer of a known kind.
+        UserError: If it is not a GGUF file, is damaged, has another architecture or features that
+            the decoder lacks, or has no tokenizer of a known kind.
     """
     try:
         import gguf
@@ -74,7 +74,7 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
             f"installed package gguf ({first_line(error, with_type=True)})"
         ) from None
 
-    # What transformers would ignore: unknown entries, missing ones, and heads of other sizes.
+    # Find what transformers would ignore: unknown or missing entries, and heads of other sizes.
     values = {
         name.removeprefix(_PREFIX): value
         for name, value in metadata.items()
@@ -130,7 +130,7 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         if missing := sorted(loading_info["missing_keys"]):
             raise ValueError(f"missing {', '.join(missing)}")
         model_values = model.config.to_dict()
-        # It says how the file is packed; these weights are unpacked.
+        # Describes quantization, but these weights are float32.
         del model_values["quantization_config"]
         return decoder_from_published(model_values, model.state_dict())
     except Exception as error:  # Types that cannot be unpacked, shapes that do not fit.

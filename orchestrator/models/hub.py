@@ -1,4 +1,4 @@
-"""The Hugging Face hub: reached or not, models and tokenizers downloaded, models uploaded.
+"""The Hugging Face hub: whether it can be reached, downloads, and uploads of models.
 
 A name is `hub:OWNER/NAME`, or `hub:OWNER/NAME@REVISION` for a branch, tag or commit. A download is
 a folder in the hub's own cache, so that other programs use the same files; without a network, what
@@ -26,7 +26,7 @@ HUB_PREFIX = "hub:"
 MODEL_CARD = "README.md"
 """File of a model's folder with its card, whose metadata name the license."""
 OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*")
-"""Files that hold the same weights once more, for other programs."""
+"""Files with the same weights for other programs, which are not downloaded."""
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5
@@ -45,18 +45,18 @@ _REFUSALS = {
 }
 """Errors of the hub's library that users are likely to meet."""
 _reasons: list[str] = []
-"""Reasons of the blocks of `offline` that run."""
+"""Reasons of the active blocks of `offline`."""
 
 
 # The network
 
 
 def hub_problem() -> str | None:
-    """Return why the hub cannot be reached, in a few words; None if it seems reachable."""
+    """Return briefly why the hub cannot be reached; None if it seems reachable."""
     if os.environ.get(_FLAG, "").upper() in _TRUE:
         return _reasons[0] if _reasons else f"{_FLAG} is set"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return None  # A direct connection proves nothing; the client reports its own failure.
+        return None  # A direct connection would prove nothing; the client reports failures.
     address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
     try:
         endpoint = urlsplit(address)
@@ -81,7 +81,7 @@ def require_hub(subject: str) -> None:
 
 @contextmanager
 def offline(reason: str = "") -> Iterator[None]:
-    """Keep the hub's libraries off the network inside the block, also if already imported.
+    """Keep the hub's libraries off the network in a block, even if they are already imported.
 
     Args:
         reason: Why, such as `DRY_RUN`.
@@ -100,7 +100,7 @@ def _set_flag(value: str | None) -> None:
     os.environ.pop(_FLAG, None)
     if value is not None:
         os.environ[_FLAG] = value
-    # The libraries have copied the variable to these modules when they were imported.
+    # The libraries copy the variable to these modules at import.
     for name in ("huggingface_hub.constants", "datasets.config"):
         if module := sys.modules.get(name):
             setattr(module, _FLAG, (value or "").upper() in _TRUE)
@@ -110,7 +110,7 @@ def _set_flag(value: str | None) -> None:
 
 
 def is_hub_name(name: Path | str) -> bool:
-    """Return whether a typed name or path means a repository of the hub."""
+    """Return whether a name is that of a repository on the hub."""
     return str(name).startswith(HUB_PREFIX)
 
 
@@ -118,8 +118,8 @@ def download(name: Path | str, *, weights: bool = True) -> Path:
     """Return the folder of a model of the hub, with configuration, tokenizer, code and weights.
 
     Raises:
-        UserError: If there is no such model, it may not be read, or the hub cannot be reached and
-            the model is not in the cache.
+        UserError: If there is no such model, the token may not read it, or the hub cannot be
+            reached and the model is not in the cache.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -1,7 +1,7 @@
-"""What a model is called where people read it: tables, pages, MLflow's runs, model cards.
+"""Labels of models for people: in tables, pages, MLflow runs and model cards.
 
-A model on disk has the name of its run or folder, followed by its schedule or depth where that is
-not its own. A model that a sweep trains is called by its method and corrections.
+A model on disk has the name of its run or folder, and its schedule or depth if that is not its own.
+A model that a sweep trains is named by method and corrections.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def model_label(folder: Path, schedule_label: str = "") -> str:
 def unique_labels(models: Sequence[tuple[Path, str]]) -> list[str]:
     """Return the labels of models that are shown together.
 
-    Where different models have the same label, the checkpoint, the parent folder or the owner on
-    the hub is added; a model that is listed several times gets a number.
+    Different models with the same label get the checkpoint, the parent folder or the owner on the
+    hub added; a model that is listed several times gets a number.
 
     Args:
         models: The arguments of `model_label` for each model.

@@ -78,12 +78,12 @@ def load_model(
         dtype: Dtype of the weights, whatever the files hold.
         schedule: Iteration schedule, instead of the model's own; it may leave layers out.
         check: Verify the checksums of a checkpoint first.
-        frozen: Without gradients. A model of ours stays memory-mapped on the CPU, so that all
-            processes of a machine share its weights; otherwise they are a copy that can be trained.
+        frozen: Without gradients. A checkpoint then stays memory-mapped on the CPU, so that all
+            processes of a machine share its weights; otherwise weights are copied and trainable.
 
     Raises:
-        UserError: If the folder is not a model folder, is damaged, needs what a decoder does not
-            support, has missing, unknown or not finite weights, or the schedule does not fit it.
+        UserError: If the folder is not a model folder, is damaged, or needs features that a decoder
+            lacks; if weights are missing, unknown or not finite; or if the schedule does not fit.
     """
     if check:
         check_if_checkpoint(folder)
@@ -115,8 +115,8 @@ def _weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
             for name in names:
-                # Opened for each tensor: the pages that were read stay in memory until a file is
-                # closed, which of a file in half precision is half of the model.
+                # Opened for each tensor, because pages that were read stay in memory until the file
+                # is closed.
                 with safe_open(file, framework="pt") as tensors:
                     weights[name] = tensors.get_tensor(name).to(dtype)
         except (OSError, SafetensorError) as error:

@@ -1,5 +1,4 @@
-"""What a workspace holds of models: folders by their names, finished runs, the last pick, and the
-influence that was measured.
+"""Find models in a workspace: folders by name, finished runs, the last pick, stored influence.
 
 `models.open` opens the model that a command names.
 """
@@ -31,7 +30,8 @@ from orchestrator.workspace.files import expand_user, resolve_path
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
 
 AcceptedFolders = Literal["any", "exports", "none"]
-"""Which model folders a command takes beside checkpoints: any, exports of this program, or none."""
+"""Which model folders a command takes besides checkpoints: any, exports of this program, or
+none."""
 
 
 class Picked(Record):
@@ -40,7 +40,7 @@ class Picked(Record):
     sweep: str
     checkpoint: WorkspacePath
     schedule: str | None
-    """Iteration schedule under which the checkpoint is the model; None if it is no other model."""
+    """Iteration schedule of the picked model; None if it is the checkpoint's own."""
     time: float
     """When the model was picked, in seconds since 1970."""
 
@@ -59,7 +59,7 @@ def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | Non
 
 
 def finished_runs(workspace: Workspace) -> list[Path]:
-    """Return the runs with a checkpoint whose training, if they have one, is finished."""
+    """Return the runs with a checkpoint that are finished or imported."""
     return [
         run
         for run in _run_folders(workspace)
@@ -69,8 +69,10 @@ def finished_runs(workspace: Workspace) -> list[Path]:
 
 
 def find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolders) -> Path:
-    """Return the folder that a user names by a path, or by a name such as `NAME` of a run or trial,
-    `runs/NAME` or `runs/NAME/step_00000100`, which is looked up in the workspace.
+    """Return the folder that a user names by a path, or by a name that is looked up in the
+    workspace.
+
+    Such a name is `NAME` of a run or trial, `runs/NAME` or `runs/NAME/step_00000100`.
 
     Raises:
         UserError: If there is no such folder; names the runs of the workspace.
@@ -82,7 +84,7 @@ def find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolder
             candidates.append(parent / path)
     existing = [candidate for candidate in candidates if candidate.exists()]
     for folder in existing:
-        # A folder of no use must not hide a run: an imported run has the name of its source.
+        # An unusable folder must not hide a run: an import has the name of its folder.
         if is_checkpoint(folder) or find_checkpoints(folder) or is_accepted(folder, folders):
             return resolve_path(folder)
     if existing and existing[0].is_file():
@@ -90,7 +92,7 @@ def find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolder
             f"{path} is a file; if it is a GGUF file, `iiet-orch import {path}` makes a "
             "checkpoint of it"
         )
-    if existing:  # The caller says what is wrong with the folder.
+    if existing:  # The caller reports what is wrong with the folder.
         return resolve_path(existing[0])
     if workspace is None:
         raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
@@ -103,7 +105,7 @@ def find_folder(workspace: Workspace | None, path: Path, folders: AcceptedFolder
 
 
 def is_accepted(folder: Path, folders: AcceptedFolders) -> bool:
-    """Return whether a folder is one of the model folders that are accepted beside checkpoints."""
+    """Return whether a folder is a model folder that is accepted besides checkpoints."""
     if folders == "none" or is_checkpoint(folder) or not (folder / CONFIG).is_file():
         return False
     return folders == "any" or is_export(folder)
@@ -121,7 +123,7 @@ def hub_hint(path: Path) -> str:
     return f". For a model of the Hugging Face hub write {HUB_PREFIX}{path}"
 
 
-# Beside models
+# Runs and influence
 
 
 def find_pretraining(workspace: Workspace, name: Path) -> Path:
@@ -158,11 +160,11 @@ def find_checkpoints_by_weights(workspace: Workspace, key: str) -> list[Path]:
 
 
 def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
-    """Return the influence table stored beside a checkpoint for its own schedule.
+    """Return the stored influence table of a checkpoint under its own schedule.
 
     Args:
-        metric: Metric of the table (default: the usual one of the model). If the checkpoint has no
-            such table, but one of another metric, that one is returned.
+        metric: Metric of the table (default: the model's usual one). Without such a table, the only
+            table of another metric is returned.
 
     Returns:
         The table; None if there is none, or several of other metrics.
@@ -185,8 +187,8 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
 def find_influence_table(
     checkpoints: Iterable[Path], metric: str | None = None
 ) -> InfluenceTable | None:
-    """Return the first table of a metric beside one of several checkpoints; without one, the first
-    that `load_influence_table` returns.
+    """Return the first table of a metric of several checkpoints; without one, the first table that
+    `load_influence_table` returns.
 
     Args:
         metric: As in `load_influence_table`.

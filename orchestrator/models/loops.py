@@ -1,8 +1,8 @@
 """Looped models of other projects: what sets their depth, and what a token costs at each depth.
 
-A class for each `model_type` reads depth and costs from the model's configuration, so a plan knows
-them without weights or code of the model. What a class says is compared with what runs, each time
-that a model is loaded (`evaluation/looped.py`). Other packages add classes by entry points of the
+A class for each `model_type` reads depth and costs from the model's configuration, so a plan needs
+neither weights nor code of the model. Each time a model is loaded, its class is checked against the
+layers that run (`evaluation/looped.py`). Other packages add classes by entry points of the
 group `iiet_orch.depth`.
 """
 
@@ -34,10 +34,10 @@ class LoopedModel:
         self.config: Mapping[str, Any] = config.get("text_config") or config
 
     def number(self, *names: str) -> int:
-        """Return the first of these entries of the configuration that is there.
+        """Return the first present one of these entries of the configuration.
 
         Raises:
-            UserError: If none is there, or it is not a whole number.
+            UserError: If all are missing, or it is not a whole number.
         """
         value = next((self.config[name] for name in names if self.config.get(name)), None)
         if not isinstance(value, int):
@@ -69,7 +69,7 @@ class LoopedModel:
         return tuple(self.number(name) for name in self.settings)
 
     def changes(self, depth: Depth) -> dict[str, Any]:
-        """Return what to change in the configuration for a depth."""
+        """Return the changes of the configuration for a depth."""
         return dict(zip(self.settings, depth, strict=True))
 
     @property
@@ -165,7 +165,7 @@ class HrmText(LoopedModel):
 
     @property
     def _per_stack(self) -> int:
-        # Until transformers has read the file, the other entry may hold it.
+        # Before transformers has read the file, another entry may have the number.
         return self.number("num_layers_per_stack", "num_hidden_layers")
 
     @property

@@ -1,14 +1,12 @@
 """Open the model that a user names: the one way from a name to a model.
 
-A name is that of a run, a trial or a folder; without one, it is the newest of finished runs and
-picks. A model that nobody named is announced, and it is never replaced by another one: damage is an
-error.
+A name is that of a run, a trial or a folder. The default is the newest of finished runs and picks,
+which is announced. A damaged model is an error, and never replaced by another one.
 
-A model is a checkpoint of this program, or a model folder from elsewhere: an export, a folder of
-the published naming, or any model of transformers. What a model is follows from its files; its
-weights are read when somebody asks for the decoder. A decoder runs what `models.load` lists, and
-transformers any other architecture, which can be evaluated; of a looped model whose kind is known
-(`models.loops`) a depth takes the place of the iteration schedule.
+A model is a checkpoint of this program, or a model folder from elsewhere: an export, a folder with
+the paper's names of weights, or any model of transformers. Weights are read only for the decoder. A
+decoder runs the models that `models.load` lists. transformers runs all others, which can be
+evaluated; known looped models (`models.loops`) have a depth instead of an iteration schedule.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ if TYPE_CHECKING:
     from iiet.decoder import Decoder
 
 ASSUMED_CONTEXT_LENGTH = 2048
-"""Length for a model of transformers whose configuration names none."""
+"""Context length for a model of transformers whose configuration has none."""
 
 # A model
 
@@ -78,21 +76,21 @@ class OpenedModel:
     config: ModelConfig | None
     """Sizes, method and schedule; None if transformers runs the model."""
     why_no_decoder: str
-    """Why transformers runs the model, as a sentence; empty if a decoder does."""
+    """Why only transformers can run the model, as a sentence; empty if a decoder can."""
     architecture: str
-    """The method's registry key, or transformers' name of the architecture."""
+    """The name of the method, or transformers' name of the architecture."""
     context_length: int
-    """Largest number of tokens that the model reads at once."""
+    """The context length in tokens."""
     loops: LoopedModel | None
-    """What a depth is and costs, of a looped model that transformers runs; None of any other."""
+    """Depth and costs of a looped model that transformers runs; None for any other model."""
     depth: Depth | None
     """How often the loops run; None without `loops`."""
     schedule_in_checkpoint: IterationSchedule | None = None
-    """The schedule relative to the model in the files, if it leaves layers out; `config` has the
-    layers that stay."""
+    """The schedule relative to the stored model, if it leaves layers out; `config` has only the
+    kept layers."""
     schedule_label: str = ""
-    """`r=2,1` or `depth=4`, if the user has chosen the schedule or depth; empty if it is the
-    model's own."""
+    """`r=2,1` or `depth=4`, if the user chose the schedule or depth; empty if it is the model's
+    own."""
 
     @property
     def label(self) -> str:
@@ -106,8 +104,8 @@ class OpenedModel:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """All that scores depend on, as JSON values: weights, configuration, tokenizer."""
-        # Of a model that transformers runs, all but a depth that was chosen is in its files.
+        """Everything that scores depend on, as JSON values: weights, configuration, tokenizer."""
+        # For transformers, everything is in the model's files, except a chosen depth.
         computation: Any = "transformers"
         if self.config is not None:
             computation = self.config.to_dict()
@@ -127,7 +125,7 @@ class OpenedModel:
         """Return the model under another iteration schedule, or at another depth of its loops.
 
         Args:
-            option: Where the user has typed it.
+            option: The option that the user typed, for errors.
 
         Raises:
             UserError: If it does not fit the model.
@@ -156,7 +154,7 @@ class OpenedModel:
 
     @property
     def num_evaluations(self) -> int | None:
-        """Layer runs of a token (NFE); None if only transformers knows the model."""
+        """Layer evaluations per token (NFE); None if only transformers knows the model."""
         if self.config is not None:
             return sum(self.config.evaluations_per_layer())
         return self.loops.layer_runs(self.depth) if self.loops and self.depth else None
@@ -237,8 +235,8 @@ def open_model(
             own.
         folders: Which model folders are accepted beside checkpoints.
         needs_weights: Whether a model folder must hold weights; a plan needs none.
-        with_corrections: If none is named, only runs of an IIET with corrections count.
-        note: Called with a sentence that says which model is used if none is named.
+        with_corrections: Without a name, only consider runs of an IIET with corrections.
+        note: Without a name, called with a sentence that says which model is used.
 
     Raises:
         UserError: If there is no model, it is damaged or not accepted, or the schedule does not
@@ -249,7 +247,7 @@ def open_model(
     )
     is_external = not is_checkpoint(path)
 
-    # Who runs it: a decoder, which has a configuration, or transformers.
+    # A decoder runs it if there is a configuration, else transformers.
     values = read_config(path)
     config = None
     why_no_decoder = ""
@@ -264,7 +262,7 @@ def open_model(
     if config is None and architecture in LOOPED_MODELS:
         loops = LOOPED_MODELS[architecture](values)
 
-    # Models that read text and pictures have the sizes of the text's part in a section.
+    # Models of text and pictures have the sizes of their text part in a section.
     text_values = values.get("text_config") or values
     context_length = (
         text_values.get("max_position_embeddings")
@@ -295,10 +293,9 @@ def _find_model(
     with_corrections: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> tuple[Path, str | None]:
-    """Return the checkpoint or model folder that a user means, and the schedule of a pick or trial.
+    """Return the checkpoint or model folder that a user names, and the schedule of a pick or trial.
 
-    Arguments and errors are those of `open_model`. The schedule is None where the model's own is
-    meant.
+    Arguments and errors are those of `open_model`. None means the model's own schedule.
     """
     if name is None:
         assert workspace is not None, "the newest model is that of a workspace"
@@ -326,7 +323,7 @@ def _newest_model(
     picked = None if with_corrections else picked_model(workspace)
     skipped_runs: list[str] = []
     if with_corrections:
-        # Newer runs of other models are skipped; the error names them if there is no other run.
+        # Skip newer runs of other models; the error names them if there is no other run.
         while runs:
             config = load_config(find_checkpoints(runs[0])[-1])
             if config.method == DEFAULT_METHOD and config.corrections.num_corrections:
@@ -355,11 +352,11 @@ def _newest_model(
 
 
 def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, str | None] | None:
-    """Return checkpoint and schedule of a measured trial that a user names as `list` shows it.
+    """Return checkpoint and schedule of a measured trial by its name in `list`.
 
-    The checkpoint may lie elsewhere, such as that of a teacher that a trial measures under a
-    schedule. None for any other name, and for a trial that is not measured, whose folder is looked
-    up like that of any training.
+    The checkpoint may be in another folder, for example a teacher's that the trial measures under a
+    schedule. None for any other name, and for an unmeasured trial, whose folder is found like that
+    of any training.
 
     Raises:
         UserError: If its result is damaged.
@@ -374,7 +371,7 @@ def _find_trial(workspace: Workspace, path: Path) -> tuple[Path, str | None] | N
         return None
     checkpoint = resolve_checkpoint(Path(str(trials[0].checkpoint)))
     schedules = {trial.opened_schedule for trial in trials}
-    # Elastic weights are measured under several schedules: then the checkpoint's own is used.
+    # Elastic weights may be measured under several schedules: then use the checkpoint's own.
     schedule = schedules.pop() if len(schedules) == 1 else None
     return checkpoint, schedule
 

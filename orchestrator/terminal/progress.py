@@ -1,9 +1,8 @@
 """Progress of one task at a time: a bar on a terminal, plain lines elsewhere, one line at the end.
 
-Elsewhere is a pipe or a log file: a plain line appears every few seconds, also while nothing is
-reported, so that a slow task does not look dead. How much time is left is said once units have been
-counted for a while: what comes before the first one (processes that start, a compiler) says nothing
-about the speed of the others.
+In a pipe or a log file, a plain line appears every few seconds, even without new reports, so that a
+slow task does not look dead. The remaining time is shown after units were counted for a while; the
+time before the first unit (starting processes, a compiler) does not count.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from orchestrator.workspace.errors import mask_secrets
 SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0
 SECONDS_TO_MEASURE = 10.0
-"""Units are counted for so long before they say how much time is left."""
+"""Seconds of counting units before the remaining time is shown."""
 BAR_WIDTH = 28
 NARROW_BAR_WIDTH = 12
-"""On a terminal of fewer than `WIDE_COLUMNS`, so that words fit beside it."""
+"""Width of the bar on a terminal of fewer than `WIDE_COLUMNS`, to leave room for words."""
 WIDE_COLUMNS = 100
 ELAPSED_WIDTH = len("0:00:00")
 

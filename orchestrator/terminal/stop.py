@@ -1,9 +1,9 @@
 """Requests to save the state and stop: Ctrl-C, SIGTERM, or a message.
 
-`stop_requested` answers for all of them, in the driver and in its workers. Ray does not let a
-training loop save its state when the process that started it gets a signal. So a job runs in a
-thread, the main thread receives the signals, and the job sees the request. A job that fails while
-it stops is reported as that failure.
+`stop_requested` covers all of them, in the driver and in its workers. With Ray, a training loop
+cannot save its state when the driver gets a signal. So jobs run in threads, the main thread
+receives the signals, and jobs check for the request. A job that fails while it stops is reported as
+failed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, joi
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.2
 SECONDS_TO_SAVE = 480.0
-"""Longest wait for jobs that were asked to save, where nobody sits at the terminal to end it: less
-than the ten minutes that the examples for SLURM and Kubernetes give."""
+"""Longest wait for jobs to save; less than the ten minutes that the examples for SLURM and
+Kubernetes allow."""
 
 T = TypeVar("T")
 
 _signals: list[int] = []
-"""Signals that arrived in the blocks of `stop_on_signals` that run."""
+"""Signals that arrived in active blocks of `stop_on_signals`."""
 _sources: list[Callable[[], bool]] = []
-"""Functions of the blocks of `stop_when` that run."""
+"""Functions of the active blocks of `stop_when`."""
 
 
 def stop_requested() -> bool:
@@ -39,15 +39,15 @@ def stop_requested() -> bool:
 
 
 def end_if_stop_requested() -> None:
-    """Raise `Interrupted` if this process was asked to stop; called between the passes of work that
-    has no state of its own to save."""
+    """Raise `Interrupted` if this process was asked to stop; called between passes of work that has
+    no state to save."""
     if stop_requested():
         raise Interrupted("interrupted; run the same command again to resume")
 
 
 @contextmanager
 def stop_when(has_request: Callable[[], bool]) -> Iterator[None]:
-    """Ask a function for requests to stop while the block runs, such as one that reads a message.
+    """Check a function for requests to stop while the block runs, such as one that reads a message.
 
     Args:
         has_request: Returns whether there is a request.
@@ -61,7 +61,7 @@ def stop_when(has_request: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
-    """Make signals that arrive in the block a request to stop; they do nothing else.
+    """Turn signals that arrive in the block into a request to stop.
 
     Args:
         second_ends: Whether a second signal raises `KeyboardInterrupt`.
@@ -77,7 +77,7 @@ def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            # A block in another thread gets no signals; those of the main thread's block stay.
+            # Signals belong to the main thread's block; a block in another thread gets none.
             if threading.current_thread() is threading.main_thread():
                 del _signals[num_before:]
 
@@ -102,8 +102,8 @@ def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator
 def start_thread(work: Callable[[], T]) -> Future[T]:
     """Run a function in a daemon thread.
 
-    A thread that waits for Ray may wait for ever once Ray has ended. A daemon thread then does not
-    keep the process alive, as the threads of a `ThreadPoolExecutor` do.
+    A thread may wait for an ended Ray for ever. A daemon thread does not keep the process alive, as
+    the threads of a `ThreadPoolExecutor` would.
     """
     future: Future[T] = Future()
 
@@ -186,7 +186,7 @@ def wait_for_work(
         raise
     if not stop_requested():
         return [future.result() for future in futures.values()]
-    # The text is made when it is shown: until Ray has ended, workers may still save.
+    # The text is made when it is shown, because workers may save until Ray has ended.
     raise Interrupted(lambda: interruption_text(saved(), in_time=is_over or not must_save))
 
 
@@ -210,7 +210,7 @@ def wait_interruptibly(
             begin()
         while True:
             has_ended = is_over()
-            # Asked second: a Ctrl-C that came during `is_over` must not be lost.
+            # Checked second, so that a Ctrl-C during `is_over` is not lost.
             if stop_requested():
                 raise Interrupted("interrupted while waiting; run the same command again to resume")
             if has_ended:
@@ -233,7 +233,7 @@ def interruption_text(saved: str, *, in_time: bool = True) -> str:
 def note_saved_state(error: Exception, saved: str) -> None:
     """Add to an error after Ctrl-C what is saved, such as "saved at step 40"."""
     text = f"it happened while the run was stopping; {saved}"
-    # Of these, the command line shows the text alone; of others, the traceback has the notes, too.
+    # The command line shows only the text of these; tracebacks of others show notes.
     if isinstance(error, UserError | RunFailed):
         error.args = (f"{error}; {text}",)
     else:

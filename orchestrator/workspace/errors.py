@@ -1,11 +1,11 @@
 """Error types, short quotes of values in messages, and masks for secrets.
 
 A user's mistake is a `UserError`: one sentence that names what was received, what is allowed and
-what to do next. Errors are shown and stored, so passwords, keys and tokens in them are masked:
-addresses hold some, as `http://USER:PASSWORD@host` or `s3://bucket?secret=...` does, and so do
-environment variables such as `HF_TOKEN`; libraries repeat both in their errors. Typed addresses are
-not always valid (a key may contain a slash), so plain text is searched, and too much rather than
-too little is masked.
+what to do next. Errors are shown and stored, so passwords, keys and tokens in them are masked.
+They occur in addresses, such as `http://USER:PASSWORD@host` or `s3://bucket?secret=...`, and in
+environment variables such as `HF_TOKEN`, which libraries repeat in their errors. Typed addresses
+may be invalid (a key may contain a slash), so plain text is searched, and rather too much is
+masked than too little.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MASK = "***"
 SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "APIKEY")
-"""An environment variable holds a secret if one of these is a part of its name."""
+"""An environment variable is a secret if its name contains one of these."""
 MAX_QUOTE_CHARACTERS = 200
 _SHORTEST_SECRET = 8  # characters; shorter values are words such as `true`
 
@@ -41,13 +41,13 @@ _ASSIGNMENT = re.compile(
 
 
 def mask_secrets(text: str) -> str:
-    """Return a text with `***` in the place of secrets.
+    """Return a text with `***` instead of secrets.
 
     Secrets are users, passwords and keys of addresses, values assigned to names such as `HF_TOKEN`,
     and the values of such environment variables of this process.
     """
     secrets = {value for name, value in os.environ.items() if is_secret_name(name)}
-    # The longest first: a secret that begins with another one would keep its end.
+    # Longest first, because one secret may begin with another.
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= _SHORTEST_SECRET:
             text = text.replace(secret, MASK)
@@ -86,12 +86,12 @@ class UserError(_MaskedError, ValueError):
 class DamagedFile(UserError):
     """A stored file is missing or is not what was written; its text names it. Exit code 1.
 
-    This is a `UserError`, because whoever skips files that cannot be used skips damaged ones, too.
+    It is a `UserError`, so that code which skips unusable files also skips damaged ones.
     """
 
 
 class DeviceError(UserError):
-    """A setting that the device of one worker does not allow; its other workers may not notice."""
+    """A setting that a worker's device does not allow; other workers may not notice."""
 
 
 class RunFailed(_MaskedError, RuntimeError):
@@ -134,7 +134,7 @@ def joint_error(errors: Mapping[str, Exception]) -> Exception:
 
 def shortened(text: str) -> str:
     """Return a text without secrets, cut in the middle to fit a message."""
-    text = mask_secrets(text)  # Before the cut: half an address is not recognized.
+    text = mask_secrets(text)  # Before the cut, as half an address is not recognized.
     if len(text) <= MAX_QUOTE_CHARACTERS:
         return text
     half = MAX_QUOTE_CHARACTERS // 2 - 3
@@ -170,7 +170,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def out_of_memory_text(error: BaseException) -> str:
-    """Return the facts of PyTorch's out-of-memory error, without the allocator's statistics."""
+    """Return PyTorch's out-of-memory message without the allocator's statistics."""
     # "... Tried to allocate 2 GiB. GPU 0 has ... of which 1 GiB is free. Including non-PyTorch
     # memory, ...": what follows the free memory is the allocator's.
     before_statistics, end, _ = first_line(error).partition(" is free")
@@ -178,9 +178,9 @@ def out_of_memory_text(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or one that it came from, says that a disk or a quota is full.
+    """Return whether an error, or one of its causes, means a full disk or quota.
 
-    The error's text tells, because safetensors, sqlite and others raise errors of their own.
+    The text is searched, because safetensors, sqlite and others raise their own error types.
     """
     texts = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
     if any(text in str(error) for text in texts):

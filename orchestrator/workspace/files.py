@@ -1,10 +1,10 @@
-"""Files and folders that are whole or absent, checksums that tell damage, and temporary folders.
+"""Atomic files and folders, checksums that detect damage, and temporary folders.
 
-A file is written to a temporary name, flushed and renamed, and then its folder is flushed: after a
-crash a reader finds the old content or the new one, and the new one once the writer has returned. A
-folder is filled under a temporary name and renamed; it is renamed before it is deleted, too. What a
-crash leaves in between has a hidden name: a folder is deleted by the next writer in that parent, a
-file (`.NAME.PROCESS.tmp`) by `iiet-orch clean`. A damaged file is a `DamagedFile` that names it.
+A file is written to a temporary name, flushed and renamed, and then its folder is flushed. So after
+a crash a reader finds the old or the new content; after the writer has returned, the new one. A
+folder is filled under a temporary name and renamed; before a deletion it is renamed, too. Leftovers
+of a crash have hidden names: folders are deleted by the next writer in the same parent, files
+(`.NAME.PROCESS.tmp`) by `iiet-orch clean`. A damaged file raises a `DamagedFile` that names it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from orchestrator.workspace.provenance import file_digest
 INVALID_VALUE_ERRORS = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
-"""Errors of code that reads a missing value, or one of another type than was written."""
+"""Errors of code that reads a value which is missing or has a wrong type."""
 MAX_INDENTED_CHARACTERS = 1_000_000
-"""Longer JSON is written in one line, ten times as fast and in less memory."""
+"""Longer JSON is written in one line, which is ten times as fast and needs less memory."""
 VERIFIED_NAME = ".verified.json"
 """File in a folder: name -> size, time and digest of each file when it was last read."""
 SCRATCH_NAME = "ray"
-"""Begins the names of scratch folders; short because sockets in them have long paths."""
+"""Prefix of scratch folders; short because paths of sockets are limited."""
 _TEMPORARY = ".iiet-temporary"
-"""Ends the names of temporary folders, which the next writer deletes if nobody holds their lock."""
+"""Suffix of temporary folders, which the next writer deletes unless they are locked."""
 _UNLOCKED = ".iiet-unlocked"
-"""Ends the name of a temporary folder until its lock is held."""
+"""Suffix of a temporary folder until it is locked."""
 _LOCK = "lock"
 _SHORT_PARENT = Path("/tmp")
 
@@ -72,7 +72,7 @@ def free_disk(folder: Path) -> int:
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; it becomes `path` when the block ends without an error.
 
-    Then the content is on disk, and so is the name. After an error nothing is left behind.
+    Content and name are then on disk. After an error nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -84,7 +84,7 @@ def new_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and str(error.filename) == str(temporary):
-            error.filename = str(path)  # The user knows this name, not the temporary one.
+            error.filename = str(path)  # Users know this name, not the temporary one.
         raise
     flush_to_disk(path.parent)
 
@@ -149,10 +149,10 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, problem: Exception | str) -> DamagedFile:
-    """Return the error that a stored file or folder is not what was written, and what to do."""
+    """Return the error of a damaged file or folder, and what to do."""
     reason = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
     return DamagedFile(
-        f"{path} is damaged ({shortened(' '.join(reason.split()))}); restore it from a copy, or "
+        f"{path} is damaged ({shortened(' '.join(reason.split()))}); restore it from a backup, or "
         "delete it, and run the command again"
     )
 
@@ -175,7 +175,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 class UnfinishedFolder:
-    """What `new_folder` yields, for those who begin and finish it in different functions."""
+    """An unfinished folder of `new_folder`, for code that begins and finishes it in different
+    functions."""
 
     def __init__(self, folder: Path) -> None:
         """Make an empty folder that is to become `folder`."""
@@ -199,7 +200,7 @@ class UnfinishedFolder:
 
     def close(self) -> None:
         """Release the lock, and delete what is not finished; call it once, and last."""
-        # Closed before it is deleted: NFS keeps an open file, and with it the folder.
+        # Closed before the deletion, because NFS keeps an open file and its folder.
         os.close(self._lock)
         shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -207,15 +208,15 @@ class UnfinishedFolder:
 def _make_locked(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
     """Make a temporary folder for `folder`; return it with the descriptor that holds its lock.
 
-    Other processes delete the folder only when its lock is free: after this process has ended.
+    Other processes delete the folder only if its lock is free, after the end of this process.
     """
     # The folder is locked before it gets the name that other processes look for.
     unlocked = _temporary_name(folder).with_suffix(_UNLOCKED)
     unlocked.mkdir(mode)
     try:
-        # The lock is a file that is open for writing: network file systems lock nothing else.
+        # The lock is a file that is open for writing, as network file systems require.
         lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT)
-        # On a file system without locks nobody else can lock the folder either, so it stays.
+        # Without locks in the file system, other processes cannot lock the folder either.
         with suppress(OSError):
             lock_descriptor(lock)
         return unlocked.rename(unlocked.with_suffix(_TEMPORARY)), lock
@@ -225,13 +226,13 @@ def _make_locked(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
 
 
 def replace_folder(source: Path, folder: Path) -> None:
-    """Rename `source` to `folder`, on disk too, and delete what had that name before.
+    """Rename `source` to `folder` durably, and delete an earlier folder of that name.
 
     Raises:
-        OSError: If it cannot be renamed; the earlier folder is then in place.
+        OSError: If it cannot be renamed; then the earlier folder is unchanged.
     """
-    # A folder cannot be renamed onto one that holds files. So the earlier folder is moved away
-    # first, again and again if other processes write the same name meanwhile.
+    # A folder cannot be renamed to an existing name. So the earlier folder is moved away first,
+    # repeatedly if other processes write the same name meanwhile.
     replaced: list[Path] = []
     while True:
         try:
@@ -252,7 +253,7 @@ def replace_folder(source: Path, folder: Path) -> None:
 def delete_folder(folder: Path) -> None:
     """Delete a folder; for readers it is gone at once."""
     deleted = folder.rename(_temporary_name(folder))
-    flush_to_disk(folder.parent)  # A crash must not bring back the name of half a folder.
+    flush_to_disk(folder.parent)  # After a crash, a half-deleted folder must not reappear.
     shutil.rmtree(deleted, ignore_errors=True)
 
 
@@ -266,11 +267,11 @@ def leftovers(parent: Path, *, below: bool = False) -> Iterator[Path]:
     """Yield the folders that killed processes left in a folder; each is locked until the next one.
 
     Args:
-        below: Look into the folders below, too.
+        below: Also search the folders below.
     """
     pattern = f".*{_TEMPORARY}"
     for leftover in parent.rglob(pattern) if below else parent.glob(pattern):
-        # An OSError means that it must stay: a process holds the lock, or another user owns it.
+        # An OSError means that the folder is in use, or belongs to another user.
         with suppress(OSError), ExitStack() as stack:
             # In a shared /tmp, a link could name a folder of somebody else's choice.
             if leftover.is_symlink():
@@ -321,8 +322,8 @@ def abandoned_folders() -> Iterator[Path]:
         yield from leftovers(parent)
 
 
-# Checksums of a folder's files, which are read once: size and time of each verified file are
-# stored, so the next process does not read it again.
+# Checksums of a folder's files. Size and time of each verified file are stored, so that the next
+# process need not read it again.
 
 
 def checksums_of(
@@ -336,7 +337,7 @@ def checksums_of(
     The files count as verified, so that the next reader need not read them.
 
     Args:
-        known: Name -> SHA-256 of files that whoever wrote them has hashed already.
+        known: Name -> SHA-256 of files that were hashed while they were written.
     """
     if names is None:
         names = sorted(path.name for path in folder.iterdir())
@@ -359,8 +360,8 @@ def damaged_file(
     Args:
         checksums: Name -> SHA-256 as it was written.
         names: The files to verify (default: all that have a checksum).
-        always: Read also files that have not changed since they were last verified.
-        remember: Store that the files are whole, so that the next process need not read them.
+        always: Also read files that have not changed since they were last verified.
+        remember: Store that the files are intact, so that the next process need not read them.
     """
     stored_stamps = _verified_stamps(folder)
     newly_verified: dict[str, str] = {}
