@@ -1,7 +1,7 @@
-"""Prepared depth tasks: batches to train on, and questions of a test.
+"""Prepared depth tasks: batches for training, and questions for tests.
 
-A sequence is generated from a seed and a position, so nothing is stored and none repeats. The
-folder of the data holds their tokenizer.
+A sequence is generated from a seed and a position, so nothing is stored and no sequence repeats.
+The folder of the data has only the tokenizer.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 GENERATOR_VERSION = 1
 """Increase it if the same settings give other sequences."""
 _STREAMS = {"train": 1, "validation": 2, "test": 3}
-"""Numbers that are part of the keys of the random numbers, so no two streams share a sequence."""
+"""Part of the random generator's keys, so that no two streams share a sequence."""
 _POSITION_SEED = 4
-"""Seed of the random numbers that choose the positions at which a test asks."""
+"""Seed for choosing the positions at which a test asks."""
 _SEQUENCES_PER_ROUND = 256
 """Sequences that are generated together for test items."""
 
 
 class DepthItem(NamedTuple):
-    """One question of a test: the texts of what a model reads and must answer."""
+    """One question of a test: the text that a model reads, and the expected answer."""
 
     context: str
     answer: str
@@ -107,7 +107,7 @@ class DepthStore(PreparedData):
 
         from iiet.model.batch import NO_TARGET, Batch
 
-        # A sequence is padded with the end-of-text token, which is no target.
+        # Sequences are padded with the end-of-text token, which is not a target.
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
         targets = np.full_like(ids, NO_TARGET)
         # Each task has the same share.
@@ -122,7 +122,7 @@ class DepthStore(PreparedData):
                 ids[rows, 0] = self._ids[task.marker]
             end = first + task.length
             ids[rows, first:end] = symbol_ids[symbols]
-            # Not shifted: the answer to a position is asked at this position.
+            # Not shifted: a position's answer is predicted at the same position.
             targets[rows, first:end] = np.where(
                 answers == NO_ANSWER, NO_TARGET, symbol_ids[answers]
             )

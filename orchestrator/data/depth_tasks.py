@@ -19,7 +19,7 @@ from orchestrator.workspace.errors import UserError
 
 NO_ANSWER = -1
 MAX_SEQUENCE_LENGTH = 100_000
-"""A longer sequence is a typing error and would only fill the memory."""
+"""Longest sequence; a longer one is a typing error and would only fill the memory."""
 ELEMENTS = tuple(permutations(range(5)))
 """The elements of the group S5."""
 WORDS = (
@@ -28,7 +28,7 @@ WORDS = (
     "king", "salt", "snow", "wind", "road", "ship", "train", "coin",
     "bread", "rain", "star", "wood", "paper", "door", "lake", "child",
 )  # fmt: skip
-"""Symbols as words. Byte-level tokenizers have each of them as one token, with the space before."""
+"""Symbols as words; in byte-level tokenizers each is one token, with the space before it."""
 NUMBER_WORDS = (
     "one", "two", "three", "four", "five", "six", "seven", "eight",
     "nine", "ten", "eleven", "twelve",
@@ -57,7 +57,7 @@ class DepthTask(ABC):
     symbols: tuple[str, ...]
     """The texts of the symbols."""
     chance: float
-    """Accuracy of a guess that does not read the sequence, but knows which answers occur."""
+    """Chance level: the accuracy of guessing among the possible answers."""
     num_random: int
     """Random numbers that one sequence takes."""
 
@@ -71,7 +71,7 @@ class DepthTask(ABC):
 
     @property
     def marker(self) -> str:
-        """The token with which a sequence begins if there are several tasks."""
+        """The first token of a sequence if there are several tasks."""
         return f"<|{self.name}|>"
 
     @property
@@ -81,7 +81,7 @@ class DepthTask(ABC):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The symbols among which a test lets choose."""
+        """The choices of a test's questions."""
         return self.symbols
 
     @abstractmethod
@@ -96,7 +96,7 @@ class DepthTask(ABC):
     def asked_positions(self, answers: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Return the position of each sequence at which a test asks, or `NO_ANSWER` for none.
 
-        The position is a random one of those that may be asked, so that tests ask as training does.
+        The position is random among those that may be asked, so that tests resemble training.
 
         Args:
             answers: As in `Sequences`.
@@ -107,7 +107,7 @@ class DepthTask(ABC):
         # A number from 0 to the row's `num_candidates` - 1; `uniform_below` takes one limit for
         # all rows.
         chosen = uniform_below(bits, 1 << 32) * num_candidates >> 32
-        # The n-th candidate stands where n candidates lie before it.
+        # The n-th candidate has n candidates before it.
         candidates_before = may_be_asked.cumsum(axis=1) - 1
         position = ((candidates_before == chosen[:, None]) & may_be_asked).argmax(axis=1)
         return np.where(num_candidates > 0, position, NO_ANSWER)
@@ -131,7 +131,7 @@ class PHopInduction(DepthTask):
         self, depth: int, *, num_symbols: int, length: int, in_words: bool = False
     ) -> None:
         super().__init__(depth)
-        # In a uniform sequence, one hop goes back by about as many positions as there are symbols.
+        # In a uniform sequence, one hop goes back by about `num_symbols` positions.
         if length < depth * num_symbols:
             raise UserError(
                 f"data.depth.length={length} is too short for {self.name}: {depth} hops over "
@@ -178,8 +178,8 @@ class PointerChains(DepthTask):
 
     A sequence lists every pointer as a pair of symbols, in random order, and ends with one symbol,
     the question. The chains are closed: each symbol is the first of one pair and the second of
-    another, so neither counts nor ends give the answer away. A chain is twice as long as the depth,
-    so the way back is no shorter.
+    another, so neither counts nor ends reveal the answer. A chain is twice as long as the depth, so
+    going backwards is no shorter.
 
     Raises:
         UserError: If the sequence would be too long.
@@ -224,8 +224,8 @@ class IteratedLookup(DepthTask):
 
     A sequence lists the table as pairs of symbols, in random order, and ends with the question: the
     number of lookups, drawn for each sequence, and the symbol to begin with. The table leads
-    through all symbols and back to the first, so neither counts nor ends give the answer away; it
-    is at least twice as long as the depth, so the way back is no shorter.
+    through all symbols and back to the first, so neither counts nor ends reveal the answer; it is
+    at least twice as long as the depth, so going backwards is no shorter.
     Source: iterated lookup as in arXiv 2608.11233; the form is this project's.
 
     Raises:
@@ -329,8 +329,7 @@ class DepthTasks(NamedTuple):
     has_markers: bool
     """Whether each sequence begins with the token of its task."""
     in_words: bool = False
-    """Whether the symbols are words of a text's tokenizer. Then there are no markers, and a
-    tokenizer gets no new tokens."""
+    """Whether the symbols are words of a text's tokenizer, without markers and new tokens."""
 
     @classmethod
     def of(cls, settings: DataSettings) -> DepthTasks:
@@ -350,7 +349,7 @@ class DepthTasks(NamedTuple):
         if in_words and len(depth.tasks) > 1:
             raise UserError(
                 f"data.depth.symbols=words: there are {len(depth.tasks)} depth tasks, and "
-                "sequences of words do not say of which they are; leave one task, or take letters"
+                "sequences of words do not show their task; leave one task, or take letters"
             )
         tasks: list[DepthTask] = []
         for kind, steps in map(parse_task_name, depth.tasks):
@@ -385,7 +384,7 @@ class DepthTasks(NamedTuple):
         return max((task.length + self.has_markers for task in self.tasks), default=0)
 
     def check_length(self, context_length: int) -> None:
-        """Raise a `UserError` if the longest sequence has more tokens than are read at once."""
+        """Raise a `UserError` if the longest sequence does not fit into the context."""
         if self.sequence_length > context_length:
             raise UserError(
                 f"the depth tasks have sequences of {self.sequence_length} tokens, and "

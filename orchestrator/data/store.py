@@ -1,9 +1,9 @@
 """A folder of prepared data: what training, validation and evaluation read.
 
-It holds a tokenizer, a manifest, and for text flat files of integers: one with the held-out tokens,
-and one or more that hold the training tokens one after the other, with the held-out documents. Its
-name is its fingerprint, a hash of everything that determines the sequences, which identifies the
-data in all keys. The fingerprint does not depend on the number of files.
+It holds a tokenizer and a manifest. Text also has token files (flat arrays of integers), one with
+the held-out tokens and one or more with the training tokens, and a file of the held-out documents.
+The folder is named by its fingerprint: the hash of everything that determines the sequences, which
+identifies the data in all keys. The fingerprint does not depend on the number of files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ TEXTS_NAME = "validation.jsonl"
 VALIDATION_TARGETS_NAME = "validation_targets.bin"
 """File of text with prompts: a byte for each validation token, 1 where it is a target."""
 MAPS_KEPT = 256
-"""Files of one side of the split that are mapped at the same time; each takes a file descriptor."""
+"""Most token files of one side of the split that are mapped at the same time; each needs a file
+descriptor."""
 
 
 def train_name(number: int, num_files: int) -> str:
@@ -50,8 +51,10 @@ def train_name(number: int, num_files: int) -> str:
 
 
 def targets_name(train_file: str) -> str:
-    """Return the name of the file beside a training file that says of each of its tokens whether
-    it is a target, as `VALIDATION_TARGETS_NAME`; only text with prompts has such files."""
+    """Return the name of the file that says which tokens of a training file are targets.
+
+    Its form is that of `VALIDATION_TARGETS_NAME`; only text with prompts has such files.
+    """
     return train_file.replace("train", "train_targets")
 
 
@@ -72,7 +75,7 @@ class SplitCounts(BaseModel):
 
 
 class Manifest(Record):
-    """What a folder holds."""
+    """Content of a folder of prepared data."""
 
     fingerprint: str
     """Hash of documents, split and tokenizer."""
@@ -87,10 +90,9 @@ class Manifest(Record):
     sha256: dict[str, str]
     """SHA-256 of each file."""
     train_files: tuple[str, ...] = (TRAIN_NAME,)
-    """Names of the files of training tokens, in their order; of data without text there are no such
-    files."""
+    """Names of the files of training tokens, in their order; data without text have none."""
     texts: dict[str, str] = Field(default_factory=dict)
-    """The texts of a mixture: source -> name of its folder, which lies beside this one."""
+    """The texts of a mixture: component -> name of its folder in the same parent."""
 
     def text_folders(self, folder: Path) -> dict[str, Path]:
         """Return the folder of each text source of the mixture in `folder`."""
@@ -116,7 +118,7 @@ class PreparedData(ABC):
 
     @property
     def component_names(self) -> tuple[str, ...]:
-        """Names of the sources that `Batch.sources` numbers; empty if there is one source."""
+        """Names of a mixture's components, which `Batch.sources` numbers; otherwise empty."""
         return ()
 
     @property
@@ -126,7 +128,7 @@ class PreparedData(ABC):
 
     @property
     def parts(self) -> tuple[PreparedData, ...]:
-        """The data of each source, if several are mixed; otherwise these data alone."""
+        """The data of each component of a mixture; otherwise only these data."""
         return (self,)
 
     @property
@@ -137,7 +139,7 @@ class PreparedData(ABC):
     @property
     @abstractmethod
     def num_validation_tokens(self) -> int | None:
-        """Tokens held out; None where they are generated, as many as are asked for."""
+        """Number of held-out tokens; None if any number can be generated."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -179,7 +181,7 @@ class PreparedData(ABC):
 
 
 class FileArray:
-    """A flat array whose values are in several files, one after the other; the files are mapped."""
+    """A flat array in several memory-mapped files, one after the other."""
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype) -> None:
         """Take the sizes of the files; a file is opened when it is first read."""
@@ -229,7 +231,7 @@ class TokenStore(PreparedData):
     """Prepared text."""
 
     train: FileArray
-    """Flat training tokens, each document ends with the end-of-text token."""
+    """Flat training tokens; each document ends with the end-of-text token."""
     validation: FileArray
     """Flat validation tokens, in the same form."""
     train_targets: FileArray | None = None
@@ -338,12 +340,12 @@ def finish_folder(
     known_checksums: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the tokenizer and, last, the manifest of a folder whose tokens, if any, are written.
+    """Write the tokenizer and, last, the manifest of a folder; token files exist already.
 
     Args:
         train_files: Names of the files of training tokens, in their order.
-        known_checksums: Name -> SHA-256 of files that need not be read for it.
-        texts: Text source of a mixture -> name of its folder.
+        known_checksums: Name -> SHA-256 of files whose checksum is already known.
+        texts: Component of a mixture -> name of its folder.
     """
     tokenizer.save(str(folder / TOKENIZER_NAME))
     names = (
@@ -377,11 +379,11 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a folder; no other file is looked at.
+    """Read the manifest of a folder, and no other file.
 
     Raises:
         UserError: If the folder is missing.
-        DamagedFile: If the manifest is not what was written.
+        DamagedFile: If the manifest is damaged.
     """
     manifest = Manifest.read(folder / MANIFEST_NAME)
     if manifest is None:
@@ -390,9 +392,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether there is such a folder, and one of each text of a mixture.
+    """Return whether a folder exists, and with a mixture also the folders of its texts.
 
-    A folder gets its name when all of its files are written; they are not verified here.
+    A folder gets its name when all of its files are written; these are not verified here.
 
     Raises:
         DamagedFile: If a manifest is not what was written.

@@ -1,4 +1,4 @@
-"""Documents of text sources: Python's help topics, the user's files, data sets of the hub.
+"""Documents of data sources of text: Python's help topics, the user's files, data sets of the hub.
 
 A source has parts, which threads share; a part gives its documents always in the same order.
 The split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
@@ -56,7 +56,8 @@ PAIR = ("prompt", "completion")
 
 
 class RecordError(ValueError):
-    """A record does not hold the field with the text; says why and what to do, but not where."""
+    """A record lacks the field with the text; the message says why and what to do, but not
+    where."""
 
 
 class Document(NamedTuple):
@@ -69,18 +70,18 @@ class Document(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """What is read and not learned; empty where all is learned."""
+        """The prompt, which is read but not learned; empty if everything is learned."""
         return self.text[: self.prompt_characters or 0]
 
     @property
     def completion(self) -> str:
-        """What is learned: all but the prompt."""
+        """The text that is learned: everything after the prompt."""
         return self.text[self.prompt_characters or 0 :]
 
     @property
     def deciding_text(self) -> str:
-        """The text whose hash decides whether the document is held out: all completions of a prompt
-        are on one side."""
+        """The text whose hash decides whether the document is held out: the prompt, if there is
+        one, so that all completions of a prompt are on one side."""
         return self.prompt or self.text
 
 
@@ -88,7 +89,7 @@ class TextSource(ABC):
     """Base of all text sources, which read the section `data` of the settings."""
 
     version: ClassVar[int] = 1
-    """Increase it if equal `state()` gives other documents: the data are then prepared again."""
+    """Increase it if the same `state()` gives other documents; data are then prepared again."""
 
     def __init__(self, settings: DataSettings) -> None:
         self.settings = settings
@@ -111,8 +112,8 @@ class TextSource(ABC):
     def documents(self, part: Any, /) -> Iterator[Document]:
         """Yield the documents of a part as they are written, always in the same order.
 
-        `data.validation_fraction` of the documents are held out, so a book should be several:
-        `data.passage_characters` cuts it.
+        `data.validation_fraction` of the documents are held out, so a book should be cut into
+        several documents by `data.passage_characters`.
 
         Raises:
             UserError: If the source cannot be read.
@@ -123,7 +124,7 @@ class TextSource(ABC):
         return 0
 
     def _passages(self, text: str) -> Iterator[str]:
-        """Yield a document whole, or cut if `data.passage_characters` asks for it."""
+        """Yield a document, cut into passages if `data.passage_characters` is set."""
         if self.settings.passage_characters is None:
             yield text
         else:
@@ -299,7 +300,7 @@ def source_state(settings: DataSettings) -> Any:
 def read_documents(source: TextSource, part: Any) -> Iterator[Document]:
     """Yield the documents of a part that are not empty, as valid UTF-8.
 
-    Texts are stripped; the spaces between a prompt and its completion belong to them and stay.
+    Texts are stripped, except for spaces between a prompt and its completion.
 
     Raises:
         UserError: If a file is missing, unreadable or of an unknown kind, `text_field` is wrong, or
@@ -308,7 +309,7 @@ def read_documents(source: TextSource, part: Any) -> Iterator[Document]:
     for document in source.documents(part):
         is_pair = document.prompt_characters is not None
         text = document.text if is_pair else document.text.strip()
-        # JSON can hold lone surrogates, which UTF-8 cannot. Each is replaced by one character.
+        # JSON allows lone surrogates, which UTF-8 does not; each is replaced by one character.
         if utf8 := text.encode("utf-8", "replace"):
             yield document._replace(text=utf8.decode("utf-8"))
 
@@ -357,8 +358,9 @@ def find_files(settings: DataSettings) -> list[Path]:
 
 
 def unread_note(settings: DataSettings) -> str | None:
-    """Say which files of the folders in `data.files` are not read for their endings; None if all
-    are. Hidden files do not count.
+    """Return which files in the folders of `data.files` are not read because of their endings.
+
+    None if all are read. Hidden files do not count.
 
     Raises:
         UserError: If a file or folder does not exist.
@@ -387,10 +389,10 @@ def unread_note(settings: DataSettings) -> str | None:
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
-    """Yield the pieces of a file that threads can read apart: first, end and bytes.
+    """Yield the pieces of a file that threads can read separately: first, end and bytes.
 
     First and end count the bytes of a `.jsonl` file, or the row groups of a `.parquet` file. An end
-    of None is that of the file: other kinds can be read from their beginning only.
+    of None is the end of the file: other kinds can only be read from their beginning.
     """
     size = path.stat().st_size
     if path.suffix == ".jsonl":
@@ -414,13 +416,13 @@ def read_file(
         text_field: The field of a record that holds the text.
         first: Byte of a `.jsonl` file, or row group of a `.parquet` file, with which the range
             begins.
-        end: That after the range; None for the end of the file.
+        end: End of the range, exclusive; None for the end of the file.
 
     Raises:
         UserError: If the file cannot be read, is not UTF-8 text, or a record has no `text_field`;
             names the file, and the line or the row.
     """
-    # Where a problem is, if it is in a line, and that line.
+    # Position and content of the current line, for errors.
     position = first
     line = b""
     try:
@@ -475,7 +477,7 @@ def _open_lines(path: Path) -> BinaryIO:
 
 
 def _line_number(path: Path, position: int) -> int:
-    # Read again: counting lines while all is well would cost time, and a range starts anywhere.
+    # Read again only for an error: counting lines always would cost time.
     number = 1
     with _open_lines(path) as file:
         while position > 0 and (block := file.read(min(position, 1 << 20))):
@@ -507,7 +509,7 @@ def _read_parquet(path: Path, text_field: str, first: int, end: int | None) -> I
     import pyarrow
 
     file = _parquet(path)
-    # Raises if there is no such column; a record of empty texts stands for the rows.
+    # Raises if there is no such column, with a record of empty texts as an example.
     record_text(dict.fromkeys(file.schema_arrow.names, ""), text_field)
     groups = range(first, file.num_row_groups if end is None else end)
     row = sum(file.metadata.row_group(group).num_rows for group in range(first))
@@ -533,10 +535,10 @@ def _record_document(record: Any, text_field: str, source: str) -> Document:
 
 
 def _as_chat(document: Document, tokenizer: ModelTokenizer) -> Document:
-    """Return a prompt with its completion as a chat template writes question and answer.
+    """Return a prompt with its completion as question and answer in a chat template.
 
     Raises:
-        UserError: If the model has no template, or it writes an answer elsewhere than at the end.
+        UserError: If the model has no template, or the template does not end with the answer.
     """
     question = [{"role": "user", "content": document.prompt}]
     answer = {"role": "assistant", "content": document.completion}
@@ -602,8 +604,8 @@ def split_text_file(text: str) -> list[str]:
         return text.split(DOCUMENT_MARK)
     blocks = [block.strip().split("\n") for block in text.split("\n\n") if block.strip()]
     titled = [block for block in blocks if len(block) > 1 and len(block[0]) <= TITLE_CHARACTERS]
-    # A file is one of titled documents if nearly all blocks begin with a short line. In
-    # hard-wrapped paragraphs, the first line is as long as the others; titles are shorter.
+    # A file has titled documents if nearly all blocks begin with a short line: in hard-wrapped
+    # paragraphs, the first line is as long as the others.
     if len(blocks) > 2 and len(titled) >= 0.9 * len(blocks):
         title_length = median(len(block[0]) for block in titled)
         line_length = median(max(map(len, block[1:])) for block in titled)
@@ -613,9 +615,9 @@ def split_text_file(text: str) -> list[str]:
 
 
 def split_long(text: str, passage_characters: int) -> Iterator[str]:
-    """Yield the passages of a document of more than twice `passage_characters`; others whole.
+    """Yield the passages of a document; one of at most twice `passage_characters` is not cut.
 
-    A passage ends at the first end of a paragraph after that many characters.
+    A passage ends at the first end of a paragraph after `passage_characters`.
     """
     if len(text) <= 2 * passage_characters:
         yield text

@@ -1,10 +1,10 @@
 """MLflow's store: one experiment, whose runs show what the workspace's files say.
 
 The database and the experiment are created once, under a file lock: several processes that create
-the same sqlite file crash. Each run is searched for once in a process, a sweep's run together with
-those nested in it; then the process knows what the run holds, and sends only what is new. After an
-error it searches again, so a run may be published any number of times, and stop anywhere. Points
-that the store has already are the same by value, step and time, and MLflow keeps them once.
+the same sqlite file would crash. A process searches for each run once, for a sweep's run together
+with its nested runs; then it knows their content, and sends only what is new. After an error it
+searches again, so publishing may stop anywhere and be repeated. Repeated points have the same
+value, step and time, and MLflow stores them once.
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ class Point(NamedTuple):
 
 
 CURVE_DENSITY = 100
-"""Points of a curve between its start and any step, and about as many in each later doubling."""
+"""Points of a curve in each doubling of the steps, about."""
 
 
 class CurveReader:
     """Reads a journal from where the last call stopped; each step of a metric comes once.
 
     A resumed training records the steps after its checkpoint a second time, with the same values.
-    MLflow gets fewer points than a long journal has, which it takes and shows more slowly: they are
-    further apart the later they are. `last` has the last one.
+    MLflow is slow with many points, so a long journal is thinned out: later points are further
+    apart. `last` has the last point.
     """
 
     def __init__(self, folder: Path, offset: int = 0) -> None:
@@ -116,7 +116,8 @@ class CurveReader:
         return self._journal.offset
 
     def read(self, *, has_ended: bool) -> list[Point]:
-        """Return the points since the last call; of a run that has ended also the last ones."""
+        """Return the points since the last call; after the end of the run, including the last
+        ones."""
         points = self._new_points(self._journal.read())
         if has_ended:
             for name, point in self.last.items():
@@ -159,7 +160,7 @@ class FileStamp(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a run in the store lacks of what it is to show."""
+    """What a run in the store lacks."""
 
     params: dict[str, str]
     tags: dict[str, str]
@@ -177,7 +178,7 @@ class Batch:
 
 @dataclass
 class StoredRun:
-    """What a run in the store holds; whoever changes the run also changes this."""
+    """Content of a run in the store, kept up to date by every change."""
 
     id: str
     experiment_id: str
@@ -189,7 +190,7 @@ class StoredRun:
     """The last value of each metric."""
     datasets: set[str]
     """Digests of the data that it read."""
-    # MLflow is not asked for the rest: it is what this process has sent.
+    # The rest is what this process has sent; MLflow is not asked for it.
     last_points: dict[str, Point] = field(default_factory=dict)
     """The last point of each metric."""
     texts: dict[str, str] = field(default_factory=dict)
@@ -290,9 +291,9 @@ class Store:
         run: TrackedRun,
         log_model: Callable[[MlflowClient, StoredRun, TrackedRun], None] | None = None,
     ) -> None:
-        """Let a run in the store show what the workspace says now; only what is new is sent.
+        """Update a run in the store to the state in the workspace; only what is new is sent.
 
-        A run that is RUNNING starts a killed or failed one again; a finished one stays finished.
+        A RUNNING run restarts a killed or failed one; a finished one stays finished.
 
         Args:
             run: The run; if it is nested in a sweep, the sweep's run is in the store.
@@ -389,7 +390,7 @@ class Store:
         }
 
     def _missing(self, run: TrackedRun, stored: StoredRun) -> Batch:
-        """Return what a run is to show and does not hold in the store."""
+        """Return what a run lacks in the store."""
         root = self._workspace.root
         params = {
             valid_name(name): portable_path(text, root)[:MAX_PARAM_CHARACTERS]
@@ -460,7 +461,7 @@ def _changed(wanted: Mapping[str, T], stored: Mapping[str, T]) -> dict[str, T]:
 
 
 def _new_points(run: TrackedRun, stored: StoredRun) -> list[Point]:
-    """Return the points of no curve that a run in the store lacks."""
+    """Return the points without a journal that a run lacks in the store."""
     time_ms = time_of_values(run)
     now = now_ms()
     newest_values = last_values(run)

@@ -236,7 +236,7 @@ def test_a_dry_run_explains_rates_the_first_stage_and_how_often_the_text_is_read
     assert "no corrections before step 6 of 10 (training.iterate_from_fraction): teacher" in lines
     assert "times" not in lines, "nobody knows how many tokens the text has"
     lines = notes("sweep.learning_rates={vanilla: 0.003}", "training.iterate_from_fraction=0")
-    assert "learns at" not in lines
+    assert "vanilla has learning rate" not in lines
     assert "step" not in lines
 
     lines = notes("sweep.teachers=[r = 1]", "sweep.seeds=[0, 1]")
