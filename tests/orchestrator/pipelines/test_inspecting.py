@@ -81,7 +81,7 @@ def test_a_run_has_its_costs_its_layers_and_the_price_of_a_training(
     assert description["corrections_influence"] == [[0.1, 0.0], [0.3]]
     assert cli.main(["inspect", "teacher", "--workspace", str(workspace.root)]) == 0
     shown = capfd.readouterr().out
-    for text in ("each whole layer", "0.2", "0.8", "most first: 2, 1", "keys and values"):
+    for text in ("each whole layer", "0.2", "0.8", "most influence: 2, 1", "keys and values"):
         assert text in shown
 
 

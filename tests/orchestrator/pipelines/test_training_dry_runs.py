@@ -148,7 +148,7 @@ def test_prepared_tokens_replace_assumptions(tmp_path, capsys):
     folder = prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path))
     os.utime(text, (0, 0))  # Copying a file may change its time.
     assert (
-        "`iiet-orch prepare` does it alone"
+        "`iiet-orch prepare` does only that"
         in printed(capsys, *options, "-w", str(tmp_path))["state"]
     )
     assert prepare(resolve_settings({}, chosen).data, open_workspace(tmp_path)) == folder

@@ -133,7 +133,7 @@ def test_the_control_trains_the_layers_that_get_corrections(make, trained):
     assert {name.split(".")[2] for name in changed} == {"1", "3"}
     text = retrofit.sentences[SOURCE_CONTINUED]
     assert "layers 2, 4" in text
-    assert ("added alone" in text) == (trained == "added")
+    assert ("only what it adds" in text) == (trained == "added")
 
 
 def test_its_rate_is_the_better_of_two(make):
