@@ -61,9 +61,10 @@ TAKES_SETTINGS = {
 
 def small(words: tuple[str, ...]) -> list[str]:
     """Return the options that make a command small."""
-    if words[0] not in TAKES_SETTINGS or "--gpus" in words:
+    # Plans of large sweeps are made as they stand.
+    if words[0] not in TAKES_SETTINGS or not {"--gpus", "--gpu", "claims"}.isdisjoint(words):
         return []
-    is_depth = not {"depth", "claims"}.isdisjoint(words)
+    is_depth = "depth" in words
     changes = list(SMALL_DEPTH if is_depth else SMALL_TEXT)
     if "mixture.yaml" in words:
         changes.append("model.context_length=128")  # Its tasks do not fit into less.
