@@ -43,7 +43,7 @@ def test_the_family_is_uniform_or_that_of_the_influence_or_of_elastic_weights(
     settings = Settings(influence=InfluenceSettings(num_tokens=64))
     shutil.copytree(tiny_tokens, tmp_path / "workspace" / "tokens" / tiny_tokens.name)
     plan = plan_influence(settings, workspace=tmp_path / "workspace", model=checkpoint)
-    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), place=CPU)
+    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), executor=CPU)
     labels = family(checkpoint)
     assert (labels[0], labels[-1]) == ("r=2,1", "r=0")
     assert len(labels) == 4, "three corrections: each is dropped by a threshold of its own"

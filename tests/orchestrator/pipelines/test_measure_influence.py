@@ -54,7 +54,7 @@ def measured_or_stored(
     plan = plan_influence(
         Settings(influence=settings), workspace=context.workspace, model=checkpoint
     )
-    return run_influence(plan, context, place=CPU).table
+    return run_influence(plan, context, executor=CPU).table
 
 
 def test_the_table_is_the_cores_and_lies_beside_the_weights(make_checkpoint, tiny_tokens, context):

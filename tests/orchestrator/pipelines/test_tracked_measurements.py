@@ -35,7 +35,7 @@ def test_each_measurement_is_one_run(tmp_path, tiny_tokens, save_tiny, monkeypat
     for _ in range(2):
         evaluation = evaluate_model(model, suite, context)
         plan = plan_influence(settings, model=model, **place)
-        table = run_influence(plan, context, place=CPU).table
+        table = run_influence(plan, context, executor=CPU).table
         ends.append(now_ms())
     timing = plan_benchmark(models=[model], conditions=conditions, **place)
     run_benchmark(timing, context)
