@@ -38,7 +38,7 @@ MISTAKES = {
     "pretrain --set training.num_step=3": "did you mean training.num_steps?",
     "pretrain --set training.num_steps=many": "got 'many'",
     "pretrain --set training.num_steps=-1": "greater than 0",
-    "pretrain --set data.files=[a.txt]": "only source files",
+    "pretrain --set data.files=[a.txt]": "only data.source=files",
     "sweep toy --set evaluation.suite=a --set evaluation.include_path=nowhere":
         "there is no folder nowhere",
     "pretrain --config toi": "did you mean toy?",
