@@ -141,7 +141,8 @@ def load_transformers(
         raise UserError(
             f"the weights in {folder} are not complete: {missing[0]}{and_others} missing"
         )
-    model = model.to(device).eval()
+    # PyTorch's counter of FLOPs looks for the gradient function of an input that needs a gradient.
+    model = model.to(device).eval().requires_grad_(False)
     if loops and depth:
         if loops.starts_at_random:
             model.forward = _seeded(model.forward)

@@ -92,7 +92,7 @@ def test_a_share_above_one_is_a_mistake(context, sweep, rule, option):
 def test_the_pick_is_exported_and_registered(context, sweep, tmp_path):
     choice = pick_from(context, None)
     assert choice.point.key == "cheap"
-    assert_names(choice.sentence, "99.6%", "60%", "(3 of 5 NFE)")
+    assert_names(choice.sentence, "99.6%", "3 of 5 NFE")
     version = version_of(context, NAME, "keep-99")
     assert choice.version == f"models:/{NAME}@keep-99"
     assert version.description == choice.sentence

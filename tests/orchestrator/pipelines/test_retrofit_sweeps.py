@@ -119,7 +119,7 @@ def test_source_teacher_and_controls_are_trained_one_after_another(machine, work
         sum(map(training_flops, (*candidates, continued)))
     )
     assert result.page is not None
-    assert "differs from source_continued" in result.page.read_text("utf-8")
+    assert "The teacher against source_continued:" in result.page.read_text("utf-8")
     stored = read_settings(teacher.folder / SETTINGS_NAME)
     assert (stored.training.source, stored.source_training) == (str(checkpoints[SOURCE]), None)
 
