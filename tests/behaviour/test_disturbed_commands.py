@@ -2,14 +2,17 @@
 
 The cells are rows of `COMMANDS` times columns of `DISTURBANCES`. In each must hold that the
 command, given again, succeeds, and leaves in the workspace what the undisturbed one leaves: the
-same files of tokens, weights and measured values, and no others. Trainings have a finer table in
-`test_disturbed_runs.py`; a sweep and its driver are disturbed in `test_end_to_end.py` and
+same files of tokens, weights and measured values, the same qualities of a sweep and the same runs
+in MLflow, and no others. Trainings have a finer table in `test_disturbed_runs.py`. Ray is pretended
+here; a sweep's driver and its workers are disturbed in `test_end_to_end.py` and
 `test_sweep_outages.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import resource
 import shutil
 import signal
 import time
@@ -20,6 +23,8 @@ from pathlib import Path
 import pytest
 from commands import Started
 from lm_eval_tasks import write_choices
+from mlflow import MlflowClient
+from pretended_ray import idle_ray, run_trials_here
 from same_run import small_files
 from sample_trials import sample_trial
 
@@ -33,9 +38,11 @@ COMMANDS = {
     "prepare": ["prepare"],
     "pretrain": ["pretrain", "--local", "--name", "second", "--set", "training.seed=1"],
     "evaluate": ["evaluate", "first"],
+    "sweep": ["sweep-threshold", "first", "--name", "front", "--schedules", "2"],
     "export": ["export", "first", "--no-measure"],
     "pick": ["pick", "kept", "--cheapest"],
     "clean": ["clean", "checkpoints", "--yes"],
+    "ui": ["ui", "--sync", "--replace"],
 }
 RESULTS = ("*.bin", "*.safetensors", "items.json", "config.json")
 """Names of the files that a command makes for people, without times or places in them."""
@@ -84,31 +91,72 @@ def words_of(folder: Path, *words: str) -> Command:
 
 
 def results_in(workspace: Path) -> dict[str, str]:
-    """Return the digest of each file of results by its path in the workspace."""
-    return {
+    """Return the results of a workspace: digests of files, qualities of a sweep, states of runs.
+
+    Keys are the file's path in the workspace, the sweep's with a label, and the key in MLflow.
+    """
+    results = {
         str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in RESULTS
         for path in workspace.rglob(pattern)
+        if "artifacts" not in path.relative_to(workspace).parts
     }
+    for path in workspace.glob("sweeps/*/results.json"):
+        for row in json.loads(path.read_text())["results"]:
+            qualities = {k: v for k, v in row["numbers"].items() if k.startswith("quality/")}
+            results[f"{path.parent.name}: {row['label']}"] = str(qualities)
+    database = workspace / "mlflow.db"
+    if database.is_file():
+        client = MlflowClient(f"sqlite:///{database}")
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        for run in client.search_runs(experiments):
+            results[f"MLflow: {run.data.tags['iiet.key']}"] = run.info.status
+    return results
+
+
+def run(command: Command, workspace: Path) -> int:
+    """Run the command and return its exit code; in a process of its own if it deletes a store,
+    because MLflow keeps an opened one until the process ends."""
+    words = command(workspace)
+    if "--replace" not in words:
+        return cli.main(words)
+    most_bytes, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    process = Started(str(most_bytes), *words, code=RUN_WITH_FILES_OF)
+    process.communicate()
+    return process.returncode
+
+
+RUN_WITH_FILES_OF = """
+import resource, sys
+from orchestrator.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 def retried(command: Command, workspace: Path, _: pytest.MonkeyPatch) -> Path:
-    assert cli.main(command(workspace)) == 0
+    assert run(command, workspace) == 0
     return workspace
 
 
 def killed(at: int, command: Command, workspace: Path, _: pytest.MonkeyPatch) -> Path:
     """Kill the command when it is about to give a file its name for the `at`-th time."""
-    process = Started(str(at), *command(workspace), code=KILLED)
+    process = Started(str(at), *command(workspace), code=RUN_UNTIL_KILLED)
     printed, _ = process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), printed
     return workspace
 
 
-KILLED = """
+RUN_UNTIL_KILLED = """
 import itertools, os, signal, sys
+import pytest
+from pretended_ray import idle_ray, run_trials_here
 from orchestrator.cli import main
 
+patch = pytest.MonkeyPatch()
+idle_ray(patch)
+run_trials_here(patch)
 numbers = itertools.count(1)
 
 def hook(name, arguments):
@@ -121,25 +169,28 @@ sys.exit(main(sys.argv[2:]))
 
 
 def run_by_two(command: Command, workspace: Path, _: pytest.MonkeyPatch) -> Path:
-    for process in [Started(*command(workspace)) for _ in range(2)]:
-        printed, _ = process.communicate()
-        assert process.returncode == 0, printed
+    """Start the command twice at once; of a sweep, one may be refused, as the other runs."""
+    processes = [Started("0", *command(workspace), code=RUN_UNTIL_KILLED) for _ in range(2)]
+    printed = [process.communicate()[0] for process in processes]
+    refused = 2 if "sweep-threshold" in command(workspace) else 0
+    codes = sorted(process.returncode for process in processes)
+    assert codes in ([0, 0], [0, refused]), printed
     return workspace
 
 
 def moved(command: Command, workspace: Path, _: pytest.MonkeyPatch) -> Path:
-    assert cli.main(command(workspace)) == 0
+    assert run(command, workspace) == 0
     return workspace.rename(workspace.with_name("elsewhere"))
 
 
 def on_a_full_disk(command: Command, workspace: Path, _: pytest.MonkeyPatch) -> Path:
     with small_files():
-        cli.main(command(workspace))  # It may fail, but raises nothing.
+        run(command, workspace)  # It may fail, but raises nothing.
     return workspace
 
 
 def clock_set_back(command: Command, workspace: Path, patch: pytest.MonkeyPatch) -> Path:
-    assert cli.main(command(workspace)) == 0
+    assert run(command, workspace) == 0
     now = time.time
     patch.setattr(time, "time", lambda: now() - 24 * 3600)
     return workspace
@@ -165,7 +216,7 @@ def undisturbed(folder, tmp_path_factory) -> Callable[[str], dict[str, str]]:
         if name not in known:
             workspace = start_of(name, folder, tmp_path_factory.mktemp("alone"))
             before = results_in(workspace)
-            assert cli.main(words_of(folder, *COMMANDS[name])(workspace)) == 0
+            assert run(words_of(folder, *COMMANDS[name]), workspace) == 0
             known[name] = results_in(workspace)
             assert known[name] != before
         return known[name]
@@ -180,6 +231,8 @@ def start_of(name: str, folder: Path, target: Path) -> Path:
         workspace.mkdir()
     else:
         shutil.copytree(folder / "workspace", workspace)
+    if name == "ui":
+        (workspace / "mlflow.db").unlink()
     return workspace
 
 
@@ -188,8 +241,10 @@ def start_of(name: str, folder: Path, target: Path) -> Path:
 def test_a_command_ends_like_one_that_was_left_alone(
     name, disturbance, folder, undisturbed, tmp_path, monkeypatch
 ):
+    idle_ray(monkeypatch)
+    run_trials_here(monkeypatch)
     expected = undisturbed(name)
     command = words_of(folder, *COMMANDS[name])
     workspace = DISTURBANCES[disturbance](command, start_of(name, folder, tmp_path), monkeypatch)
-    assert cli.main(command(workspace)) == 0
+    assert run(command, workspace) == 0
     assert results_in(workspace) == expected
