@@ -12,7 +12,7 @@ Elastic training makes one set of weights learn every schedule of a family:
 
 A step runs the full schedule first, then each drawn member. With a teacher, L is the distillation
 loss of each (`student_loss`). Without one, L(full) is the cross-entropy, and the members learn from
-what the full schedule predicted in this step (`AnswerKeeper`, `member_loss`):
+what the full schedule predicted in this step (`AnswerKeeper`, `elastic_loss`):
 L(m) = CE(m) + kl_weight * KL(full || m). Only its last hidden states are kept, and the logits are
 computed again in the chunks of the loss. Source: slimmable networks (Yu et al. 2018) and in-place
 distillation (Yu and Huang 2019) for widths; per layer and correction: this project.
@@ -46,7 +46,7 @@ __all__ = [
     "RememberingTeacher",
     "distillation_loss",
     "frozen_teacher",
-    "member_loss",
+    "elastic_loss",
     "student_loss",
 ]
 
@@ -174,7 +174,7 @@ def student_loss(
 
 
 class AnswerKeeper:
-    """A model that keeps what it predicted in its latest call, for `member_loss`.
+    """A model that keeps what it predicted in its latest call, for `elastic_loss`.
 
     Called as the model is, with a `loss_fn`.
     """
@@ -194,7 +194,7 @@ class AnswerKeeper:
         return self._model(*inputs, loss_fn=keep_then_score, **options)
 
 
-def member_loss(
+def elastic_loss(
     answer: Logits, batch: Batch, config: DistillationConfig
 ) -> Callable[[Logits], tuple[Tensor, dict[str, Tensor]]]:
     """Return `cross_entropy + kl_weight * KL(answer || member)` as a decoder's `loss_fn`.

@@ -32,7 +32,7 @@ from iiet.model.schedule import LEFT_OUT, IterationSchedule
 
 __all__ = [
     "Cost",
-    "FamilyMember",
+    "ThresholdSchedule",
     "ScheduleFamily",
     "Influence",
     "InfluenceTable",
@@ -356,7 +356,7 @@ Cost = Callable[[IterationSchedule], float]
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyMember:
+class ThresholdSchedule:
     """A schedule, and the thresholds t that give it: `threshold_above < t <= threshold_up_to`.
 
     The ends of a family are minus infinity and infinity. Both are NaN where no threshold chose the
@@ -375,7 +375,7 @@ class FamilyMember:
         up_to = self.threshold_up_to
         are_numbers = isinstance(above, int | float) and isinstance(up_to, int | float)
         check_rules(
-            "family member",
+            "schedule of a family",
             self,
             {
                 "schedule must be an IterationSchedule": isinstance(
@@ -387,7 +387,7 @@ class FamilyMember:
         )
 
 
-class ScheduleFamily(tuple[FamilyMember, ...]):
+class ScheduleFamily(tuple[ThresholdSchedule, ...]):
     """Nested schedules, from full to no corrections, or to the fewest layers."""
 
     __slots__ = ()
@@ -428,7 +428,7 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
         raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
 
 
-def _thresholds_of(member: FamilyMember) -> str:
+def _thresholds_of(member: ThresholdSchedule) -> str:
     above = member.threshold_above
     up_to = member.threshold_up_to
     if math.isnan(above):
@@ -482,7 +482,8 @@ def schedule_family(influence: Influence, *, max_left_out: int = 0) -> ScheduleF
     breakpoints = sorted({value for row in maxima for value in row} - {math.inf})
     ends = [-math.inf, *breakpoints, math.inf]
     return ScheduleFamily(
-        FamilyMember(_schedule_at(maxima, up_to), above, up_to) for above, up_to in pairwise(ends)
+        ThresholdSchedule(_schedule_at(maxima, up_to), above, up_to)
+        for above, up_to in pairwise(ends)
     )
 
 
@@ -529,8 +530,8 @@ def most_important_layers(importance: Sequence[float], count: int) -> tuple[int,
 
 
 def spread_over_cost(
-    family: Sequence[FamilyMember], num_points: int, *, cost: Cost = num_evaluations
-) -> tuple[FamilyMember, ...]:
+    family: Sequence[ThresholdSchedule], num_points: int, *, cost: Cost = num_evaluations
+) -> tuple[ThresholdSchedule, ...]:
     """Choose members spread as evenly over cost as the family allows, both ends included.
 
     A family of at most `num_points` members is returned whole.

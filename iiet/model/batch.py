@@ -38,8 +38,8 @@ class Batch:
     """Sequences with their targets. All tensors are (batch, time).
 
     Raises:
-        ValueError: tensors of other shapes, tokens or sources that are no integers, or negative
-            counts.
+        ValueError: tensors of other shapes, tokens or component numbers that are no integers, or
+            negative counts.
     """
 
     input_ids: Tensor
@@ -47,8 +47,9 @@ class Batch:
     """Token ids, or `NO_TARGET`."""
     mask: Tensor | None = None
     """True for the positions that count; None: all that have a target."""
-    sources: Tensor | None = field(default=None, kw_only=True)
-    """Number of the source of each position, for sums by source; None: there is one source."""
+    component_numbers: Tensor | None = field(default=None, kw_only=True)
+    """Number of the component of a mixture of data for each position, for sums by component; None:
+    there is one."""
     is_text: bool = field(default=False, kw_only=True)
     """Whether a student also learns from its teacher at the last position, which has no target."""
     target_count: Count = field(default=None, kw_only=True)
@@ -60,14 +61,22 @@ class Batch:
         shape = self.input_ids.shape
         if len(shape) != 2:
             raise ValueError(f"input_ids must be (batch, time), got {tuple(shape)}")
-        beside_inputs = {"targets": self.targets, "mask": self.mask, "sources": self.sources}
+        beside_inputs = {
+            "targets": self.targets,
+            "mask": self.mask,
+            "component_numbers": self.component_numbers,
+        }
         for name, values in beside_inputs.items():
             # One row or one column would silently be broadcast to all.
             if values is not None and values.shape != shape:
                 raise ValueError(
                     f"{name} must be (batch, time), here {tuple(shape)}, got {tuple(values.shape)}"
                 )
-        numbers = {"input_ids": self.input_ids, "targets": self.targets, "sources": self.sources}
+        numbers = {
+            "input_ids": self.input_ids,
+            "targets": self.targets,
+            "component_numbers": self.component_numbers,
+        }
         for name, values in numbers.items():
             if values is not None and values.dtype not in _INTEGERS:
                 raise ValueError(f"{name} must be integers, got {values.dtype}")
@@ -168,5 +177,7 @@ class Batch:
             input_ids=change(self.input_ids),
             targets=change(self.targets),
             mask=None if self.mask is None else change(self.mask),
-            sources=None if self.sources is None else change(self.sources),
+            component_numbers=None
+            if self.component_numbers is None
+            else change(self.component_numbers),
         )

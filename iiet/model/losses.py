@@ -35,7 +35,7 @@ __all__ = [
     "batch_cross_entropy",
     "cross_entropy",
     "cross_entropy_and_accuracy",
-    "cross_entropy_by_source",
+    "cross_entropy_by_component",
     "hidden_state_error",
     "kl_divergence",
     "logits_at",
@@ -254,29 +254,29 @@ def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Te
     return loss, accuracy
 
 
-def cross_entropy_by_source(
-    logits: Logits, batch: Batch, *, num_sources: int
+def cross_entropy_by_component(
+    logits: Logits, batch: Batch, *, num_components: int
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Compute the `cross_entropy` of a batch, and what each of its sources adds to it.
+    """Compute the `cross_entropy` of a batch, and what each component of the data adds to it.
 
     Returns:
-        The loss; for each source its part of the loss, detached; for each source its share of the
-        targets. The loss is the sum of the parts, and the mean of a source is part / share.
+        The loss; for each component its part of the loss, detached; for each its share of the
+        targets. The loss is the sum of the parts, and the mean of a component is part / share.
     """
 
     def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, ...]:
-        assert span.sources is not None
+        assert span.component_numbers is not None
         losses, counted = _target_losses(part, span.targets, span.teacher_mask, "none")
         divisor = _divisor(span.target_count, counted, losses.dtype)
-        # All sources at once: a GPU launches as many kernels for many as for one.
-        numbers = torch.arange(num_sources, device=losses.device)
-        is_own = span.sources.reshape(-1, 1) == numbers
+        # All components at once: a GPU launches as many kernels for many as for one.
+        numbers = torch.arange(num_components, device=losses.device)
+        is_own = span.component_numbers.reshape(-1, 1) == numbers
         values = torch.stack([losses.detach(), counted.flatten().to(losses.dtype)])
         sums = (values[..., None] * is_own).sum(dim=1) / divisor
         return losses.sum() / divisor, *sums.flatten().unbind()
 
-    loss, *by_source = loss_by_chunks(logits, batch, loss_of)
-    return loss, tuple(by_source[:num_sources]), tuple(by_source[num_sources:])
+    loss, *by_component = loss_by_chunks(logits, batch, loss_of)
+    return loss, tuple(by_component[:num_components]), tuple(by_component[num_components:])
 
 
 def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:

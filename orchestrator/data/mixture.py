@@ -142,7 +142,7 @@ class MixtureStore(PreparedData):
                 mask[rows] = part.mask
         # The padding of depth tasks has no predictions to learn from a teacher.
         is_text = len(self.texts) == len(self.components)
-        return Batch(ids, targets, mask, is_text=is_text, sources=component_numbers)
+        return Batch(ids, targets, mask, is_text=is_text, component_numbers=component_numbers)
 
     def validation_batches(
         self, *, context_length: int, num_tokens: int, batch_size: int
@@ -164,7 +164,7 @@ class MixtureStore(PreparedData):
                 batch_size=batch_size,
             )
             for batch in batches:
-                yield replace(batch, sources=torch.full_like(batch.input_ids, component))
+                yield replace(batch, component_numbers=torch.full_like(batch.input_ids, component))
 
 
 def mixture_tokenizer(settings: DataSettings, text_tokenizer: Tokenizer | None) -> Tokenizer:

@@ -118,7 +118,7 @@ class PreparedData(ABC):
 
     @property
     def component_names(self) -> tuple[str, ...]:
-        """Names of a mixture's components, which `Batch.sources` numbers; otherwise empty."""
+        """Names of a mixture's components, in the order of their numbers; otherwise empty."""
         return ()
 
     @property

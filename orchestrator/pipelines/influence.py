@@ -19,9 +19,9 @@ from rich.console import RenderableType
 
 from iiet.cost import inference_cost
 from iiet.iiad.pruning import (
-    FamilyMember,
     InfluenceTable,
     LeavingRound,
+    ThresholdSchedule,
     num_passes,
     num_passes_one_at_a_time,
     schedule_family,
@@ -181,7 +181,7 @@ class InfluenceResult(Result):
         return [str(member.schedule) for member in self._proposed]
 
     @property
-    def _proposed(self) -> tuple[FamilyMember, ...]:
+    def _proposed(self) -> tuple[ThresholdSchedule, ...]:
         table = self.table
         max_left_out = 0
         influences = {value for row in table.value_rows for value in row}

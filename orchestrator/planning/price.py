@@ -68,7 +68,7 @@ class Price(Record):
     """Shortest and longest time until the last training ends."""
     num_assumed: int = 0
     """Trainings whose speed is assumed; that of the others is one that was measured."""
-    hours_beside: tuple[float, float] = (0.0, 0.0)
+    additional_hours: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time of starts and measurements, in addition."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
@@ -246,7 +246,7 @@ def price_of(
         longest += group.seconds_until_end(longest_of_each) / 3600
     # Trainings that run at the same time start and are measured at the same time.
     num_rounds = sum(math.ceil(len(group.trainings) / group.at_once) for group in groups)
-    least_beside, most_beside = (
+    least_additional, most_additional = (
         of_influence + ((start + num_rounds * beside) / 3600 if groups else 0.0)
         for of_influence, start, beside in zip(
             hours_of_influence, START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True
@@ -271,7 +271,7 @@ def price_of(
         flops=sum(group.flops for group in groups),
         hours=(shortest, longest),
         num_assumed=len(assumed),
-        hours_beside=(least_beside, most_beside),
+        additional_hours=(least_additional, most_additional),
         num_devices=max((group.num_devices for group in groups), default=0),
         uses_gpus=any(group.devices.on_gpus for group in groups),
         rate=rate,

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from iiet.cost import num_parameters
-from iiet.iiad.pruning import FamilyMember, InfluenceTable
+from iiet.iiad.pruning import InfluenceTable, ThresholdSchedule
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.metrics import STDERR_SUFFIX, stderr_name
 from orchestrator.reporting.comparison import AVERAGE, Difference
@@ -253,7 +253,7 @@ def influence_tables(influence: InfluenceTable) -> list[Table]:
     return tables
 
 
-def schedules_table(family: Sequence[FamilyMember]) -> Table:
+def schedules_table(family: Sequence[ThresholdSchedule]) -> Table:
     """Return the schedules that thresholds give, a row for each, with the largest threshold."""
     columns = [Column("schedule", is_text=True), Column("NFE"), Column("threshold")]
     rows = []
@@ -367,7 +367,7 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
     )
     devices = format_count(price.num_devices, "GPU" if price.uses_gpus else "CPU")
     duration = format_duration_range(*(3600 * hours for hours in price.hours))
-    further_time = format_duration_range(*(3600 * hours for hours in price.hours_beside))
+    further_time = format_duration_range(*(3600 * hours for hours in price.additional_hours))
     or_less = " or less" if price.is_upper_bound else ""
     yield (
         "training time",

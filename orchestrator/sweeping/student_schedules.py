@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from iiet.iiad.pruning import (
     Cost,
-    FamilyMember,
     InfluenceTable,
     ScheduleFamily,
+    ThresholdSchedule,
     knapsack,
     num_evaluations,
     schedule_family,
@@ -40,7 +40,7 @@ _RANDOM = re.compile(r"random(?:\*([1-9][0-9]?))?")
 class StudentSchedule:
     """The schedule of a student, and how it was chosen."""
 
-    member: FamilyMember
+    threshold_schedule: ThresholdSchedule
     """The schedule, relative to the teacher, with the thresholds that give it."""
     choice: str = ""
     """`uniform`, `reversed` or `random 1` for a control, `own` for a schedule of the user; empty if
@@ -49,12 +49,12 @@ class StudentSchedule:
     @classmethod
     def of(cls, schedule: IterationSchedule, choice: str = "") -> StudentSchedule:
         """Return a schedule that was chosen without a threshold."""
-        return cls(FamilyMember(schedule, math.nan, math.nan), choice)
+        return cls(ThresholdSchedule(schedule, math.nan, math.nan), choice)
 
     @property
     def schedule(self) -> IterationSchedule:
         """The schedule, relative to the teacher."""
-        return self.member.schedule
+        return self.threshold_schedule.schedule
 
     @property
     def label(self) -> str:
@@ -133,7 +133,7 @@ def choose_schedules(
         UserError: If all influences are equal, so that none can be chosen, or a schedule of the
             user does not fit the teacher.
     """
-    members = choose_members(influence, sweep, cost=cost, max_left_out=max_left_out)
+    members = choose_from_family(influence, sweep, cost=cost, max_left_out=max_left_out)
     chosen = [StudentSchedule(member) for member in members]
     full = influence.schedule
     for text in sweep.schedules:
@@ -159,13 +159,13 @@ def budget_costs(sweep: SweepSettings, full_cost: float) -> list[float]:
     ]
 
 
-def choose_members(
+def choose_from_family(
     influence: InfluenceTable,
     sweep: SweepSettings,
     *,
     cost: Cost = num_evaluations,
     max_left_out: int = 0,
-) -> tuple[FamilyMember, ...]:
+) -> tuple[ThresholdSchedule, ...]:
     """Return the schedules that influence chooses, costliest first, each once.
 
     Returns:
@@ -216,7 +216,7 @@ def choose_members(
         knapsack(influence, budget, cost=cost, max_left_out=max_left_out) for budget in budgets
     )
     return tuple(
-        FamilyMember(schedule, math.nan, math.nan)
+        ThresholdSchedule(schedule, math.nan, math.nan)
         for schedule in best
         if schedule.left_out_layers or influence.schedule.num_corrections
     )
@@ -226,7 +226,7 @@ def choose_members(
 
 
 def _named_schedules(
-    text: str, full: IterationSchedule, members: Sequence[FamilyMember], max_left_out: int
+    text: str, full: IterationSchedule, members: Sequence[ThresholdSchedule], max_left_out: int
 ) -> Iterator[StudentSchedule]:
     """Yield the schedules that one entry of `sweep.schedules` stands for.
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iiet.iiad.pruning import FamilyMember, InfluenceTable
+from iiet.iiad.pruning import InfluenceTable, ThresholdSchedule
 from iiet.model.config import DistillationConfig, ModelConfig
 from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, weights_key
@@ -308,7 +308,7 @@ class Students:
         label = student.label
         if control != "distill":
             label += f", {control.replace('_', ' ')}"
-        fields = _thresholds(student.member)
+        fields = _thresholds(student.threshold_schedule)
         job = self._job(without_elastic(self.distillation), schedule)
         if job is None:
             return checkpoint_trial(
@@ -382,7 +382,7 @@ class Students:
             UserError: If no schedule is below the full one.
         """
         full = self.full
-        members = {student.schedule: student.member for student in self.schedules}
+        members = {student.schedule: student.threshold_schedule for student in self.schedules}
         cheaper = [schedule for schedule in members if schedule != full.corrections]
         if not cheaper:
             raise UserError(
@@ -423,7 +423,7 @@ class Students:
         return trials
 
 
-def _thresholds(member: FamilyMember | None) -> dict[str, Any]:
+def _thresholds(member: ThresholdSchedule | None) -> dict[str, Any]:
     """Return the bounds of the thresholds that give a schedule, as fields of its trial."""
     if member is None:
         return {}

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from iiet.decoder import Decoder
-from iiet.iiad.distillation import AnswerKeeper, Model, member_loss, student_loss
+from iiet.iiad.distillation import AnswerKeeper, Model, elastic_loss, student_loss
 from iiet.methods import Evaluation, Layer
 from iiet.model.batch import Batch
 from iiet.model.config import DistillationConfig
 from iiet.model.losses import (
     batch_cross_entropy,
     cross_entropy_and_accuracy,
-    cross_entropy_by_source,
+    cross_entropy_by_component,
 )
 from iiet.model.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
@@ -78,8 +78,10 @@ def make_objective(
             return distilled
         if not component_names:
             return student(loss_fn=partial(batch_cross_entropy, batch=batch)), {}
-        by_source = partial(cross_entropy_by_source, batch=batch, num_sources=len(component_names))
-        loss, losses, shares = student(loss_fn=by_source)
+        by_component = partial(
+            cross_entropy_by_component, batch=batch, num_components=len(component_names)
+        )
+        loss, losses, shares = student(loss_fn=by_component)
         parts: dict[str, Tensor] = {}
         for name, of_source, share in zip(component_names, losses, shares, strict=True):
             parts |= {LOSS + name: of_source, SHARE + name: share}
@@ -142,7 +144,7 @@ def losses_of(
             from_full = DistillationConfig(
                 kl_weight=elastic.kl_weight, temperature=elastic.temperature
             )
-            loss_fn = member_loss(full.answer, batch, from_full)
+            loss_fn = elastic_loss(full.answer, batch, from_full)
             loss, parts = model(batch.input_ids, schedule=schedule, loss_fn=loss_fn)
         means = {_CHEAPER_PARTS[name]: part / len(cheaper) for name, part in parts.items()}
         yield elastic.weight * loss, means
@@ -274,8 +276,8 @@ def validation_metrics(
         batch = batches[min(number, len(batches) - 1)]
         num_targets = batch.num_targets
         name = names[0]
-        if component_names and batch.sources is not None:
-            name = names[int(batch.sources[0, 0])]  # The whole batch is of one component.
+        if component_names and batch.component_numbers is not None:
+            name = names[int(batch.component_numbers[0, 0])]  # The whole batch is of one component.
         batch = batch.to(world.device)
         with autocast(precision, world):
             loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy

@@ -19,7 +19,7 @@ from iiet import (
 )
 from iiet.decoding.sampling import Sampler
 from iiet.decoding.speculative import DraftRecord
-from iiet.iiad.pruning import FamilyMember
+from iiet.iiad.pruning import ThresholdSchedule
 from iiet.methods import METHODS
 from iiet.model.facts import MethodFacts, MetricFacts
 from iiet.model.losses import LazyLogits
@@ -32,7 +32,7 @@ CORRECT = {
     Batch: {"input_ids": IDS, "targets": IDS},
     DistillationConfig: {},
     DraftRecord: {},
-    FamilyMember: {
+    ThresholdSchedule: {
         "schedule": IterationSchedule((1,)),
         "threshold_above": -math.inf,
         "threshold_up_to": 0.5,
@@ -57,7 +57,7 @@ CORRECT = {
 
 WRONG = [
     (Batch, {"targets": IDS.float()}),
-    (Batch, {"sources": IDS.bool()}),
+    (Batch, {"component_numbers": IDS.bool()}),
     (Batch, {"mask": IDS[:1]}),
     (Batch, {"target_count": -1.0}),
     (Batch, {"position_count": math.nan}),
@@ -72,9 +72,9 @@ WRONG = [
     (DistillationConfig, {"start_step": 4, "end_step": 4}),
     (DraftRecord, {"drafted": -1, "plain_steps": 0.5}),
     (DraftRecord, {"rounds_by_draft": {"0": -1}}),
-    (FamilyMember, {"schedule": (1, 0)}),
-    (FamilyMember, {"threshold_up_to": -math.inf}),
-    (FamilyMember, {"threshold_up_to": math.nan}),
+    (ThresholdSchedule, {"schedule": (1, 0)}),
+    (ThresholdSchedule, {"threshold_up_to": -math.inf}),
+    (ThresholdSchedule, {"threshold_up_to": math.nan}),
     (GenerationOptions, {"max_new_tokens": 0, "eos_token_id": -1, "draft_tokens": "many"}),
     (GenerationOptions, {"eos_token_id": [1, None], "draft_tokens": -1}),
     (GenerationOptions, {"temperature": -1.0, "top_k": 0, "top_p": 1.5}),
@@ -123,6 +123,6 @@ def test_every_public_dataclass_is_tested():
 
 def test_what_is_unknown_is_nan():
     unknown = {"threshold_above": math.nan, "threshold_up_to": math.nan}
-    dataclasses.replace(FamilyMember(**CORRECT[FamilyMember]), **unknown)
+    dataclasses.replace(ThresholdSchedule(**CORRECT[ThresholdSchedule]), **unknown)
     InferenceCost(**{**CORRECT[InferenceCost], "weight_bytes_per_token": math.nan})
     InfluenceTable("cosine", ROWS, ((math.nan, math.nan), (math.nan,)), 8)

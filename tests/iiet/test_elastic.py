@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iiet.decoder import Decoder
-from iiet.iiad.distillation import AnswerKeeper, distillation_loss, member_loss
+from iiet.iiad.distillation import AnswerKeeper, distillation_loss, elastic_loss
 from iiet.model import losses
 from iiet.model.batch import Batch
 from iiet.model.config import DistillationConfig, ModelConfig
@@ -34,7 +34,7 @@ def member_gradients(
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     keeper = AnswerKeeper(decoder)
     keeper(batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))
-    loss_fn = member_loss(keeper.answer, batch, DistillationConfig(**loss))
+    loss_fn = elastic_loss(keeper.answer, batch, DistillationConfig(**loss))
     value, parts = decoder(batch.input_ids, schedule=IterationSchedule(schedule), loss_fn=loss_fn)
     return parts, list(torch.autograd.grad(value, list(decoder.parameters()), allow_unused=True))
 

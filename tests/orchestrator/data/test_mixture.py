@@ -70,9 +70,9 @@ def mixture(settings, workspace) -> MixtureStore:
 
 def test_shares_are_exact_in_each_block_of_a_thousand(mixture):
     batch = mixture.sequences(np.arange(2000), context_length=LENGTH, seed=0)
-    assert batch.sources is not None
-    numbers = batch.sources[:, 0]
-    assert (batch.sources == numbers[:, None]).all()
+    assert batch.component_numbers is not None
+    numbers = batch.component_numbers[:, 0]
+    assert (batch.component_numbers == numbers[:, None]).all()
     for block in (numbers[:1000], numbers[1000:]):
         shares = {n: int((block == k).sum()) / 1000 for k, n in enumerate(mixture.component_names)}
         assert shares == SHARES
@@ -99,7 +99,7 @@ def test_each_source_gives_the_sequences_that_it_gives_alone(mixture, text, work
     assert folder in mixture.manifest.text_folders(mixture.folder).values()  # stored once
     texts = open_data(folder)
     batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=4)
-    rows = batch.sources[:, 0] == mixture.component_names.index("files")
+    rows = batch.component_numbers[:, 0] == mixture.component_names.index("files")
     expected = texts.sequences(np.arange(700), context_length=LENGTH, seed=4)
     mixed_rows = {(*ids, *targets) for ids, targets in _rows(batch.input_ids, batch.targets, rows)}
     all_rows = torch.ones(700, dtype=torch.bool)
@@ -126,7 +126,7 @@ def test_a_task_in_words_adds_no_token_to_the_text(text, workspace, tmp_path):
     assert load_tokenizer(data.tokenizer_path).to_str() == tokenizer.to_str()
     assert expected_tokens(settings, None).vocab_size == data.vocab_size
     batch = data.sequences(np.arange(40), context_length=LENGTH, seed=0)
-    of_task = batch.sources[:, 0] == data.component_names.index("lookup_2")
+    of_task = batch.component_numbers[:, 0] == data.component_names.index("lookup_2")
     assert of_task.any()
     assert ((batch.targets[of_task] != NO_TARGET).sum(1) == 1).all()
     (item,) = data.components["lookup_2"].items(data.components["lookup_2"].tasks[0], 1)
@@ -144,7 +144,7 @@ def test_text_never_becomes_a_symbol(mixture):
     assert SYMBOL in tokenizer.decode(texts.train[:200].tolist())
     assert max(texts.train[:].max(), texts.validation[:].max()) < first_symbol
     batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=0)
-    is_task = batch.sources > 0
+    is_task = batch.component_numbers > 0
     has_target = batch.targets != NO_TARGET
     assert (batch.targets[is_task & has_target] >= first_symbol).all()
     assert (batch.input_ids[is_task[:, 0], 0] >= first_symbol).all()  # the task's marker
@@ -160,7 +160,7 @@ def test_validation_has_the_shares_of_training(mixture):
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, again, strict=True))
     counts = dict.fromkeys(mixture.component_names, 0)
     for batch in batches:
-        (number,) = batch.sources.unique().tolist()
+        (number,) = batch.component_numbers.unique().tolist()
         counts[mixture.component_names[number]] += len(batch)
     assert counts == {name: round(30 * share) for name, share in SHARES.items()}
     # All of a short text limits the tasks, too.

@@ -149,7 +149,7 @@ def test_a_mixture_counts_the_targets_of_each_source(tmp_path, workspace):
     batch = mixture.sequences(np.arange(1000), context_length=24, seed=0)
     text = mixture.parts[0]
     assert isinstance(text, TokenStore)
-    is_text = batch.sources[:, 0] == 0
+    is_text = batch.component_numbers[:, 0] == 0
     alone = text.sequences(np.arange(500), context_length=24, seed=0)
     rows = torch.stack([batch.input_ids, batch.counted], 1)[is_text].tolist()
     assert sorted(rows) == sorted(torch.stack([alone.input_ids, alone.counted], 1).tolist())

@@ -90,7 +90,7 @@ def test_what_is_measured_first_adds_its_time(tmp_path):
     trainings = [estimate("bf16")]
     alone = price_of(trainings, tmp_path)
     after = price_of(trainings, tmp_path, hours_of_influence=(shortest, longest))
-    added = [after.hours_beside[end] - alone.hours_beside[end] for end in (0, 1)]
+    added = [after.additional_hours[end] - alone.additional_hours[end] for end in (0, 1)]
     assert added == pytest.approx([shortest, longest])
     assert after.hours == alone.hours
 
@@ -99,5 +99,5 @@ def test_each_round_of_trainings_adds_a_start_and_a_measurement(tmp_path):
     trainings = [replace(estimate("bf16"), devices=replace(ON_ONE_GPU, at_once=2))] * 3
     beside = zip(START_SECONDS, SECONDS_BESIDE_A_TRAINING, strict=True)
     expected = [(start + 2 * training) / 3600 for start, training in beside]
-    assert price_of(trainings, tmp_path).hours_beside == pytest.approx(expected)
-    assert price_of([], tmp_path).hours_beside == (0, 0)
+    assert price_of(trainings, tmp_path).additional_hours == pytest.approx(expected)
+    assert price_of([], tmp_path).additional_hours == (0, 0)

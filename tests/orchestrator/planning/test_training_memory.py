@@ -14,7 +14,7 @@ from live_tensors import LiveTensors
 from iiet.cost import num_parameters, num_trained_parameters
 from iiet.decoder import Decoder
 from iiet.freezing import TrainedLayers, freeze, trained_part
-from iiet.iiad.distillation import AnswerKeeper, distillation_loss, frozen_teacher, member_loss
+from iiet.iiad.distillation import AnswerKeeper, distillation_loss, elastic_loss, frozen_teacher
 from iiet.methods import METHODS
 from iiet.model.batch import Batch
 from iiet.model.config import DistillationConfig, ModelConfig, preset
@@ -113,7 +113,7 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak():
 
     def member() -> torch.Tensor:
         assert full.answer is not None
-        loss_fn = member_loss(full.answer, batch, DistillationConfig())
+        loss_fn = elastic_loss(full.answer, batch, DistillationConfig())
         return decoder(batch.input_ids, schedule=none, loss_fn=loss_fn)[0]
 
     first = partial(full, batch.input_ids, loss_fn=partial(batch_cross_entropy, batch=batch))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from iiet.iiad.pruning import FamilyMember, InfluenceTable
+from iiet.iiad.pruning import InfluenceTable, ThresholdSchedule
 from iiet.model.schedule import IterationSchedule
 from orchestrator.models.folder import load_config
 from orchestrator.records.evaluation import Suite
@@ -21,7 +21,7 @@ from orchestrator.sweeping.retrofit import training_flops
 from orchestrator.sweeping.states import trial_states
 from orchestrator.sweeping.student_schedules import (
     StudentSchedule,
-    choose_members,
+    choose_from_family,
 )
 from orchestrator.sweeping.students import (
     TEACHER_CONTINUED,
@@ -88,7 +88,7 @@ def test_how_many_students_there_are_at_most(assignments, most, students):
     ],
 )
 def test_schedules_by_number_threshold_budget_and_knapsack(assignments, schedules, table):
-    members = choose_members(table, resolve_settings({}, assignments).sweep)
+    members = choose_from_family(table, resolve_settings({}, assignments).sweep)
     assert [str(member.schedule) for member in members] == schedules
 
 
@@ -96,7 +96,7 @@ def test_a_knapsack_of_no_budgets_counts_as_schedules_are_spread():
     """At the cost of the second layer's correction, the first layer's three are worth more."""
     rows = ((0.3, 0.3, 0.3), (0.5,))
     table = InfluenceTable("cosine", rows, ((0.0, 0.0, 0.0), (0.0,)), 64)
-    members = choose_members(
+    members = choose_from_family(
         table,
         resolve_settings({}, ["sweep.selection=knapsack"]).sweep,
         cost=lambda schedule: 1.0 + schedule[0] + 10.0 * schedule[1],
@@ -108,7 +108,7 @@ def test_a_knapsack_of_no_budgets_counts_as_schedules_are_spread():
 def test_corrections_of_equal_influence_are_refused(rows):
     equal = InfluenceTable("cosine", rows, rows, 64)
     with pytest.raises(UserError, match="gate_rate_factor"):
-        choose_members(equal, resolve_settings({}, []).sweep)
+        choose_from_family(equal, resolve_settings({}, []).sweep)
 
 
 # Keys, folders and labels
@@ -183,7 +183,7 @@ def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(plan, 
 
 def test_finished_weights_are_found_whatever_they_were_trained_for(students, space):
     assignments = [*SMALL, "distillation.control=scratch"]
-    student = StudentSchedule(FamilyMember(IterationSchedule((2, 1)), 0.0, 1.0))
+    student = StudentSchedule(ThresholdSchedule(IterationSchedule((2, 1)), 0.0, 1.0))
     usual = students(*assignments).student(student)
     assert Path(usual.folder).parent == space.trials
     run_job(usual.job.model_copy(update={"run_folder": str(space.runs / "mine")}))

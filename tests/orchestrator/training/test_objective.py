@@ -143,7 +143,7 @@ def of_two_sources(step: int) -> Batch:
     return Batch(
         torch.cat([text.input_ids, task.input_ids]),
         torch.cat([text.targets.masked_fill(~text.counted, NO_TARGET), task.targets]),
-        sources=sources,
+        component_numbers=sources,
     )
 
 
@@ -229,7 +229,7 @@ def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total():
     logits = fresh_decoder()(batch.input_ids)
     total = 0.0
     for number, name in enumerate(names):
-        chosen = (batch.sources == number) & batch.counted
+        chosen = (batch.component_numbers == number) & batch.counted
         expected = cross_entropy(logits, batch.targets, mask=chosen).item()
         assert first_numbers[f"train/loss_{name}"] == pytest.approx(expected, rel=1e-9)
         total += expected * chosen.sum().item()
@@ -243,7 +243,7 @@ def test_validation_by_source_weighs_up_to_the_total():
     decoder = fresh_decoder()
     names = ("files", "phop_2", "chain_2")
     batches = [
-        replace(batch, sources=torch.full_like(batch.input_ids, number))
+        replace(batch, component_numbers=torch.full_like(batch.input_ids, number))
         for number, source in enumerate((completions, answers))
         for batch in source(0).split(3)
     ]
