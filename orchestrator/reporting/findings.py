@@ -353,7 +353,7 @@ def _no_gain(front: Front, teacher: PlacedModel, unbeaten: Sequence[PlacedModel]
         if model.is_candidate and model.signed_quality > teacher.signed_quality
     ]
     if any(trial.job is not None and trial.job.initial_folder for trial in passing):
-        sentences.append("Students that pass it were trained for further steps.")
+        sentences.append("Students that are better than the teacher had more training.")
     return [*sentences, "A longer training (training.num_steps) may change that."]
 
 

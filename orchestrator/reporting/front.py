@@ -175,9 +175,9 @@ def reason_against_accuracy(
         return ""
     return (
         f"Quality is bits per byte: {paired.num_items(ACCURACY):,} items are too few for the "
-        "accuracy. They tell what a cheaper model loses only within "
-        f"{100 * width:.1f} points ({INTERVAL_LEVEL:.0%} interval, median of the models). To keep "
-        f"{100 * demanded_share:.4g}% it may lose {100 * allowed:.1f} points. "
+        "accuracy. The loss of a cheaper model has an interval of "
+        f"{100 * width:.1f} points ({INTERVAL_LEVEL:.0%}, median of the models); to keep "
+        f"{100 * demanded_share:.4g}%, it may lose {100 * allowed:.1f} points. "
         "`--quality accuracy` shows it."
     )
 

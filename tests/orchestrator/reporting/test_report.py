@@ -204,7 +204,7 @@ def test_an_accuracy_that_is_less_well_known_than_it_may_change_is_no_default(
         # 30 % of 1,000 items differ: 1.96 errors of the difference are 3.4 points to each side.
         # Where all answers are equal, they are 0.3.
         assert_names(reason, "1,000 items", "99%", "may lose 0.4 points")
-        [width] = re.findall(r"within ([0-9.]+) points", reason)
+        [width] = re.findall(r"interval of ([0-9.]+) points", reason)
         assert float(width) == pytest.approx(6.7 if share_changed else 0.6, abs=0.5)
     # Who may lose half needs to know less.
     assert reason_against_accuracy(workspace, results, demanded_share=0.5) == ""
