@@ -221,7 +221,8 @@ def write_package_texts(folder: Path) -> None:
     for package in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower()
         payload = package.metadata.get_payload()  # type: ignore[attr-defined]
-        text = payload or package.metadata["Description"] or ""
+        # Some versions of `importlib.metadata` raise an error where there is no description.
+        text = payload or package.metadata.get("Description", "")
         if name != "iiet-orch" and len(text) >= SHORTEST_DESCRIPTION:
             descriptions.setdefault(name, text)
     folder.mkdir(parents=True)
